@@ -1,0 +1,210 @@
+"""The rewards: Eq. 13 to 17, 21 and 28 as the paper writes them, and InfoNCE as a reward.
+
+Every function is pure, takes unit-length embeddings (a dot product is a cosine), and returns one
+number a rollout. Nothing here knows a model: gradients flow through all of it, which is what the
+pathwise term of grace.py needs.
+
+What is rewarded is a *component*; Eq. 16 weighs three of them: contrastive, consistency, hard.
+Two families fill these places:
+
+    component     --reward paper              --reward infonce
+    contrastive   Eq. 13 (21 without labels)  log-softmax of the own pair over the batch
+    consistency   Eq. 14                      Eq. 14
+    hard          Eq. 15                      the same log-softmax, every other group represented
+                                              by the one rollout that comes nearest
+
+Departures from the paper, and why:
+
+1. Under Eq. 18 a group's advantages are its rewards less their mean, so whatever is the same for
+   all K rollouts of a group cannot teach. The negative term of Eq. 13 and all of Eq. 15 are: they
+   look at q, d- and other instances, never at rollout k. What is left pays for being similar, to
+   everything. In the InfoNCE reward every term depends on k, and raising all similarities alike
+   leaves it where it was.
+2. Eq. 28 puts -gamma in the place of a truncated rollout's reward. Where rewards lie below -gamma
+   that is a prize. `length_penalty` subtracts gamma by default and can replace, as the paper does.
+3. Instances that share a text are not negatives of each other (`twins`).
+
+Shapes: B instances, K rollouts a group, M hard negatives an instance, D hidden size, N = rows.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+# ---------------------------------------------------------------- in-batch similarity
+
+
+def group_similarity(rows, columns, reduce="mean", chunk=1024):
+    """How near each row is to each group of columns. `[N, D], [B, K, D] -> [N, B]`.
+
+    reduce="mean": the mean cosine to the group's K members; the mean of dot products is the dot
+    product with the mean, so the K columns of a group shrink to one before the product.
+    reduce="max": the cosine to the member that comes nearest. All N x B*K cosines have to be
+    looked at, but never at once: rows go in chunks, each chunk's `[chunk, B*K]` cosines are
+    reduced on the spot, and made again in the backward pass instead of being kept.
+
+    This function is the definition; a fused kernel has to return the same.
+    """
+    if reduce == "mean":
+        return rows @ columns.mean(1).T
+    if reduce != "max":
+        raise ValueError(f"reduce must be 'mean' or 'max', not {reduce!r}")
+
+    def nearest(part):  # [chunk, D] -> [chunk, B]
+        return (part @ columns.flatten(0, 1).T).unflatten(1, columns.shape[:2]).amax(2)
+
+    return torch.cat([checkpoint(nearest, part, use_reentrant=False) for part in rows.split(chunk)])
+
+
+# ---------------------------------------------------------------- the paper's components
+
+
+def contrastive(query, positive, negative):
+    """Eq. 13: near the query, less how near the negatives are. `[B,D], [B,K,D], [B,M,D] -> [B,K]`.
+
+    With M = 0 the sum is empty. The second term is the same for all K: see departure 1.
+    """
+    own = torch.einsum("bd,bkd->bk", query, positive)
+    away = torch.einsum("bd,bmd->b", query, negative)
+    return own - away[:, None]
+
+
+def self_similarity(anchor, rollouts):
+    """Eq. 21: without labels, near the anchor rollout of the same text. `[B,D], [B,K,D] -> [B,K]`."""
+    return torch.einsum("bd,bkd->bk", anchor, rollouts)
+
+
+def consistency(rollouts):
+    """Eq. 14: the mean cosine to the other rollouts of the group. `[B, K, D] -> [B, K]`.
+
+    A group of one has no others: its consistency is 0.
+    """
+    K = rollouts.shape[1]
+    if K == 1:
+        return rollouts.new_zeros(rollouts.shape[:2])
+    others = rollouts.sum(1, keepdim=True) - rollouts  # [B, K, D]
+    return (rollouts * others).sum(-1) / (K - 1)
+
+
+def hard_negative(query, positive, twins=None):
+    """Eq. 15: less the mean, over other instances, of their nearest rollout. `[B,D], [B,K,D] -> [B]`.
+
+    twins `[B, B]`, True where two instances share a text: those pairs are left out of the mean.
+    An instance with no other to compare with (B = 1) gets 0.
+    """
+    B = len(query)
+    others = ~torch.eye(B, dtype=torch.bool, device=query.device)
+    if twins is not None:
+        others = others & ~twins
+    nearest = group_similarity(query, positive, "max")  # [B, B]
+    return -torch.where(others, nearest, 0).sum(1) / others.sum(1).clamp(min=1)
+
+
+# ---------------------------------------------------------------- InfoNCE, read as a reward
+
+
+def infonce(rows, columns, temperature, negatives=None, twins=None, mined=False, leave_one_out=False):
+    """How sure a softmax over the batch is of the own pair, in nats. At most 0; `-> [B, Kr]`.
+
+    rows       `[B, Kr, D]` what is rewarded; group i's own pair is group i of the columns
+    columns    `[B, Kc, D]` a candidate is a group, at the mean cosine to its rollouts
+    negatives  `[B, M, Kn, D]` or None: hard negatives, candidates for the rows of their instance only
+    twins      `[B, B]` or None: True where two instances share a text; not candidates for each other
+    mined      every candidate but the own pair at the cosine to its *nearest* rollout instead
+    leave_one_out  rows and columns are the same rollouts, and none is its own pair (unsupervised)
+
+        R(i,k) = s_own / t - log sum over candidates c of exp(s_c / t)
+
+    Oord et al. 2018 use its negative as a loss. Adding one number to all similarities changes
+    nothing, so unlike Eq. 13 it does not pay for an embedding space that shrinks to a cone.
+    """
+    B, Kr, _ = rows.shape
+    reduce = "max" if mined else "mean"
+    if leave_one_out:
+        others = columns.sum(1, keepdim=True) - rows  # [B, K, D]
+        own = (rows * others).sum(-1) / (columns.shape[1] - 1)  # [B, Kr]
+    else:
+        own = torch.einsum("bkd,bd->bk", rows, columns.mean(1))
+    scores = group_similarity(rows.flatten(0, 1), columns, reduce).unflatten(0, (B, Kr))  # [B, Kr, B]
+    diagonal = torch.eye(B, dtype=torch.bool, device=rows.device)
+    if twins is not None:
+        scores = scores.masked_fill((twins & ~diagonal)[:, None], -torch.inf)
+    scores = torch.where(diagonal[:, None], own[..., None], scores)
+    if negatives is not None and negatives.shape[1]:
+        near = torch.einsum("bkd,bmld->bkml", rows, negatives)
+        scores = torch.cat([scores, near.amax(3) if mined else near.mean(3)], 2)  # [B, Kr, B + M]
+    return own / temperature - (scores / temperature).logsumexp(2)
+
+
+def outranked(negative, query, positive, temperature, mined=False):
+    """InfoNCE for the rollouts of a hard negative: paid for staying behind the positive.
+
+    `[B, M, Kn, D], [B, Kq, D], [B, Kp, D] -> [B*M, Kn]`: the log-probability that the query picks its
+    positive, were this rollout its only negative.
+    """
+    own = torch.einsum("bd,bd->b", query.mean(1), positive.mean(1))
+    near = torch.einsum("bmld,bkd->bmlk", negative, query)
+    near = near.amax(3) if mined else near.mean(3)
+    return F.logsigmoid((own[:, None, None] - near) / temperature).flatten(0, 1)
+
+
+# ---------------------------------------------------------------- Eq. 16, 17, 28
+
+
+def total(components, lambda_consistency, lambda_hard):
+    """Eq. 16: the weighed sum of a role's three components."""
+    return components["contrastive"] + lambda_consistency * components["consistency"] + lambda_hard * components["hard"]
+
+
+def scaled(reward, tau):
+    """Eq. 17: R / tau."""
+    return reward / tau
+
+
+def length_penalty(reward, finished, gamma, relative=True):
+    """What a rollout that never came to its end token pays. `[B, K], [B, K] bool -> [B, K]`.
+
+    relative: gamma less than it would have had; otherwise Eq. 28, -gamma whatever it would have had.
+    """
+    return torch.where(finished, reward, reward - gamma if relative else torch.full_like(reward, -gamma))
+
+
+# ---------------------------------------------------------------- which role is paid for what
+
+
+def paper_components(roles, twins=None):
+    """The paper's components of the one role it trains, `{component: [B, K]}`.
+
+    roles: embeddings by role. Supervised: query `[B, 1, D]`, positive `[B, K, D]` and negative
+    `[B, M, 1, D]`; unsupervised: anchor `[B, 1, D]` and text `[B, K, D]`.
+    """
+    if "text" in roles:
+        anchor, rollouts = roles["anchor"][:, 0], roles["text"]
+        near = self_similarity(anchor, rollouts)
+    else:
+        anchor, rollouts = roles["query"][:, 0], roles["positive"]
+        near = contrastive(anchor, rollouts, roles["negative"][:, :, 0])
+    hard = hard_negative(anchor, rollouts, twins)[:, None].expand_as(near)
+    return {"contrastive": near, "consistency": consistency(rollouts), "hard": hard}
+
+
+def infonce_components(roles, role, temperature, twins=None):
+    """The InfoNCE components of one role, `{component: [groups, K]}`.
+
+    Supervised: a query's candidates are the batch's positives and its own hard negatives, a
+    positive's are the batch's queries; a negative is paid by `outranked`. Unsupervised: the other
+    rollouts of the same text are the own pair, other texts' rollouts the candidates.
+    """
+    x = roles[role]
+
+    def contrast(mined):
+        if role == "text":
+            return infonce(x, x, temperature, None, twins, mined, leave_one_out=True)
+        if role == "query":
+            return infonce(x, roles["positive"], temperature, roles["negative"], twins, mined)
+        if role == "positive":
+            return infonce(x, roles["query"], temperature, None, twins, mined)
+        return outranked(x, roles["query"], roles["positive"], temperature, mined)
+
+    groups = x.flatten(0, -3)  # negatives: [B, M, K, D] -> [B*M, K, D]
+    return {"contrastive": contrast(False), "consistency": consistency(groups), "hard": contrast(True)}
