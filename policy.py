@@ -1,0 +1,260 @@
+"""The policy pi_theta and the prompt P(x) it answers (Eq. 9, 10): one causal language model, and how it reads.
+
+Any decoder-only Hugging Face chat model will do. What this file makes sure of:
+
+* The instruction is left out of the embedding *exactly*: where it ends is known to the token.
+* A text over the limit loses its own end, never the template's; how many were cut is counted.
+* Weights are float32; bfloat16 is a compute type. (At a learning rate of 1e-6 a step is smaller than
+  the spacing of bfloat16 numbers, and most bfloat16 weights would never move.)
+* A model whose logits are more than its output head over its last hidden state is used only where
+  this file knows how (soft-capping, scaling), and refused otherwise.
+* The model stays in eval mode, in the update too: with dropout, the first probability ratio of the
+  clipped objective would be noise around 1 instead of 1.
+
+Shapes: N prompts, P prompt positions (left-padded), L positions, D hidden size, V vocabulary.
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import warnings
+from dataclasses import dataclass
+
+import torch
+
+from data import GraceError
+from pool import POOLS, length_mask
+
+INSTRUCTION = (
+    "You will be given a text. Work out what it means: who and what it is about, what is said or asked, "
+    "and what it implies. Write your reasoning between <think> and </think>, then state in a few plain "
+    "sentences what the text is about as a whole, in words that would fit any text of the same meaning."
+)
+SETTINGS = "grace_config.json"
+
+
+@dataclass
+class Reading:
+    """How a checkpoint reads a text. Saved beside its weights: another reading, another embedding."""
+
+    instruction: str = INSTRUCTION
+    max_prompt_tokens: int = 1024
+    max_new_tokens: int = 256
+    pooling: str = "mean"
+
+    def __post_init__(self):
+        if self.pooling not in POOLS:
+            raise GraceError(f"unknown pooling {self.pooling!r}: choose one of {', '.join(POOLS)}")
+        if self.max_new_tokens < 1 or self.max_prompt_tokens < 1:
+            raise GraceError("max_prompt_tokens and max_new_tokens must be at least 1")
+
+
+@dataclass
+class Prompts:
+    """N prompts, left-padded, and three masks over the same positions.
+
+    position   pad pad | instruction | text text text | template
+    mask        0   0        1            1    1    1        1
+    counted     0   0        0            1    1    1        1       what Eq. 11 counts
+    text        0   0        0            1    1    1        0
+    """
+
+    ids: torch.Tensor  # [N, P]
+    mask: torch.Tensor  # [N, P]
+    counted: torch.Tensor  # [N, P]
+    text: torch.Tensor  # [N, P]
+    cut: int = 0  # how many texts were over the limit and lost their end
+
+
+class Policy:
+    """A causal language model and how it reads: pi_theta, P(x), the end tokens, the output head."""
+
+    def __init__(self, model, tokenizer, reading=None, dtype="float32"):
+        self.model, self.tokenizer = model.eval(), tokenizer
+        self.reading = _fitted(reading or Reading(), model.config.get_text_config())
+        self.base, self.head = model.base_model, model.get_output_embeddings()
+        self.device, self.dtype = model.device, dtype
+        self.end_ids = torch.tensor(_end_ids(model, tokenizer), device=self.device)
+        text_config = model.config.get_text_config()
+        self.softcap = getattr(text_config, "final_logit_softcapping", None)  # Gemma
+        self.logit_scale = getattr(text_config, "logit_scale", None) or 1.0  # Cohere
+        self.logit_scale /= getattr(text_config, "logits_scaling", None) or 1.0  # Granite
+        self._check_head()
+        self.prefix, self.suffix = self._template()
+
+    @classmethod
+    def load(cls, source, device="cpu", dtype="float32", **reading):
+        """Open a checkpoint folder or hub id. Keyword arguments that are not None override its reading.
+
+        Weights are float32 whatever the file holds; `dtype="bfloat16"` computes in bfloat16, on CUDA.
+        Raises GraceError if there is no such model, or if it cannot be used (see `_check_head`).
+        """
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(source)
+            model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, use_safetensors=True)
+        except (OSError, ValueError) as error:
+            raise GraceError(
+                f"{source}: cannot be loaded as a causal language model ({str(error).strip().splitlines()[0]}). "
+                "Give a folder written by save_pretrained, or, with a network, a hub id."
+            ) from error
+        settings = {}
+        if os.path.isfile(path := os.path.join(source, SETTINGS)):
+            with open(path) as file:
+                settings = json.load(file)
+            if unknown := settings.keys() - {f.name for f in dataclasses.fields(Reading)}:
+                raise GraceError(f"{path}: unknown setting {', '.join(sorted(unknown))}")
+        settings |= {k: v for k, v in reading.items() if v is not None}
+        return cls(model.to(device), tokenizer, Reading(**settings), dtype)
+
+    def save(self, folder):
+        """Write an ordinary checkpoint folder, with the reading beside the weights."""
+        self.model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+        with open(os.path.join(folder, SETTINGS), "w") as file:
+            json.dump(dataclasses.asdict(self.reading), file, indent=2)
+
+    # ------------------------------------------------------------ P(x)
+
+    def render(self, text):
+        """The prompt as a string: instruction as the system message, text as the user's (Eq. 9).
+
+        Where the template knows no system role the instruction opens the user's message. Where
+        there is no chat template at all: instruction, blank line, text, blank line, "Rationale:".
+        """
+        instruction, tok = self.reading.instruction, self.tokenizer
+        if tok.chat_template is None:
+            return f"{tok.bos_token or ''}{instruction}\n\nText: {text}\n\nRationale:"
+        # A fixed date keeps templates that print today's (Llama 3) from changing the embedding overnight.
+        options = dict(tokenize=False, add_generation_prompt=True, date_string="26 Jul 2024")
+        system, user = ({"role": r, "content": c} for r, c in (("system", instruction), ("user", text)))
+        try:
+            return tok.apply_chat_template([system, user], **options)
+        except Exception as error:  # jinja2.TemplateError, raised by the template itself
+            if type(error).__module__.split(".")[0] != "jinja2":
+                raise
+            user = {"role": "user", "content": f"{instruction}\n\n{text}"}
+            return tok.apply_chat_template([user], **options)
+
+    def _template(self):
+        """The strings that stand before and after any text: what two renderings have in common."""
+        one, two = self.render("x"), self.render("y")
+        prefix = os.path.commonprefix([one, two])
+        suffix = os.path.commonprefix([one[::-1], two[::-1]])[::-1]
+        if self.reading.instruction.strip() not in prefix or one != prefix + "x" + suffix:
+            raise GraceError(
+                "the chat template does not write instruction, then text: the system prefix that "
+                "Eq. 11 leaves out cannot be located. Use another template (tokenizer.chat_template)."
+            )
+        return prefix, suffix
+
+    def prompts(self, texts):
+        """P(x) of each text, as ids. The text's end is cut where a prompt is over the limit.
+
+        The text starts at a known character, and the tokenizer says which characters each token
+        covers, so what counts is exact. A token that straddles the boundary holds some of the text
+        and counts. Raises GraceError if the template alone is longer than the limit.
+        """
+        limit, rows, cut = self.reading.max_prompt_tokens, [], 0
+        strings = [self.render(text) for text in texts]
+        encoded = self.tokenizer(strings, add_special_tokens=False, return_offsets_mapping=True)
+        for text, string, ids, offsets in zip(texts, strings, encoded["input_ids"], encoded["offset_mapping"]):
+            if not (string.startswith(self.prefix) and string.endswith(self.suffix)):
+                raise GraceError(f"the chat template rewrites this text, so where it starts is unknown: {text[:60]!r}")
+            before = sum(end <= len(self.prefix) for _, end in offsets)
+            after = sum(start >= len(string) - len(self.suffix) for start, _ in offsets)
+            if len(ids) > limit:
+                if before + after >= limit:
+                    raise GraceError(
+                        f"the template and instruction alone take {before + after} tokens; "
+                        f"max_prompt_tokens = {limit} leaves no room for a text"
+                    )
+                ids, cut = ids[: limit - after] + ids[len(ids) - after :], cut + 1
+            rows.append((ids, len(ids) - before, after))
+        lengths, from_text, after = (torch.tensor(x) for x in zip(*((len(i), n, a) for i, n, a in rows)))
+        P = int(lengths.max())
+        padded = torch.tensor([[0] * (P - len(ids)) + ids for ids, _, _ in rows])
+        mask, counted, tail = (length_mask(x, P).flip(1).long() for x in (lengths, from_text, after))
+        return Prompts(*(x.to(self.device) for x in (padded, mask, counted, counted - tail)), cut)
+
+    # ------------------------------------------------------------ the network
+
+    def autocast(self):
+        """bfloat16 as a compute type where it was asked for; the weights stay float32."""
+        if self.dtype == "bfloat16":
+            return torch.autocast(self.device.type, torch.bfloat16)
+        return contextlib.nullcontext()
+
+    def forward(self, ids, mask, positions, cache=None):
+        """One pass of the body: hidden states for the head, those to pool (both `[N, L, D]`), the cache.
+
+        Positions are explicit: left padding must not shift them, and a decoding step with a cache
+        would otherwise get them wrong.
+        """
+        below = self.reading.pooling == "penultimate"
+        with self.autocast():
+            out = self.base(
+                input_ids=ids,
+                attention_mask=mask,
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=True,
+                output_hidden_states=below,
+            )
+        last = out.last_hidden_state
+        return last, out.hidden_states[-2] if below else last, out.past_key_values
+
+    def logits(self, hidden):
+        """The output head as the model's own forward applies it. `[..., D] -> [..., V]`, float32 or more."""
+        with self.autocast():
+            logits = self.head(hidden) * self.logit_scale
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        if self.softcap:
+            logits = torch.tanh(logits / self.softcap) * self.softcap
+        return logits
+
+    def _check_head(self):
+        """Refuse a model whose logits are not `self.logits`, or whose cache cannot be repeated K times."""
+        ids = torch.arange(3, device=self.device)[None]
+        with torch.no_grad():
+            hidden, _, cache = self.forward(ids, torch.ones_like(ids), ids) if self.head is not None else (None,) * 3
+            same = hidden is not None and torch.allclose(self.logits(hidden), self._own_logits(ids), rtol=1e-2, atol=1e-2)
+        name = type(self.model).__name__
+        if not same:
+            raise GraceError(f"{name}: its logits are not its output head over its last hidden state; not supported")
+        if not hasattr(cache, "layers") or not all(hasattr(x, "batch_repeat_interleave") for x in cache.layers):
+            raise GraceError(f"{name}: its cache cannot be repeated for K rollouts; use an attention-only model")
+
+    def _own_logits(self, ids):
+        with self.autocast():
+            logits = self.model(input_ids=ids).logits
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def _fitted(reading, config):
+    """The reading, with a prompt limit that leaves room for the rationale in the model's context; says so."""
+    context = getattr(config, "max_position_embeddings", None) or float("inf")
+    room = context - reading.max_new_tokens
+    if room < 1:
+        raise GraceError(f"max_new_tokens = {reading.max_new_tokens} fills the model's context of {context} tokens: lower it")
+    if reading.max_prompt_tokens > room:
+        warnings.warn(f"prompts are limited to {room} tokens: the model's context is {context}", stacklevel=3)
+        reading = dataclasses.replace(reading, max_prompt_tokens=room)
+    return reading
+
+
+def _end_ids(model, tokenizer):
+    """Every configured end token. Raises GraceError where there is none: no rationale could end."""
+    found = set()
+    for ids in (model.generation_config.eos_token_id, model.config.eos_token_id, tokenizer.eos_token_id):
+        found |= set(ids if isinstance(ids, (list, tuple)) else [ids])
+    found -= {None}
+    if not found:
+        raise GraceError("no end token in the tokenizer, config or generation config: set tokenizer.eos_token")
+    return sorted(found)
+
+
+def positions_of(mask):
+    return (mask.cumsum(1) - 1).clamp(min=0)

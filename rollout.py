@@ -1,0 +1,237 @@
+"""Rollouts: sampling rationales, and scoring given ones for the update (Eq. 9 to 12, 20).
+
+One idea carries this file: every token is read as few times as possible. A prompt is read once for
+its K rollouts, when sampling and again, with gradients, in the update. The sampler's decoding loop
+yields everything that a rollout is: its token ids, their log-probabilities at the temperature they
+were drawn at, and the pooled embedding of text and rationale. Ids are never turned into text and
+back, and the model is never run a second time to look at what it has just written.
+
+`generate()` does not feed the last sampled token, so that token has no hidden state there. Eq. 11
+counts it, so the loop here feeds every token it samples, the end token included.
+
+Shapes: N prompts, P prompt positions (left-padded), K rollouts a prompt, T new tokens
+(right-padded), D hidden size, V vocabulary.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+
+from policy import positions_of
+from pool import fold, length_mask, unit
+
+
+@dataclass
+class Rollouts:
+    """K rationales of each of N prompts, and what the decoding loop learned on the way."""
+
+    prompt_ids: torch.Tensor  # [N, P]
+    prompt_mask: torch.Tensor  # [N, P]
+    counted: torch.Tensor  # [N, P]
+    ids: torch.Tensor  # [N, K, T]
+    mask: torch.Tensor  # [N, K, T]
+    logprobs: torch.Tensor  # [N, K, T], 0 where masked
+    embeddings: torch.Tensor  # [N, K, D], unit length
+    finished: torch.Tensor  # [N, K], ended by an end token
+    cut: int = 0  # prompts over the limit
+
+    def __getitem__(self, groups):
+        """Some of the groups (a slice or indices), without the padding that none of them needs."""
+        part = {f.name: getattr(self, f.name)[groups] for f in dataclasses.fields(self) if f.name != "cut"}
+        P, T = int(part["prompt_mask"].sum(-1).max()), int(part["mask"].sum(-1).max())
+        for name in ("prompt_ids", "prompt_mask", "counted"):
+            part[name] = part[name][:, -P:]
+        for name in ("ids", "mask", "logprobs"):
+            part[name] = part[name][:, :, :T]
+        return Rollouts(**part)
+
+    def __len__(self):
+        return len(self.ids)
+
+
+# ---------------------------------------------------------------- sampling
+
+
+def draw(logits, temperature, generator=None):
+    """One token a row and its log-probability. `[N, V] -> [N], [N]`.
+
+    temperature 0 is greedy decoding, scored at temperature 1. No top-p and no top-k: what is
+    sampled from must be what is scored.
+    """
+    logprobs = torch.log_softmax(logits / (temperature or 1.0), -1)
+    if temperature == 0:
+        token = logits.argmax(-1)
+    else:
+        token = torch.multinomial(logprobs.exp(), 1, generator=generator)[:, 0]
+    return token, logprobs.gather(1, token[:, None])[:, 0]
+
+
+@torch.no_grad()
+def sample(policy, prompts, K=1, temperature=1.0, generator=None):
+    """K rationales of each prompt: one prefill a prompt, then one token at a time (Eq. 9 to 12).
+
+    A row that draws an end token is fed that token, pooled, and leaves the batch. A row still
+    writing after `max_new_tokens` stops there, with `finished` False.
+    """
+    N, P = prompts.ids.shape
+    T, how = policy.reading.max_new_tokens, policy.reading.pooling
+    device = prompts.ids.device
+    hidden, to_pool, cache = policy.forward(prompts.ids, prompts.mask, positions_of(prompts.mask))
+    state = fold(None, to_pool, prompts.counted, how).repeat_interleave(K, 0)  # [N*K, D]
+    cache.batch_repeat_interleave(K)
+    last = hidden[:, -1].repeat_interleave(K, 0)  # left padding: every prompt ends at -1
+    position = prompts.mask.sum(1).repeat_interleave(K)
+    mask = torch.cat([prompts.mask, prompts.mask.new_ones(N, T)], 1).repeat_interleave(K, 0)
+
+    ids = torch.zeros(N * K, T, dtype=torch.long, device=device)
+    logprobs = torch.zeros(N * K, T, device=device, dtype=state.dtype)
+    lengths = torch.zeros(N * K, dtype=torch.long, device=device)
+    finished = torch.zeros(N * K, dtype=torch.bool, device=device)
+    pooled = torch.empty_like(state)
+    rows = torch.arange(N * K, device=device)  # the rows still writing
+    for t in range(T):
+        token, logprob = draw(policy.logits(last), temperature, generator)
+        ids[rows, t], logprobs[rows, t], lengths[rows] = token, logprob, t + 1
+        hidden, to_pool, cache = policy.forward(token[:, None], mask[:, : P + t + 1], position[:, None] + t, cache)
+        state = fold(state, to_pool, torch.ones_like(token)[:, None], how)
+        last, pooled[rows] = hidden[:, -1], state
+        ended = torch.isin(token, policy.end_ids)
+        finished[rows] = ended
+        if ended.any():
+            stay = (~ended).nonzero()[:, 0]
+            if len(stay) == 0:
+                break
+            cache.batch_select_indices(stay)
+            rows, state, last, position, mask = (x[stay] for x in (rows, state, last, position, mask))
+    T = int(lengths.max())
+    shape = (N, K, T)
+    return Rollouts(
+        prompts.ids,
+        prompts.mask,
+        prompts.counted,
+        ids[:, :T].view(shape),
+        length_mask(lengths, T).long().view(shape),
+        logprobs[:, :T].view(shape),
+        unit(pooled).view(N, K, -1),
+        finished.view(N, K),
+        prompts.cut,
+    )
+
+
+# ---------------------------------------------------------------- scoring, with gradients
+
+
+def token_logprobs(policy, hidden, ids, temperature=1.0, chunk=1024):
+    """log pi(id | hidden) of n tokens. `[n, D], [n] -> [n]`.
+
+    The head is applied to `chunk` tokens at a time, and again in the backward pass, so no
+    `[n, V]` tensor is ever held: at V = 152,000, 4,096 tokens would take 2.5 GB a copy.
+    """
+
+    def one(hidden, ids):
+        logprobs = torch.log_softmax(policy.logits(hidden) / (temperature or 1.0), -1)
+        return logprobs.gather(1, ids[:, None])[:, 0]
+
+    if len(ids) == 0:
+        return hidden.new_zeros(0)
+    parts = zip(hidden.split(chunk), ids.split(chunk))
+    return torch.cat([checkpoint(one, h, i, use_reentrant=False) for h, i in parts])
+
+
+def score(policy, rollouts, temperature=1.0):
+    """Log-probabilities `[N, K, T]` and embeddings `[N, K, D]` of given rationales, with gradients.
+
+    The update's forward pass. As in `sample`, a prompt is read once and its cache repeated K times;
+    the gradients of the K copies add up in that one prefill.
+    """
+    N, K, T = rollouts.ids.shape
+    how = policy.reading.pooling
+    ids, mask = rollouts.ids.view(N * K, T), rollouts.mask.view(N * K, T)
+    hidden, to_pool, cache = policy.forward(rollouts.prompt_ids, rollouts.prompt_mask, positions_of(rollouts.prompt_mask))
+    state = fold(None, to_pool, rollouts.counted, how).repeat_interleave(K, 0)  # [N*K, D]
+    last = hidden[:, -1:].repeat_interleave(K, 0)
+    cache.batch_repeat_interleave(K)
+    positions = rollouts.prompt_mask.sum(1).repeat_interleave(K)[:, None] + torch.arange(T, device=ids.device)
+    full_mask = torch.cat([rollouts.prompt_mask.repeat_interleave(K, 0), mask], 1)
+    hidden, to_pool, _ = policy.forward(ids, full_mask, positions, cache)
+    embeddings = unit(fold(state, to_pool, mask, how))
+    before = torch.cat([last, hidden[:, :-1]], 1)  # token t is predicted by the state before it
+    keep = mask.bool()
+    found = token_logprobs(policy, before[keep], ids[keep], temperature)
+    logprobs = found.new_zeros(N * K, T).masked_scatter(keep, found)
+    return logprobs.view(N, K, T), embeddings.view(N, K, -1)
+
+
+# ---------------------------------------------------------------- texts in, vectors out
+
+
+def batches(texts, tokens_per_batch, policy, K=1):
+    """Indices of the texts, longest first, in batches whose K rollouts a text fit the token budget.
+
+    Length is counted in characters, an upper bound of a few times, so no text is tokenized twice.
+    """
+    order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
+    overhead = len(policy.prefix) // 4 + policy.reading.max_new_tokens
+    limit, part = policy.reading.max_prompt_tokens, []
+    for i in order:
+        longest = min(limit, len(texts[part[0] if part else i]) // 3) + overhead
+        if part and (len(part) + 1) * K * longest > tokens_per_batch:
+            yield part
+            part = []
+        part.append(i)
+    if part:
+        yield part
+
+
+def embed_prompts(policy, prompts):
+    """The embedding without a rationale: P(x) alone, pooled (the paper's Base). `-> [N, D]`."""
+    with torch.no_grad():
+        _, to_pool, _ = policy.forward(prompts.ids, prompts.mask, positions_of(prompts.mask))
+        return unit(fold(None, to_pool, prompts.counted, policy.reading.pooling))
+
+
+def encode(policy, texts, temperature=0.0, generator=None, rationale=True, tokens_per_batch=16384, progress=False):
+    """Texts to `(embeddings [n, D] float32 numpy, rationales list[str], texts cut, share finished)`.
+
+    Equal texts are read once. An empty text is allowed: its prompt still has tokens that count.
+    """
+    distinct = list(dict.fromkeys(texts))
+    vectors, written = [None] * len(distinct), [""] * len(distinct)
+    cut = finished = 0
+    bar = tqdm(total=len(distinct), unit="text", disable=not progress)
+    for part in batches(distinct, tokens_per_batch, policy):
+        x = policy.prompts([distinct[i] for i in part])
+        cut += x.cut
+        if rationale:
+            r = sample(policy, x, 1, temperature, generator)
+            found, finished = r.embeddings[:, 0], finished + int(r.finished.sum())
+            for i, ids, mask in zip(part, r.ids[:, 0], r.mask[:, 0]):
+                written[i] = policy.tokenizer.decode(ids[mask.bool()], skip_special_tokens=True).strip()
+        else:
+            found = embed_prompts(policy, x)
+        for i, vector in zip(part, found.float().cpu().numpy()):
+            vectors[i] = vector
+        bar.update(len(part))
+    where = {text: i for i, text in enumerate(distinct)}
+    index = [where[text] for text in texts]
+    return np.stack(vectors)[index], [written[i] for i in index], cut, finished / len(distinct)
+
+
+@torch.no_grad()
+def text_loss(policy, texts, tokens_per_batch=8192):
+    """How well the policy still models language: its loss, nats a token, on the texts' own tokens.
+
+    The texts stand where they stand in P(x). What training takes from the model shows here.
+    """
+    nats, count = 0.0, 0
+    for part in batches(texts, tokens_per_batch, policy):
+        x = policy.prompts([texts[i] for i in part])
+        hidden, _, _ = policy.forward(x.ids, x.mask, positions_of(x.mask))
+        keep = x.text[:, 1:].bool()
+        nats -= float(token_logprobs(policy, hidden[:, :-1][keep], x.ids[:, 1:][keep]).sum())
+        count += int(keep.sum())
+    return nats / count

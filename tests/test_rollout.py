@@ -1,0 +1,333 @@
+"""What the decoding loop captures, against a full forward pass without padding and without a cache."""
+
+import pytest
+import torch
+from conftest import ARCHITECTURES, SMALL, TEXTS, build
+
+import toy
+from data import GraceError
+from policy import Policy, Reading
+from pool import POOLS, unit
+from rollout import batches, draw, embed_prompts, encode, sample, score, text_loss, token_logprobs
+
+
+def by_full_forward(policy, rollouts, n, k, temperature=1.0):
+    """One rollout through the library's own model: no padding, no cache, no sharing. `[T'], [D]`."""
+    prompt = rollouts.prompt_ids[n][rollouts.prompt_mask[n].bool()]
+    written = rollouts.ids[n, k][rollouts.mask[n, k].bool()]
+    out = policy.model(input_ids=torch.cat([prompt, written])[None], output_hidden_states=True, use_cache=False)
+    logprobs = torch.log_softmax(out.logits[0, len(prompt) - 1 : -1] / temperature, -1)
+    counted = torch.cat([rollouts.counted[n][rollouts.prompt_mask[n].bool()], torch.ones_like(written)]).bool()
+    states = out.hidden_states[-2 if policy.reading.pooling == "penultimate" else -1][0][counted]
+    how = {"max": lambda h: h.max(0).values, "eos": lambda h: h[-1]}.get(policy.reading.pooling, lambda h: h.mean(0))
+    return logprobs.gather(1, written[:, None])[:, 0], unit(how(states))
+
+
+def rolled(policy, texts=TEXTS, K=3, temperature=1.0, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return sample(policy, policy.prompts(texts), K, temperature, generator)
+
+
+@pytest.mark.parametrize("architecture", SMALL)
+def test_captured_equals_full_forward(make_policy, architecture):
+    policy = make_policy(architecture)
+    rollouts = rolled(policy, temperature=0.7)
+    assert rollouts.prompt_mask.sum(1).unique().numel() > 1  # unequal lengths: padding is at work
+    assert rollouts.mask.sum(-1).unique().numel() > 1  # rows have left the batch at different steps
+    with torch.no_grad():
+        for n in range(len(TEXTS)):
+            for k in range(3):
+                logprobs, h = by_full_forward(policy, rollouts, n, k, 0.7)
+                found = rollouts.logprobs[n, k][rollouts.mask[n, k].bool()]
+                torch.testing.assert_close(found, logprobs, rtol=1e-5, atol=1e-5)
+                torch.testing.assert_close(rollouts.embeddings[n, k], h, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("pooling", POOLS)
+def test_every_pooling_is_captured(make_policy, pooling):
+    policy = make_policy(pooling=pooling)
+    rollouts = rolled(policy)
+    with torch.no_grad():
+        _, h = score(policy, rollouts)
+        for n in range(len(TEXTS)):
+            _, expected = by_full_forward(policy, rollouts, n, 1)
+            torch.testing.assert_close(rollouts.embeddings[n, 1], expected, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(h[n, 1], expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_score_and_its_gradient_equal_full_rows(make_policy, architecture):
+    """One prefill a prompt, its cache repeated: the same numbers and the same gradients as full rows."""
+    policy = make_policy(architecture, double=True)
+    rollouts = rolled(policy, K=2)
+    weight = torch.randn(2, 3, 2, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+    def gradient(value):
+        policy.model.zero_grad()
+        value.backward()
+        return torch.cat([p.grad.flatten() for p in policy.model.parameters()])
+
+    logprobs, h = score(policy, rollouts)
+    T, D = logprobs.shape[2], 16
+    shared = gradient((logprobs * weight[0, :, :, :T]).sum() + (h[..., :D] * weight[1]).sum())
+    total = 0
+    for n in range(3):
+        for k in range(2):
+            lp, e = by_full_forward(policy, rollouts, n, k)
+            torch.testing.assert_close(logprobs[n, k, : len(lp)], lp, rtol=1e-9, atol=1e-9)
+            total = total + (lp * weight[0, n, k, : len(lp)]).sum() + (e[:D] * weight[1, n, k]).sum()
+    full = gradient(total)
+    assert (shared - full).norm() < 1e-6 * full.norm()  # some architectures normalize in float32, whatever the weights
+
+
+def test_the_ratio_starts_at_one(make_policy):
+    policy = make_policy("Qwen2")
+    rollouts = rolled(policy, K=4, temperature=0.6)
+    with torch.no_grad():
+        logprobs, _ = score(policy, rollouts, temperature=0.6)
+        other, _ = score(policy, rollouts, temperature=1.0)
+    assert ((logprobs - rollouts.logprobs).exp() * rollouts.mask - rollouts.mask).abs().max() < 1e-5
+    assert (other - rollouts.logprobs).abs().max() > 0.01  # a temperature forgotten would be seen
+
+
+def test_embeddings_do_not_depend_on_the_company(make_policy):
+    """Greedy: alone, in a batch, in another order, repeated: the same embedding and rationale."""
+    policy = make_policy()
+    together, written, _, _ = encode(policy, TEXTS)
+    for i, text in enumerate(TEXTS):
+        alone, words, _, _ = encode(policy, [text])
+        torch.testing.assert_close(torch.tensor(alone[0]), torch.tensor(together[i]), rtol=1e-5, atol=1e-5)
+        assert words[0] == written[i]
+    order = [2, 0, 1, 0]
+    shuffled, _, _, _ = encode(policy, [TEXTS[i] for i in order], tokens_per_batch=1)
+    torch.testing.assert_close(torch.tensor(shuffled), torch.tensor(together[order]), rtol=1e-5, atol=1e-5)
+
+
+def test_selecting_groups_drops_padding_and_changes_nothing(make_policy):
+    policy = make_policy()
+    rollouts = rolled(policy)
+    part = rollouts[torch.tensor([1])]  # the shortest text
+    assert part.prompt_ids.shape[1] == int(rollouts.prompt_mask[1].sum()) < rollouts.prompt_ids.shape[1]
+    with torch.no_grad():
+        whole, h = score(policy, rollouts)
+        logprobs, e = score(policy, part)
+    torch.testing.assert_close(logprobs[0], whole[1, :, : logprobs.shape[2]], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(e[0], h[1], rtol=1e-5, atol=1e-5)
+
+
+def test_rows_end_at_any_configured_end_token(make_policy):
+    policy = make_policy(max_new_tokens=6)
+    assert len(policy.end_ids) > 20
+    rollouts = rolled(policy, K=8)
+    assert rollouts.finished.any() and not rollouts.finished.all()
+    for ids, mask, finished in zip(rollouts.ids.flatten(0, 1), rollouts.mask.flatten(0, 1), rollouts.finished.flatten()):
+        ends = torch.isin(ids[mask.bool()], policy.end_ids)
+        assert not ends[:-1].any() and bool(ends[-1]) == bool(finished)  # the end token is kept, and is last
+        assert finished or int(mask.sum()) == 6
+
+
+def test_sampling_follows_the_softmax():
+    logits = torch.tensor([[1.0, 0.0, -1.0, 2.0]])
+    generator = torch.Generator().manual_seed(0)
+    token, logprob = draw(logits.expand(20_000, 4), 0.5, generator)
+    expected = torch.softmax(logits[0] / 0.5, -1)
+    assert (torch.bincount(token) / 20_000 - expected).abs().max() < 0.01
+    torch.testing.assert_close(logprob, expected.log()[token])
+    token, logprob = draw(logits, 0.0)
+    assert token.item() == 3 and logprob.item() == pytest.approx(float(torch.log_softmax(logits[0], -1)[3]))
+
+
+def test_seeds_repeat_and_differ(make_policy):
+    policy = make_policy()
+    assert torch.equal(rolled(policy, seed=3).ids, rolled(policy, seed=3).ids)
+    assert not torch.equal(rolled(policy, seed=3).ids, rolled(policy, seed=4).ids)
+
+
+def test_chunked_logprobs_equal_the_whole_with_gradient(make_policy):
+    policy = make_policy("Gemma2", double=True)  # soft-capped logits
+    hidden = torch.randn(11, 32, dtype=torch.float64, requires_grad=True)
+    ids = torch.randint(0, 100, (11,))
+    whole = torch.log_softmax(policy.logits(hidden), -1).gather(1, ids[:, None])[:, 0]
+    chunked = token_logprobs(policy, hidden, ids, chunk=4)
+    torch.testing.assert_close(chunked, whole)
+    one, two = (torch.autograd.grad(x.square().sum(), hidden)[0] for x in (whole, chunked))
+    torch.testing.assert_close(one, two)
+
+
+def test_text_loss_is_the_mean_over_text_tokens(make_policy):
+    policy = make_policy()
+    nats, count = 0.0, 0
+    for text in TEXTS:
+        x = policy.prompts([text])
+        logprobs = torch.log_softmax(policy.model(input_ids=x.ids).logits, -1)[0]
+        for at in x.text[0].nonzero()[:, 0].tolist():
+            nats -= logprobs[at - 1, x.ids[0, at]].item()
+            count += 1
+    assert count == sum(len(t.split()) for t in TEXTS)
+    assert text_loss(policy, TEXTS) == pytest.approx(nats / count, rel=1e-5)
+
+
+def test_batches_cover_all_texts_once_within_the_budget(make_policy):
+    policy = make_policy()
+    many = [TEXTS[i % 3] + " x" * i for i in range(40)]
+    parts = list(batches(many, 300, policy))
+    assert sorted(i for part in parts for i in part) == list(range(40)) and len(parts) > 3
+
+
+def test_an_empty_text_has_an_embedding(make_policy):
+    vectors, _, _, _ = encode(make_policy(), ["", TEXTS[0]])
+    assert abs((vectors**2).sum(1) - 1).max() < 1e-5
+
+
+# ---------------------------------------------------------------- P(x)
+
+
+def decoded(policy, prompts, mask):
+    return [policy.tokenizer.decode(ids[m.bool()]) for ids, m in zip(prompts.ids, mask)]
+
+
+def test_what_counts_starts_with_the_text(make_policy):
+    policy = make_policy()
+    x = policy.prompts(TEXTS)
+    assert decoded(policy, x, x.mask - x.counted) == [f"<system> {toy.INSTRUCTION} <user>"] * 3
+    assert decoded(policy, x, x.text) == TEXTS
+    assert decoded(policy, x, x.counted) == [f"{text} <assistant>" for text in TEXTS]
+    assert (x.mask.diff(dim=1) >= 0).all()  # left-padded
+
+
+BYTES = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content | trim }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def byte_tokenizer():
+    """A byte-level tokenizer with merges that straddle the boundary between template and text."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    symbols = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {s: i for i, s in enumerate([*symbols, "ĊĊ", "th", "the"])}
+    core = Tokenizer(models.BPE(vocab=vocab, merges=[("Ċ", "Ċ"), ("t", "h"), ("th", "e")]))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    core.decoder = decoders.ByteLevel()
+    core.add_special_tokens([AddedToken("<|im_start|>", special=True), AddedToken("<|im_end|>", special=True)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|im_end|>", pad_token="<|im_end|>")
+    tokenizer.chat_template = BYTES
+    return tokenizer
+
+
+def byte_policy(tokenizer, template=BYTES, **reading):
+    reading = {"instruction": "Say what it means.", "max_prompt_tokens": 100, "max_new_tokens": 4, **reading}
+    tokenizer.chat_template = template
+    return Policy(build("Qwen2", len(tokenizer), eos_token_id=None), tokenizer, Reading(**reading))
+
+
+def test_byte_level_prompt_equals_the_library_and_counts_exactly(byte_tokenizer):
+    policy = byte_policy(byte_tokenizer)
+    for text in ("the cat", "naïve — 猫", "ends in <|im_end|> itself", ""):
+        x = policy.prompts([text])
+        messages = [{"role": "system", "content": "Say what it means."}, {"role": "user", "content": text}]
+        expected = byte_tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        assert x.ids[0].tolist() == expected
+        assert decoded(policy, x, x.mask - x.counted)[0].endswith("<|im_start|>user\n")
+        assert decoded(policy, x, x.counted)[0] == f"{text}<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_pad_equal_to_end_token_changes_nothing(byte_tokenizer):
+    """Masks come from lengths: an end token inside the prompt and at the rationale's end still counts."""
+    policy = byte_policy(byte_tokenizer)
+    rollouts = rolled(policy, ["the cat sat", "a"])
+    end = byte_tokenizer.eos_token_id
+    assert int((rollouts.prompt_ids[0][rollouts.counted[0].bool()] == end).sum()) == 1
+    with torch.no_grad():
+        for n in range(2):
+            _, h = by_full_forward(policy, rollouts, n, 0)
+            torch.testing.assert_close(rollouts.embeddings[n, 0], h, rtol=1e-5, atol=1e-5)
+
+
+def test_long_text_is_cut_on_the_right_and_counted(byte_tokenizer):
+    policy = byte_policy(byte_tokenizer, max_prompt_tokens=70)
+    x = policy.prompts(["b" * 200, "the cat"])
+    assert x.cut == 1 and x.ids.shape[1] == 70
+    cut = decoded(policy, x, x.counted)[0]
+    assert cut.endswith("<|im_end|>\n<|im_start|>assistant\n") and set(cut.split("<|im_end|>")[0]) == {"b"}
+
+
+def test_limit_below_the_template_is_an_error(byte_tokenizer):
+    with pytest.raises(GraceError, match="leaves no room for a text"):
+        byte_policy(byte_tokenizer, max_prompt_tokens=20).prompts(["the cat sat on the mat"])
+
+
+def test_template_without_a_system_role(byte_tokenizer):
+    template = (
+        "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+        "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}<|im_start|>model\n"
+    )
+    policy = byte_policy(byte_tokenizer, template)
+    x = policy.prompts(["the cat"])
+    assert decoded(policy, x, x.mask - x.counted)[0] == "<|im_start|>user\nSay what it means.\n\n"
+    assert decoded(policy, x, x.text)[0] == "the cat"
+
+
+def test_no_template_at_all(byte_tokenizer):
+    policy = byte_policy(byte_tokenizer, None)
+    x = policy.prompts(["the cat"])
+    assert decoded(policy, x, x.mask)[0] == "Say what it means.\n\nText: the cat\n\nRationale:"
+    assert decoded(policy, x, x.text)[0] == "the cat"
+
+
+def test_template_that_drops_the_instruction_is_an_error(byte_tokenizer):
+    template = "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}"
+    with pytest.raises(GraceError, match="system prefix"):
+        byte_policy(byte_tokenizer, template)
+
+
+def test_no_end_token_is_an_error(byte_tokenizer, monkeypatch):
+    monkeypatch.setattr(byte_tokenizer, "_special_tokens_map", {**byte_tokenizer._special_tokens_map, "eos_token": None})
+    with pytest.raises(GraceError, match="no end token"):
+        byte_policy(byte_tokenizer)
+
+
+def test_rationale_as_long_as_the_context_is_an_error(tokenizer):
+    with pytest.raises(GraceError, match="fills the model's context"):
+        Policy(build("GPT2", len(tokenizer)), tokenizer, Reading(toy.INSTRUCTION, max_new_tokens=128))
+
+
+def test_prompt_limit_gives_way_to_the_context(tokenizer):
+    with pytest.warns(UserWarning, match="limited to 120 tokens"):
+        policy = Policy(build("GPT2", len(tokenizer)), tokenizer, Reading(toy.INSTRUCTION, max_new_tokens=8))
+    assert policy.reading.max_prompt_tokens == 120
+
+
+def test_a_model_that_does_more_than_its_head_is_refused(tokenizer):
+    model = build("Llama", len(tokenizer))
+    forward = model.forward
+
+    def bent(*args, **kwargs):
+        out = forward(*args, **kwargs)
+        out.logits = out.logits * 1.5 + 1
+        return out
+
+    model.forward = bent
+    with pytest.raises(GraceError, match="not its output head"):
+        Policy(model, tokenizer, Reading(toy.INSTRUCTION, 64, 4))
+
+
+def test_saved_and_opened_again_it_reads_the_same(make_policy, tmp_path):
+    policy = make_policy(pooling="max")
+    policy.save(tmp_path)
+    again = Policy.load(str(tmp_path))
+    assert again.reading == policy.reading
+    assert (encode(again, TEXTS)[0] == encode(policy, TEXTS)[0]).all()
+    assert Policy.load(str(tmp_path), max_new_tokens=3).reading.max_new_tokens == 3
+
+
+def test_without_rationale_it_is_the_prompt_pooled(make_policy):
+    policy = make_policy()
+    x = policy.prompts(TEXTS[:1])
+    with torch.no_grad():
+        states = policy.model.base_model(input_ids=x.ids).last_hidden_state[0][x.counted[0].bool()]
+    torch.testing.assert_close(embed_prompts(policy, x)[0], unit(states.mean(0)), rtol=1e-5, atol=1e-5)
+    assert encode(policy, TEXTS[:1], rationale=False)[1] == [""]
