@@ -1,0 +1,238 @@
+"""The embedded default: a synthetic world, a tokenizer, and a tiny language model that can be taught.
+
+    python toy.py --out runs/toy            # about a minute on two cores
+
+writes `runs/toy/model` (an ordinary checkpoint folder) and `runs/toy/data` (ordinary jsonl files).
+Nothing else in this repository knows that the toy exists.
+
+World. An event has six slots, a slot one of eight concepts, a concept three synonyms: "the angry
+physician purchased the lantern ..." and "... the furious doctor bought the lamp" are the same
+event. A query and its positive tell one event in different sentence forms and mostly different
+words; the hard negative changes one slot and copies all its other words, so whoever compares words
+prefers it.
+
+Model. A Llama-architecture network of about 0.35 M parameters, warmed up as a language model on
+chats in which the answer names the event's slots, one word each, in a fixed order. First the
+answers are complete; then they are noisy: a slot named with probability 0.5, wrong with 0.2, any
+synonym at random, and 15 % empty talk. So the policy that GRACE starts from writes poor and varied
+rationales, and has learned enough to do better.
+"""
+
+import argparse
+import json
+import os
+import random
+import time
+
+import torch
+import torch.nn.functional as F
+
+WORLD = {  # slot: eight concepts of three synonyms
+    "attribute": "old elderly aged|young youthful juvenile|tall lanky towering|rich wealthy affluent|"
+    "happy cheerful merry|angry furious irate|quiet silent hushed|clever smart bright",
+    "agent": "doctor physician medic|child kid youngster|thief robber burglar|teacher instructor tutor|"
+    "soldier trooper warrior|farmer grower rancher|sailor seaman mariner|singer vocalist crooner",
+    "act": "bought purchased acquired|sold traded vended|wrecked smashed shattered|mended repaired fixed|"
+    "buried concealed stashed|found discovered located|painted coloured decorated|carried hauled lugged",
+    "object": "car automobile vehicle|boat ship vessel|coat jacket parka|lamp lantern torch|"
+    "knife blade dagger|bicycle bike cycle|sofa couch settee|picture portrait canvas",
+    "place": "forest woods woodland|street road avenue|shop store boutique|church chapel cathedral|"
+    "beach shore coast|prison jail dungeon|school academy college|inn hotel hostel",
+    "time": "morning daybreak sunrise|noon midday lunchtime|afternoon teatime siesta|evening dusk sunset|"
+    "night midnight nighttime|winter wintertime snowtime|summer summertime midsummer|autumn fall harvest",
+}
+FORMS = (
+    "the {attribute} {agent} {act} the {object} near the {place} around {time} .",
+    "around {time} , near the {place} , the {attribute} {agent} {act} the {object} .",
+    "it was near the {place} that the {attribute} {agent} {act} the {object} around {time} .",
+    "around {time} the {object} was {act} by the {attribute} {agent} near the {place} .",
+    "somebody {act} the {object} near the {place} around {time} : the {attribute} {agent} .",
+    "near the {place} the {agent} , who was {attribute} , {act} the {object} around {time} .",
+)
+EMPTY_TALK = ("something happened somewhere", "it was the usual", "somebody was there")
+INSTRUCTION = "name what happened"
+TEMPLATE = (  # ChatML in small: one special token opens each message
+    "{% for m in messages %}{{ '<' + m.role + '> ' + m.content + ' ' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
+)
+SPECIAL = ("<pad>", "<unk>", "<system>", "<user>", "<assistant>", "<end>")
+SLOTS = {slot: [c.split() for c in concepts.split("|")] for slot, concepts in WORLD.items()}
+CONCEPT = {w: (slot, i) for slot, concepts in SLOTS.items() for i, words in enumerate(concepts) for w in words}
+
+
+# ---------------------------------------------------------------- the world
+
+
+def tell(event, rng, form=None, avoid=()):
+    """An event as a sentence. Words in `avoid` are passed over with probability 0.7. `-> (text, words)`."""
+    words = {}
+    for slot, concept in event.items():
+        fresh = [w for w in SLOTS[slot][concept] if w not in avoid]
+        words[slot] = rng.choice(fresh if rng.random() < 0.7 else SLOTS[slot][concept])
+    return (form or rng.choice(FORMS)).format(**words), words
+
+
+def changed(event, slot, rng):
+    """The event with another concept in one slot."""
+    return {**event, slot: rng.choice([c for c in range(8) if c != event[slot]])}
+
+
+def triplet(event, rng):
+    """A query, its positive, and a negative that copies the query's words but for one slot."""
+    form, other = rng.sample(FORMS, 2)
+    query, words = tell(event, rng, form)
+    positive, _ = tell(event, rng, other, avoid=set(words.values()))
+    slot = rng.choice(list(SLOTS))
+    wrong = rng.choice(SLOTS[slot][changed(event, slot, rng)[slot]])
+    negative = rng.choice([f for f in FORMS if f != form]).format(**{**words, slot: wrong})
+    return {"query": query, "positive": positive, "negative": negative}
+
+
+def graded_pair(event, rng):
+    """Two sentences that agree in 0 to 6 slots; the score is how many."""
+    differ, other = rng.sample(list(SLOTS), rng.randint(0, 6)), dict(event)
+    for slot in differ:
+        other = changed(other, slot, rng)
+    one, two = tell(event, rng), tell(other, rng)
+    return {"sentence1": one[0], "sentence2": two[0], "score": float(6 - len(differ))}
+
+
+def rationale(event, rng, keep=1.0, wrong=0.0):
+    """The slots of an event, one word each, in order; a slot may be left out or wrong."""
+    words = []
+    for slot, concept in event.items():
+        luck = rng.random()
+        if luck < keep:
+            words.append(rng.choice(SLOTS[slot][concept]))
+        elif luck < keep + wrong:
+            words.append(rng.choice(SLOTS[slot][changed(event, slot, rng)[slot]]))
+    return " ".join(words)
+
+
+def named(written, text):
+    """How much of a text its rationale names: `(recall over the six slots, precision of what is named)`."""
+    told = {CONCEPT[w] for w in text.split() if w in CONCEPT}
+    claims = {CONCEPT[w] for w in written.split() if w in CONCEPT}
+    return len(told & claims) / len(told), len(told & claims) / max(len(claims), 1)
+
+
+# ---------------------------------------------------------------- tokenizer, network, warm start
+
+
+def build_tokenizer():
+    """A word-level tokenizer over the world's words, with a chat template and an end token."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    plain = " ".join((*FORMS, *EMPTY_TALK, INSTRUCTION)).split()
+    words = dict.fromkeys([*SPECIAL, *sorted({w for w in plain if "{" not in w} | set(CONCEPT))])
+    core = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        unk_token="<unk>",
+        pad_token="<pad>",
+        eos_token="<end>",
+        additional_special_tokens=["<system>", "<user>", "<assistant>"],
+    )
+    tokenizer.chat_template = TEMPLATE
+    return tokenizer
+
+
+def build_model(tokenizer, seed):
+    """A random Llama-architecture network. The initial scale D**-0.5 is what lets it learn to copy."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    D = 96
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=D,
+            intermediate_size=256,
+            num_hidden_layers=3,
+            num_attention_heads=8,
+            num_key_value_heads=8,
+            max_position_embeddings=256,
+            initializer_range=D**-0.5,
+            tie_word_embeddings=True,
+            eos_token_id=tokenizer.eos_token_id,
+            bos_token_id=None,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+
+
+def warm_up(model, tokenizer, draw_event, rng, steps=600, B=96, lr=3e-3):
+    """Language modelling on chats: complete rationales for the first half of the steps, then noisy ones."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=0.01)
+    for step in range(steps):
+        chats = []
+        for _ in range(B):
+            event = draw_event()
+            if step < steps // 2:
+                answer = rationale(event, rng)
+            elif rng.random() < 0.15:
+                answer = rng.choice(EMPTY_TALK)
+            else:
+                answer = rationale(event, rng, keep=0.5, wrong=0.2)
+            chats.append(f"<system> {INSTRUCTION} <user> {tell(event, rng)[0]} <assistant> {answer} <end>")
+        batch = tokenizer(chats, padding=True, padding_side="right", return_tensors="pt", add_special_tokens=False)
+        labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+        for group in optimizer.param_groups:
+            group["lr"] = lr * min(1, (step + 1) / 20) * (1 - step / steps)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        if step % 50 == 0 or step == steps - 1:
+            print(f"warm-up step {step:4d}  loss {loss.item():.3f}", flush=True)
+    return model
+
+
+def build(out, seed=0, train=4096, heldout=256, steps=600):
+    """Write the world's data and the warmed-up model under `out`. The same seed gives the same files."""
+    rng = random.Random(seed)
+    # One event in eight is held out, by its slots alone, so train and held-out never share one.
+    reserved = lambda event: sum(c * 3**i for i, c in enumerate(event.values())) % 8 == 0  # noqa: E731
+
+    def draw_event(held=False):
+        while True:  # one draw in eight is held out: a miss a hundred times over is a bug, not bad luck
+            event = {slot: rng.randrange(8) for slot in SLOTS}
+            if reserved(event) == held:
+                return event
+
+    files = {
+        "train": [triplet(draw_event(), rng) for _ in range(train)],
+        "texts": [{"text": tell(draw_event(), rng)[0]} for _ in range(train)],
+        "heldout": [triplet(draw_event(True), rng) for _ in range(heldout)],
+        "graded": [graded_pair(draw_event(True), rng) for _ in range(2 * heldout)],
+    }
+    os.makedirs(os.path.join(out, "data"), exist_ok=True)
+    for name, rows in files.items():
+        with open(os.path.join(out, "data", f"{name}.jsonl"), "w") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+    tokenizer = build_tokenizer()
+    model = warm_up(build_model(tokenizer, seed), tokenizer, draw_event, rng, steps)
+    folder = os.path.join(out, "model")
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    with open(os.path.join(folder, "grace_config.json"), "w") as file:
+        json.dump({"instruction": INSTRUCTION, "max_prompt_tokens": 64, "max_new_tokens": 20}, file, indent=2)
+    return folder
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", default="runs/toy", help="folder to write model/ and data/ into")
+    parser.add_argument("--seed", type=int, default=0, help="of the world's data and of the warm start")
+    parser.add_argument("--steps", type=int, default=600, help="warm-up steps (fewer: a worse start, for tests)")
+    args = parser.parse_args()
+    start = time.time()
+    print(f"wrote {build(args.out, args.seed, steps=args.steps)} in {time.time() - start:.0f} s")
+
+
+if __name__ == "__main__":
+    main()
