@@ -1,0 +1,132 @@
+"""Every setting of a run: one typed dataclass, two recipes, and the command line made from them.
+
+A recipe only sets defaults. `paper` is the paper to the letter; `full`, the default, repairs what
+cannot teach there (grace.py lists the departures). Each choice is a setting of its own, so any step
+between the two can be run.
+"""
+
+import argparse
+import dataclasses
+from dataclasses import dataclass
+from dataclasses import field as dataclass_field
+
+import torch
+
+from data import GraceError
+from pool import POOLS
+
+RECIPES = {  # a recipe only sets defaults: any of them can be given on the command line
+    "paper": dict(
+        reward="paper", train_roles="positive", pathwise=0.0, kl=0.0, tau=0.1,
+        lambda_consistency=0.2, lambda_hard=0.2, relative_length_penalty=False, anchor_temperature=0.5,
+    ),
+    "full": dict(
+        reward="infonce", train_roles="query,positive", pathwise=0.1, kl=0.02, tau=1.0,
+        lambda_consistency=0.2, lambda_hard=0.2, relative_length_penalty=True, anchor_temperature=1.0,
+    ),
+}  # fmt: skip
+
+
+def setting(default, help, choices=None):
+    return dataclass_field(default=default, metadata={"help": help, "choices": choices})
+
+
+@dataclass
+class Config:
+    """Every setting of a run. Impossible combinations fail here, before anything is loaded."""
+
+    model: str = setting(None, "checkpoint folder or hub id to start from")
+    data: str = setting(None, "training rows: jsonl, csv, parquet or txt file, folder, or hub id")
+    out: str = setting(None, "folder for the checkpoint, metrics.jsonl, summary.json, rationales.md")
+    mode: str = setting("supervised", "triplets, or plain texts", ("supervised", "unsupervised"))
+    recipe: str = setting("full", "defaults for the settings marked (recipe)", tuple(RECIPES))
+    # What is rewarded
+    reward: str = setting(None, "(recipe) Eq. 13 and 15, or InfoNCE", ("paper", "infonce"))
+    train_roles: str = setting(None, "(recipe) which of query,positive,negative get K rollouts and learn")
+    lambda_consistency: float = setting(None, "(recipe) weight of the consistency component, Eq. 16")
+    lambda_hard: float = setting(None, "(recipe) weight of the hard component, Eq. 16")
+    tau: float = setting(None, "(recipe) rewards are divided by this, Eq. 17")
+    infonce_temperature: float = setting(0.05, "softmax temperature of the InfoNCE reward")
+    gamma: float = setting(1.0, "length penalty of a rollout without an end token, Eq. 28")
+    relative_length_penalty: bool = setting(None, "(recipe) subtract gamma instead of replacing the reward")
+    negatives: int = setting(None, "hard negatives a row, M (default: as many as every row has)")
+    # What is learned from it
+    pathwise: float = setting(None, "(recipe) weight c of the pathwise term; 0: Eq. 19 alone")
+    kl: float = setting(None, "(recipe) weight of the KL term to the starting policy")
+    normalize: bool = setting(False, "divide advantages by the group's standard deviation, Eq. 7")
+    length_normalize: bool = setting(True, "mean over a rationale's tokens (Eq. 8) instead of their sum (Eq. 19)")
+    clip_eps: float = setting(0.2, "the probability ratio is clipped to 1 +- this, Eq. 8")
+    minibatches: int = setting(1, "optimizer steps over one batch of rollouts (the released code: 4)")
+    epochs: int = setting(1, "passes over one batch of rollouts")
+    lr: float = setting(1e-6, "learning rate of AdamW")
+    lr_decay: bool = setting(False, "let the learning rate fall linearly to 0")
+    weight_decay: float = setting(0.01, "weight decay of AdamW")
+    max_grad_norm: float = setting(1.0, "the gradient is clipped to this norm")
+    # How much of it
+    batch: int = setting(64, "instances a step, B")
+    rollouts: int = setting(8, "rollouts a prompt, K")
+    steps: int = setting(1000, "training steps")
+    temperature: float = setting(1.0, "rollouts are sampled, and scored, at this temperature")
+    anchor_temperature: float = setting(None, "(recipe) temperature of the roles that are not trained")
+    seed: int = setting(0, "of the data order and of all sampling")
+    # How a text is read (default: as the checkpoint says in grace_config.json)
+    instruction: str = setting(None, "the system message")
+    max_prompt_tokens: int = setting(None, "longer texts lose their end")
+    max_new_tokens: int = setting(None, "the longest rationale, T")
+    pooling: str = setting(None, "what becomes the embedding, Sec. 5.4", POOLS)
+    # Evaluation and the machine
+    heldout: str = setting(None, "triplets to evaluate on (default: 1 row in 10 of the data, at most 256)")
+    graded: str = setting(None, "sentence pairs with scores, for a Spearman correlation")
+    eval_every: int = setting(50, "evaluate, and add to rationales.md, every so many steps; 0: only before and after")
+    save_every: int = setting(0, "write a checkpoint to resume from every so many steps; 0: only the final model")
+    resume: bool = setting(False, "go on from the newest checkpoint under --out")
+    tokens_per_batch: int = setting(16384, "token budget of a micro-batch; lower it when memory is short")
+    dtype: str = setting("float32", "compute type (weights are always float32)", ("float32", "bfloat16"))
+    device: str = setting(None, "default: cuda where there is one, else cpu")
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            choices, value = field.metadata["choices"], getattr(self, field.name)
+            if choices and value is not None and value not in choices:
+                raise GraceError(f"--{field.name} {value}: choose one of {', '.join(choices)}")
+        for name, value in RECIPES[self.recipe].items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
+        self.device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        for name in ("batch", "rollouts", "steps", "minibatches", "epochs", "tokens_per_batch"):
+            if getattr(self, name) < 1:
+                raise GraceError(f"--{name} must be at least 1")
+        for name in ("tau", "infonce_temperature", "temperature", "lr", "clip_eps", "max_grad_norm"):
+            if not getattr(self, name) > 0:
+                raise GraceError(f"--{name} must be above 0")
+        if self.mode == "supervised" and not (self.roles and set(self.roles) <= {"query", "positive", "negative"}):
+            raise GraceError(f"--train-roles {self.train_roles!r}: give one or more of query,positive,negative")
+        if self.rollouts == 1:
+            raise GraceError("--rollouts 1: a group of one has no advantage and no consistency (Eq. 14, 18); use 2 or more")
+        if self.reward == "paper" and self.mode == "supervised" and self.roles != ["positive"]:
+            raise GraceError("--reward paper is defined for the positive's rollouts (Eq. 13); use --train-roles positive")
+        if self.reward == "infonce" and self.batch == 1:
+            raise GraceError("--batch 1: InfoNCE tells an instance from others of its batch; use 2 or more")
+        if self.minibatches > self.batch * len(self.roles):
+            raise GraceError(f"--minibatches {self.minibatches}: a batch has only {self.batch * len(self.roles)} groups")
+        if self.dtype == "bfloat16" and not self.device.startswith("cuda"):
+            raise GraceError("--dtype bfloat16 is a compute type for CUDA; use float32 here")
+
+    @property
+    def roles(self):
+        """The roles that are rolled out K times and trained."""
+        return ["text"] if self.mode == "unsupervised" else [r.strip() for r in self.train_roles.split(",") if r.strip()]
+
+
+def parse(arguments, description):
+    """Command-line arguments to a Config: one flag a field."""
+    parser = argparse.ArgumentParser("grace.py", description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for field in dataclasses.fields(Config):
+        default = "" if field.default is None else f" [{field.default}]"
+        options = {"help": field.metadata["help"] + default, "default": field.default}
+        if field.type is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        else:
+            options |= {"type": field.type, "choices": field.metadata["choices"]}
+        parser.add_argument("--" + field.name.replace("_", "-"), **options)
+    return Config(**vars(parser.parse_args(arguments)))

@@ -1,0 +1,417 @@
+"""GRACE: a language model taught by reward to write rationales that make good embeddings.
+
+For each text x the policy writes a rationale r ~ pi(. | P(x)); the mean of its hidden states over
+text and rationale is the embedding h. How well the embeddings of a batch tell right pairs from
+wrong ones is not a loss but the *reward* of the rationales, and a clipped GRPO update teaches the
+policy. One training step is Algorithm 1, in five numbered phases: see `Trainer.step`.
+
+    python grace.py --model DIR_OR_HUB_ID --data FILE_OR_HUB_ID --out DIR      train
+    python grace.py explain --model DIR_OR_HUB_ID "text a" "text b"            read two rationales
+
+Both halves of the gradient. The objective is the expected reward of what the policy writes,
+
+    J(theta) = E[R_theta(y)],  y ~ pi_theta,
+
+and theta stands in it twice: y is drawn from the policy, and R is computed from the policy's own
+hidden states. So, for any one text, writing the expectation as a sum over rationales,
+
+    grad J = sum_y grad(pi_theta(y)) R_theta(y)   +  sum_y pi_theta(y) grad(R_theta(y))
+           = E[R_theta(y) grad log pi_theta(y)]   +  E[grad R_theta(y)]
+             the score-function term: GRPO           the pathwise term
+
+(Schulman et al. 2015, stochastic computation graphs). Eq. 19 keeps the first alone. The second is
+nearly free: take g = dR/dh at the embeddings the sampler captured, a graph over [B, K, D] that
+never touches the network, and add -c * sum(g . h(theta)) to the loss. The update's forward pass
+computes h(theta) anyway, and since g is fixed the term splits over micro-batches exactly (as in
+GradCache, Gao et al. 2021). `--pathwise c` weighs it; 0 is the paper. With log-probabilities
+summed over tokens (`--length-normalize` off) c = (K-1)/K is the exact direction, because a mean
+that includes the rollout itself shrinks the first term by that factor; other values weigh the terms.
+
+Where this departs from the paper, each a setting, all undone by `--recipe paper`:
+
+1. The reward is InfoNCE instead of Eq. 13 and 15, which cancel in the advantage (reward.py).
+2. The pathwise term.
+3. Queries are rolled out and trained like positives; in Eq. 12 they are fixed anchors.
+4. A light KL term (k3) holds the policy to where it started.
+5. The length penalty is relative (reward.py).
+
+Shapes: B instances, K rollouts a group, M hard negatives, N groups (B a trained role), T tokens,
+D hidden size.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+import time
+
+import datasets
+import numpy as np
+import torch
+import transformers
+from tqdm import tqdm
+
+import reward as rewards
+from checkpoint import checkpoints, restore, save_checkpoint, write_atomically
+from config import parse
+from data import GraceError, load_rows
+from eval_mteb_subset import evaluate_triplets
+from policy import Policy
+from rollout import encode, sample, score, text_loss
+
+# ---------------------------------------------------------------- advantage and objective
+
+
+def advantages(rewards, normalize=False):
+    """Eq. 18: the reward less the group's mean. `[N, K] -> [N, K]`, each row summing to 0.
+
+    normalize: also divided by the group's standard deviation (Eq. 7). Where rewards are cosines that
+    blows a spread of 5e-4, mostly noise, up to advantages of about 1, so it is off by default.
+    """
+    centred = rewards - rewards.mean(1, keepdim=True)
+    if normalize:
+        centred = centred / (centred.pow(2).mean(1, keepdim=True).sqrt() + 1e-6)
+    return centred
+
+
+def clipped_objective(logprobs, old_logprobs, advantage, mask, clip_eps, length_normalize=True):
+    """Eq. 8, to be maximised. `[N, K, T], [N, K, T], [N, K], [N, K, T] -> [N, K]`.
+
+    With one update a batch the ratio is 1 everywhere, nothing is clipped, and the gradient is
+    Eq. 19's. From the second update on, `min` takes a token out of the gradient once its ratio has
+    moved past 1 +- eps in the direction the advantage wants; a move the other way is never clipped.
+    """
+    ratio = (logprobs - old_logprobs).exp()
+    A = advantage[..., None]
+    token = torch.minimum(ratio * A, ratio.clamp(1 - clip_eps, 1 + clip_eps) * A) * mask
+    return token.sum(-1) / (mask.sum(-1) if length_normalize else 1)
+
+
+def kl_k3(logprobs, reference, mask):
+    """KL(policy || reference), Schulman's k3 estimator, mean over tokens. `[N, K, T] x 3 -> [N, K]`."""
+    log_ratio = reference - logprobs
+    return ((log_ratio.exp() - 1 - log_ratio) * mask).sum(-1) / mask.sum(-1)
+
+
+def effective_rank(embeddings):
+    """exp of the entropy of the normalized singular values (Roy & Vetterli 2007). `[n, D] -> scalar`."""
+    p = torch.linalg.svdvals(embeddings)
+    p = p / p.sum()
+    return torch.exp(-(p * p.clamp(min=1e-12).log()).sum())
+
+
+# ---------------------------------------------------------------- Algorithm 1
+
+
+def batch_roles(rows, anchored=False):
+    """A batch of rows as texts by role, and which instances share a text. `-> {role: list}, [B, B] bool`.
+
+    anchored: an unsupervised text also plays the anchor (Eq. 20).
+    """
+    if "text" in rows[0]:
+        texts = {"text": [r["text"] for r in rows]}
+        if anchored:
+            texts["anchor"] = texts["text"]
+    else:
+        texts = {name: [r[name] for r in rows] for name in ("query", "positive")}
+        texts["negative"] = [text for r in rows for text in r["negative"]]
+    twins = torch.zeros(len(rows), len(rows), dtype=torch.bool)
+    for role in texts.keys() - {"negative"}:
+        number = {text: i for i, text in enumerate(texts[role])}
+        index = torch.tensor([number[text] for text in texts[role]])
+        twins |= index[:, None] == index
+    return texts, twins
+
+
+def roll_out(policy, texts, config, generator):
+    """Phase 2. Trained roles in one call: K rollouts a text; the others: one, as anchors (Eq. 12, 20).
+
+    Returns the trained roles' rollouts, N groups in the order of `config.roles`, and the embeddings
+    of every role, `[B, K or 1, D]`, negatives `[B, M, K or 1, D]`.
+    """
+    trained = [text for role in config.roles for text in texts[role]]
+    rollouts = sample(policy, policy.prompts(trained), config.rollouts, config.temperature, generator)
+    embeddings = dict(zip(config.roles, rollouts.embeddings.split([len(texts[role]) for role in config.roles])))
+    for role in texts.keys() - embeddings.keys():
+        if texts[role]:
+            anchors = sample(policy, policy.prompts(texts[role]), 1, config.anchor_temperature, generator)
+            embeddings[role] = anchors.embeddings
+        else:  # no negatives, M = 0
+            embeddings[role] = rollouts.embeddings[:0, :1]
+    if "negative" in texts:
+        B, (_, K, D) = len(texts["query"]), embeddings["negative"].shape
+        embeddings["negative"] = embeddings["negative"].view(B, len(texts["negative"]) // B, K, D)
+    return rollouts, embeddings
+
+
+def judge(embeddings, finished, twins, config):
+    """Phase 3. Rewards of the trained rollouts, their components, and the rewards' gradient.
+
+    Returns R `[N, K]`, `{component: [N, K]}` before weighing, and g = d(sum R)/dh `[N, K, D]`: where
+    the reward would go up if the embeddings could move freely. Roles that are not trained are constants.
+    """
+    leaves = {role: x.detach().requires_grad_(role in config.roles) for role, x in embeddings.items()}
+    if config.reward == "paper":
+        by_role = [rewards.paper_components(leaves, twins)]
+    else:
+        by_role = [rewards.infonce_components(leaves, role, config.infonce_temperature, twins) for role in config.roles]
+    components = {name: torch.cat([c[name] for c in by_role]) for name in by_role[0]}
+    R = rewards.scaled(rewards.total(components, config.lambda_consistency, config.lambda_hard), config.tau)
+    R = rewards.length_penalty(R, finished, config.gamma, config.relative_length_penalty)
+    g = torch.autograd.grad(R.sum(), [leaves[role] for role in config.roles])
+    g = torch.cat([x.flatten(0, -3) for x in g])
+    return R.detach(), {name: x.detach() for name, x in components.items()}, g
+
+
+class Trainer:
+    """The policy, its optimizer and its data: what a training step needs and what a resumed run restores."""
+
+    def __init__(self, policy, reference, rows, config):
+        self.policy, self.reference, self.rows, self.config = policy, reference, rows, config
+        self.optimizer = torch.optim.AdamW(policy.model.parameters(), config.lr, weight_decay=config.weight_decay)
+        self.generator = torch.Generator(policy.device).manual_seed(config.seed)
+        self.step_number = 0
+
+    def batch(self):
+        """Phase 1. The next B rows of a stream of shuffled passes over the data, a function of seed and step."""
+        n, B = len(self.rows), self.config.batch
+        at = np.arange(self.step_number * B, (self.step_number + 1) * B)
+        order = {k: np.random.default_rng([self.config.seed, k]).permutation(n) for k in set(at // n)}
+        return [self.rows[order[i // n][i % n]] for i in at]
+
+    def step(self):
+        """One step of Algorithm 1. Returns its metrics."""
+        policy, config, start = self.policy, self.config, time.perf_counter()
+        # 1. A batch of instances.
+        texts, twins = batch_roles(self.batch(), anchored=config.reward == "paper")
+        twins = twins.to(policy.device)
+        # 2. Rationales from the current policy, and the embeddings that come with them (Eq. 9 to 12).
+        rollouts, embeddings = roll_out(policy, texts, config, self.generator)
+        sampled = time.perf_counter()
+        # 3. What each rationale is worth (Eq. 13 to 17), and the reward's gradient at its embedding.
+        R, components, g = judge(embeddings, rollouts.finished, twins, config)
+        # 4. Better or worse than the other rationales of the same text (Eq. 18).
+        A = advantages(R, config.normalize)
+        # 5. The clipped update (Eq. 8, 19), with the pathwise term.
+        if config.lr_decay:
+            for group in self.optimizer.param_groups:
+                group["lr"] = config.lr * (1 - self.step_number / config.steps)
+        learned = self.update(rollouts, A, g)
+        self.step_number += 1
+        lengths, tokens = rollouts.mask.sum(-1).float(), int(rollouts.mask.sum())
+        written = {tuple(ids[: int(n)].tolist()) for ids, n in zip(rollouts.ids.flatten(0, 1), lengths.flatten())}
+        first = rollouts.embeddings[:, 0]  # one rollout a text
+        cosines = first @ first.T
+        metrics = {"step": self.step_number, "reward": R.mean(), "reward_std": R.std(1).mean()}
+        for name, x in components.items():  # the spread within a group is all that an advantage can see
+            metrics |= {name: x.mean(), f"{name}_std": x.std(1).mean()}
+        metrics |= {
+            "length": lengths.mean(),
+            "truncated": 1 - rollouts.finished.float().mean(),
+            "distinct": len(written) / lengths.numel(),
+            "effective_rank": effective_rank(first),
+            "cosine": (cosines.sum() - len(first)) / (len(first) * (len(first) - 1)),
+            "prompts_cut": rollouts.cut,
+            **learned,
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "sample_s": sampled - start,
+            "step_s": time.perf_counter() - start,
+            "tokens_per_s": tokens / (sampled - start),
+            "peak_memory_gb": peak_memory_gb(policy.device),
+        }
+        return {k: float(v) for k, v in metrics.items()}
+
+    def objective(self, part, A, g):
+        """What the update maximises, a number a rollout `[n, K]`, and what is worth logging, by name.
+
+        part: some groups of rollouts; A `[n, K]` their advantages; g `[n, K, D]` the reward's gradient at
+        their captured embeddings, a constant. Eq. 8, plus c times g . h(theta), less the KL term.
+        """
+        config, mask = self.config, part.mask
+        logprobs, h = score(self.policy, part, config.temperature)
+        value = clipped_objective(logprobs, part.logprobs, A, mask, config.clip_eps, config.length_normalize)
+        if config.pathwise:
+            value = value + config.pathwise * (g * h).sum(-1)
+        seen = {"approx_kl": kl_k3(part.logprobs, logprobs, mask)}
+        if config.kl:
+            with torch.no_grad():
+                at_start, _ = score(self.reference, part, config.temperature)
+            seen["kl_start"] = kl_k3(logprobs, at_start, mask)
+            value = value - config.kl * seen["kl_start"]
+        off = ((logprobs - part.logprobs).exp() - 1).abs() * mask
+        seen |= {"loss": -value, "clip_fraction": (off > config.clip_eps).sum(-1) / mask.sum(-1), "ratio_off": off.amax(-1)}
+        return value, {name: x.detach() for name, x in seen.items()}
+
+    def update(self, rollouts, A, g):
+        """Phase 5. One or more optimizer steps over one batch of N groups of rollouts.
+
+        Every loss is a sum over rollouts divided by one number, the rollouts in the minibatch, so how a
+        minibatch is split into micro-batches cannot change the gradient.
+        """
+        config, parameters = self.config, list(self.policy.model.parameters())
+        N, K = A.shape
+        sums, norms, first_ratio_off = {}, [], 0.0
+        for _ in range(config.epochs):
+            order = torch.randperm(N, generator=self.generator, device=A.device)
+            for minibatch in order.chunk(config.minibatches):
+                for micro in self.micro_batches(minibatch, rollouts):
+                    value, seen = self.objective(rollouts[micro], A[micro], g[micro])
+                    (-value.sum() / (len(minibatch) * K)).backward()
+                    ratio_off = float(seen.pop("ratio_off").max())
+                    first_ratio_off = first_ratio_off if norms else max(first_ratio_off, ratio_off)
+                    for name, x in seen.items():
+                        sums[name] = sums.get(name, 0.0) + float(x.sum())
+                norms.append(float(torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)))
+                if not np.isfinite(norms[-1]):
+                    raise GraceError(f"step {self.step_number + 1}: the gradient is not finite; lower --lr or look at the data")
+                self.optimizer.step()
+                self.optimizer.zero_grad(set_to_none=True)
+        means = {name: total / (N * K * config.epochs) for name, total in sums.items()}
+        return {**means, "first_ratio_off": first_ratio_off, "grad_norm": float(np.mean(norms))}
+
+    def micro_batches(self, groups, rollouts):
+        """Groups by length, in micro-batches whose padded tokens stay within the budget; at least one a batch."""
+        K = rollouts.ids.shape[1]
+        cost = rollouts.prompt_mask.sum(1) + K * rollouts.mask.sum(-1).amax(1)  # [N]: one prefill, K rationales
+        groups = groups[cost[groups].argsort()]
+        first = 0
+        for last in range(1, len(groups) + 1):
+            if last == len(groups) or (last + 1 - first) * int(cost[groups[last]]) > self.config.tokens_per_batch:
+                yield groups[first:last]
+                first = last
+
+
+def peak_memory_gb(device):
+    """Peak memory so far: the GPU's, else the process's."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    import resource  # not on Windows, which has no CUDA-less path worth measuring here
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform != "darwin" else 2**30)
+
+
+# ---------------------------------------------------------------- a run
+
+
+def show_rationales(history, texts):
+    """rationales.md: what the policy writes about the same texts along the training (Table 6)."""
+    lines = ["# Rationales along the training\n"]
+    for i, text in enumerate(texts):
+        lines += [f"**{text}**\n", "| step | rationale |", "| ---: | --- |"]
+        lines += [f"| {step} | {written[i].replace('|', ' ').replace(chr(10), ' ')} |" for step, written in history] + [""]
+    return "\n".join(lines)
+
+
+def train(config):
+    """A whole run: evaluate, train, evaluate, save. Returns the summary that summary.json holds."""
+    for name in ("model", "data", "out"):
+        if not getattr(config, name):
+            raise GraceError(f"--{name} is missing")
+    start = time.time()
+    rows, heldout, graded = load_rows(config)
+    os.makedirs(config.out, exist_ok=True)
+    reading = {f: getattr(config, f) for f in ("instruction", "max_prompt_tokens", "max_new_tokens", "pooling")}
+    saved = checkpoints(config.out) if config.resume else []
+    policy = Policy.load(saved[-1] if saved else config.model, config.device, config.dtype, **reading)
+    reference = Policy.load(config.model, config.device, config.dtype, **reading) if config.kl else None
+    trainer = Trainer(policy, reference, rows, config)
+    metrics_file = os.path.join(config.out, "metrics.jsonl")
+    if saved:
+        before, history = restore(trainer, saved[-1], metrics_file)
+        print(f"resumed from {saved[-1]}")
+    else:
+        if config.resume:
+            print(f"no checkpoint under {config.out} to resume from: starting at step 0")
+        before, history = None, []
+        write_atomically(metrics_file, "")
+    M = len(rows[0].get("negative", []))
+    print(
+        f"{len(rows)} training rows ({M} negatives each), {len(heldout)} held-out, "
+        f"{sum(p.numel() for p in policy.model.parameters()) / 1e6:.2f} M parameters on {policy.device}"
+    )
+    shown = [row["query"] for row in heldout[:6]] or [row["text"] for row in rows[:6]]
+    board = tensorboard(config.out)
+
+    def look():  # where the policy stands, for the terminal, rationales.md and summary.json
+        history.append((trainer.step_number, encode(policy, shown)[1]))
+        write_atomically(os.path.join(config.out, "rationales.md"), show_rationales(history, shown))
+        result = evaluate_triplets(policy, heldout, graded) if heldout else {"text_loss": text_loss(policy, shown)}
+        tqdm.write(f"step {trainer.step_number:4d}  " + "  ".join(f"{k} {v:.3f}" for k, v in result.items()))
+        return result
+
+    before = before or look()
+    bar = tqdm(total=config.steps, initial=trainer.step_number, unit="step", dynamic_ncols=True)
+    trained_from = time.time()
+    while trainer.step_number < config.steps:
+        metrics = trainer.step()
+        step = trainer.step_number
+        bar.set_postfix({name: f"{metrics[name]:.2f}" for name in ("reward", "length", "distinct")})
+        bar.update()
+        if config.eval_every and step % config.eval_every == 0 and step < config.steps:
+            metrics |= {f"heldout_{k}": v for k, v in look().items()}
+        with open(metrics_file, "a") as file:
+            file.write(json.dumps(metrics) + "\n")
+        if board:
+            for name, value in metrics.items():
+                board.add_scalar(name, value, step)
+        if config.save_every and step % config.save_every == 0 and step < config.steps:
+            save_checkpoint(trainer, config.out, before, history)
+    bar.close()
+    seconds = time.time() - trained_from
+    after = look()
+    summary = {"before": before, "after": after}
+    if heldout:  # the same checkpoint, with nothing written
+        summary["after_without_rationale"] = evaluate_triplets(policy, heldout, graded, rationale=False)
+    policy.save(config.out)
+    summary |= {
+        "seconds": seconds,
+        "seconds_in_all": time.time() - start,
+        "seed": config.seed,
+        "config": dataclasses.asdict(config),
+        "reading": dataclasses.asdict(policy.reading),
+        "versions": {"python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__},
+    }
+    write_atomically(os.path.join(config.out, "summary.json"), json.dumps(summary, indent=2))
+    return summary
+
+
+def tensorboard(out):
+    """A TensorBoard writer where that is installed, else None: metrics.jsonl has the same figures."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(out)
+
+
+# ---------------------------------------------------------------- the command line
+
+
+def explain(arguments):
+    """What the policy writes about each text, and the cosine of every pair of embeddings."""
+    parser = argparse.ArgumentParser("grace.py explain", description=explain.__doc__)
+    parser.add_argument("--model", required=True, help="checkpoint folder or hub id")
+    parser.add_argument("--max-new-tokens", type=int, help="the longest rationale")
+    parser.add_argument("texts", nargs="+", help="two or more texts")
+    args = parser.parse_args(arguments)
+    policy = Policy.load(args.model, max_new_tokens=args.max_new_tokens)
+    vectors, written, _, _ = encode(policy, args.texts)
+    for i, (text, rationale) in enumerate(zip(args.texts, written), 1):
+        print(f"{i}. {text}\n   -> {rationale or '(nothing)'}")
+    for i in range(len(vectors)):
+        for j in range(i + 1, len(vectors)):
+            print(f"cosine of {i + 1} and {j + 1}: {vectors[i] @ vectors[j]:.3f}")
+
+
+def main(arguments):
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    try:
+        explain(arguments[1:]) if arguments[:1] == ["explain"] else train(parse(arguments, __doc__))
+    except GraceError as error:
+        sys.exit(f"grace.py: {error}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,475 @@
+"""The objective and its gradient against oracles; a step on every architecture; whole runs and bad input."""
+
+import copy
+import itertools
+import json
+import math
+import os
+
+import pytest
+import torch
+import transformers
+from conftest import ARCHITECTURES, TEXTS, build
+
+import grace
+from config import Config, parse
+from data import GraceError
+from grace import Trainer, advantages, batch_roles, clipped_objective, effective_rank, judge, kl_k3, roll_out
+from policy import Policy, Reading
+from reward import infonce, paper_components
+from rollout import sample, score
+
+ROWS = [
+    {
+        "query": f"the {a} doctor bought the lamp",
+        "positive": f"somebody {b} the boat around noon .",
+        "negative": [f"the {c} child"],
+    }
+    for a, b, c in zip("old young tall rich".split(), "sold found fixed hid".split(), "quiet smart happy angry".split())
+]
+
+
+def config(**settings):
+    given = dict(batch=4, rollouts=3, steps=2, lr=1e-3, recipe="full")
+    return Config(**{**given, **settings})
+
+
+def rolled(policy, K=3, texts=TEXTS):
+    return sample(policy, policy.prompts(texts), K, 1.0, torch.Generator().manual_seed(0))
+
+
+# ---------------------------------------------------------------- advantage, objective, KL
+
+
+def test_advantages():
+    R = torch.tensor([[1.0, 2.0, 6.0], [0.5, 0.5, 0.5]])
+    torch.testing.assert_close(advantages(R), torch.tensor([[-2.0, -1.0, 3.0], [0.0, 0.0, 0.0]]))
+    scale = math.sqrt((4 + 1 + 9) / 3)
+    normalized = torch.tensor([[-2 / scale, -1 / scale, 3 / scale], [0.0, 0.0, 0.0]])
+    torch.testing.assert_close(advantages(R, normalize=True), normalized, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("length_normalize", [True, False])
+def test_clipped_objective_is_eq8(length_normalize):
+    torch.manual_seed(0)
+    new, old = torch.randn(2, 3, 5, dtype=torch.float64) * 0.3, torch.randn(2, 3, 5, dtype=torch.float64) * 0.3
+    A, lengths, eps = torch.randn(2, 3, dtype=torch.float64), [[5, 2, 1], [3, 4, 5]], 0.2
+    mask = torch.tensor([[[int(t < n) for t in range(5)] for n in row] for row in lengths])
+    found = clipped_objective(new, old, A, mask, eps, length_normalize)
+    clipped = 0
+    for i, k in itertools.product(range(2), range(3)):
+        total = 0.0
+        for t in range(lengths[i][k]):
+            ratio = math.exp(new[i, k, t] - old[i, k, t])
+            bounded = min(max(ratio, 1 - eps), 1 + eps)
+            clipped += bounded != ratio
+            total += min(ratio * float(A[i, k]), bounded * float(A[i, k]))
+        assert float(found[i, k]) == pytest.approx(total / (lengths[i][k] if length_normalize else 1), abs=1e-12)
+    assert clipped > 5  # the clip is at work
+
+
+@pytest.mark.parametrize("ratio, A, slope", [(1.0, 1, 1), (1.5, 1, 0), (1.5, -1, -1.5), (0.5, -1, 0), (0.5, 1, 0.5)])
+def test_which_side_is_clipped(ratio, A, slope):
+    new = torch.tensor([[[math.log(ratio)]]], dtype=torch.float64, requires_grad=True)
+    value = clipped_objective(new, torch.zeros_like(new), torch.tensor([[float(A)]]), torch.ones(1, 1, 1), 0.2)
+    assert float(torch.autograd.grad(value.sum(), new)[0]) == pytest.approx(slope)
+
+
+def test_kl_k3_is_zero_at_equality_and_unbiased():
+    torch.manual_seed(0)
+    p, q = torch.log_softmax(torch.randn(7), 0), torch.log_softmax(torch.randn(7), 0)
+    one = torch.ones(1, 1, 1)
+    per_token = torch.stack([kl_k3(p[i].view(1, 1, 1), q[i].view(1, 1, 1), one)[0, 0] for i in range(7)])
+    assert float((p.exp() * per_token).sum()) == pytest.approx(float((p.exp() * (p - q)).sum()), rel=1e-5)
+    assert float(kl_k3(p.view(1, 1, 7), p.view(1, 1, 7), torch.ones(1, 1, 7))) == 0
+
+
+def test_effective_rank():
+    assert float(effective_rank(torch.eye(5))) == pytest.approx(5, rel=1e-4)
+    assert float(effective_rank(torch.ones(5, 5))) == pytest.approx(1, abs=1e-3)
+
+
+# ---------------------------------------------------------------- what can teach, and what cannot
+
+
+def embeddings(B, K, M, D=8):
+    torch.manual_seed(1)
+    make = lambda *shape: torch.nn.functional.normalize(torch.randn(*shape, D, dtype=torch.float64), dim=-1)
+    return {"query": make(B, 1), "positive": make(B, K), "negative": make(B, M, 1)}
+
+
+def paper_advantages(roles, hard=0.2):
+    given = config(recipe="paper", lambda_hard=hard)
+    K = roles["positive"].shape[1]
+    finished = torch.ones(len(roles["query"]), K, dtype=torch.bool)
+    R, components, _ = judge(roles, finished, torch.eye(len(finished), dtype=torch.bool), given)
+    return advantages(R), components
+
+
+def test_under_the_papers_reward_negatives_and_eq15_cancel():
+    roles = embeddings(4, 3, 2)
+    before, components = paper_advantages(roles)
+    moved, _ = paper_advantages({**roles, "negative": embeddings(5, 3, 2)["negative"][1:]}, hard=1.0)
+    torch.testing.assert_close(moved, before, rtol=0, atol=1e-12)
+    assert before.abs().max() > 0.1
+    assert components["hard"].std(1).max() == 0
+
+
+def test_under_infonce_negatives_and_other_instances_move_the_advantages():
+    roles, given = embeddings(4, 3, 2), config(train_roles="query,positive", lambda_hard=0.0, lambda_consistency=0.0)
+    roles["query"] = embeddings(4, 3, 2)["positive"].roll(1, 0)
+    finished, twins = torch.ones(8, 3, dtype=torch.bool), torch.eye(4, dtype=torch.bool)
+    before = advantages(judge(roles, finished, twins, given)[0])
+    other = torch.nn.functional.normalize(torch.randn(3, 8, dtype=torch.float64), dim=-1)
+    negative, positive = roles["negative"].clone(), roles["positive"].clone()
+    negative[0], positive[3] = other[:2, None], other
+    by_negative = advantages(judge({**roles, "negative": negative}, finished, twins, given)[0]) - before
+    by_instance = advantages(judge({**roles, "positive": positive}, finished, twins, given)[0]) - before
+    assert by_negative[0].abs().max() > 0.05 and by_negative[1:].abs().max() == 0
+    assert by_instance[0].abs().max() > 0.05
+
+
+def test_the_rewards_gradient_at_the_embeddings():
+    """judge's g against the same sum of rewards written out, and no gradient for roles that are constants."""
+    roles, given = embeddings(4, 3, 1), config(train_roles="positive", lambda_consistency=0.0, lambda_hard=0.0, tau=2.0)
+    finished, twins = torch.ones(4, 3, dtype=torch.bool), torch.eye(4, dtype=torch.bool)
+    R, _, g = judge(roles, finished, twins, given)
+    p = roles["positive"].clone().requires_grad_()
+    written_out = infonce(p, roles["query"], given.infonce_temperature) / 2.0
+    torch.testing.assert_close(R, written_out.detach())
+    torch.testing.assert_close(g, torch.autograd.grad(written_out.sum(), p)[0])
+
+
+def test_twins_are_found_by_text():
+    rows = copy.deepcopy(ROWS)
+    rows[2]["positive"] = rows[0]["positive"]
+    texts, twins = batch_roles(rows)
+    assert texts["negative"] == [n for row in rows for n in row["negative"]]
+    expected = torch.eye(4, dtype=torch.bool)
+    expected[0, 2] = expected[2, 0] = True
+    assert torch.equal(twins, expected)
+    texts, twins = batch_roles([{"text": "a"}, {"text": "b"}, {"text": "a"}], anchored=True)
+    assert texts["anchor"] == texts["text"] and twins.sum() == 5
+
+
+# ---------------------------------------------------------------- the full gradient, by enumeration
+
+
+@pytest.fixture
+def enumerable():
+    """A float64 policy over four tokens and rationales of at most two: thirteen rationales in all."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    core = Tokenizer(models.WordLevel({"a": 0, "b": 1, "c": 2, "<end>": 3}, unk_token="c"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<end>", unk_token="c")
+    model = build("GPT2", 4, eos_token_id=3).double()
+    policy = Policy(model, tokenizer, Reading("a", 32, 2))
+    written = [[3]] + [[x, y] for x in range(3) for y in range(4)]
+    prompt = policy.prompts(["a b b"])
+    rollouts = sample(policy, prompt, len(written), 1.0, torch.Generator().manual_seed(0))
+    ids, mask = torch.zeros(1, 13, 2, dtype=torch.long), torch.ones(1, 13, 2, dtype=torch.long)
+    for k, w in enumerate(written):
+        ids[0, k, : len(w)] = torch.tensor(w)
+    mask[0, 0, 1] = 0
+    rollouts.ids, rollouts.mask = ids, mask
+    with torch.no_grad():
+        rollouts.logprobs, rollouts.embeddings = score(policy, rollouts)
+    return policy, rollouts
+
+
+def gradient(policy, value):
+    policy.model.zero_grad()
+    value.backward()
+    return torch.cat([p.grad.flatten() for p in policy.model.parameters() if p.grad is not None])
+
+
+@pytest.mark.parametrize("reward", ["infonce", "paper"])
+def test_the_full_gradient_is_exact(enumerable, reward):
+    """E over all 169 groups of two = (K-1)/K times the gradient of the exactly computed E[R]; Eq. 19 alone is not it."""
+    policy, every = enumerable
+    D, K = every.embeddings.shape[2], 2
+    torch.manual_seed(0)
+    anchors = torch.nn.functional.normalize(torch.randn(3, D, dtype=torch.float64), dim=-1)
+    given = config(
+        reward=reward, train_roles="positive", pathwise=(K - 1) / K, kl=0.0, tau=0.5, length_normalize=False,
+        lambda_consistency=0.0, lambda_hard=0.0, infonce_temperature=0.3, relative_length_penalty=True,
+    )  # fmt: skip
+
+    def rewards_of(h):  # instance 0 is ours; instance 1 is there to be told apart from
+        roles = {"query": anchors[:2, None], "positive": h.expand(2, -1, -1), "negative": anchors[2].expand(2, 1, 1, D)}
+        if reward == "infonce":
+            return infonce(roles["positive"], roles["query"], given.infonce_temperature)[:1] / given.tau
+        return paper_components(roles)["contrastive"][:1] / given.tau
+
+    logprobs, h = score(policy, every)
+    probability = logprobs.sum(-1).exp()[0]  # [13]
+    assert probability.sum().item() == pytest.approx(1, abs=1e-12)  # these are all there are
+    exact = gradient(policy, (probability * rewards_of(h)[0]).sum())
+
+    fixed = {"query": anchors[:2, None], "positive": every.embeddings.expand(2, -1, -1)}
+    fixed["negative"] = anchors[2].expand(2, 1, 1, D)
+    R, _, g = judge(fixed, torch.ones(2, 13, dtype=torch.bool), torch.eye(2, dtype=torch.bool), given)
+    pairs = torch.tensor(list(itertools.product(range(13), repeat=K)))  # [169, 2]: every group there could be
+    groups = every[torch.zeros(len(pairs), dtype=torch.long)]
+    for name in ("ids", "mask", "logprobs"):
+        setattr(groups, name, getattr(every, name)[0][pairs])
+    weight = probability.detach()[pairs].prod(1)
+
+    def expected_update(**changes):
+        trainer = Trainer(policy, None, ROWS, config(**{**vars(given), **changes}))
+        value, _ = trainer.objective(groups, advantages(R[0][pairs]), g[0][pairs])
+        return gradient(policy, (weight * value.mean(1)).sum())
+
+    both, score_alone = expected_update(), expected_update(pathwise=0.0)
+    assert (both - exact * (K - 1) / K).norm() < 1e-9 * exact.norm()
+    error = (score_alone - exact * (K - 1) / K).norm() / (exact * (K - 1) / K).norm()
+    assert error > 0.1, "the pathwise term would not matter here, and the test would prove nothing"
+
+
+# ---------------------------------------------------------------- the update
+
+
+def prepared(policy, **settings):
+    """A trainer, one batch of its rollouts, and what they are worth."""
+    trainer = Trainer(policy, copy.deepcopy(policy), ROWS, config(**settings))
+    texts, twins = batch_roles(trainer.batch(), anchored=trainer.config.reward == "paper")
+    rollouts, found = roll_out(policy, texts, trainer.config, trainer.generator)
+    R, _, g = judge(found, rollouts.finished, twins, trainer.config)
+    return trainer, rollouts, advantages(R), g
+
+
+def test_gradient_of_the_loss_against_finite_differences(make_policy):
+    """With clip, KL and pathwise terms all active, off policy."""
+    policy = make_policy("GPT2", double=True)
+    trainer, rollouts, A, g = prepared(policy, kl=0.5, pathwise=0.7, clip_eps=0.05)
+    with torch.no_grad():  # away from the sampler's weights, so that ratios leave the clip range
+        torch.manual_seed(3)
+        for p in policy.model.parameters():
+            p += 0.01 * torch.randn_like(p)
+    value, seen = trainer.objective(rollouts, A, g)
+    assert 0.05 < float(seen["clip_fraction"].mean()) < 0.95 and float(seen["kl_start"].mean()) > 1e-4
+    gradient(policy, value.sum())
+    checked = 0
+    for p in policy.model.parameters():
+        at = p.grad.abs().argmax()
+        flat, step = p.data.view(-1), 1e-6
+        sides = []
+        for sign in (1, -1):
+            flat[at] += sign * step
+            with torch.no_grad():
+                sides.append(float(trainer.objective(rollouts, A, g)[0].sum()))
+            flat[at] -= sign * step
+        assert (sides[0] - sides[1]) / (2 * step) == pytest.approx(float(p.grad.view(-1)[at]), rel=1e-4, abs=1e-7)
+        checked += 1
+    assert checked > 20
+
+
+@pytest.mark.parametrize("minibatches", [1, 3])
+def test_micro_batches_cannot_change_the_update(make_policy, minibatches):
+    ends, splits = [], []
+    for budget in (1, 150, 10**6):
+        policy = make_policy("GPT2", double=True)
+        trainer, rollouts, A, g = prepared(policy, tokens_per_batch=budget, minibatches=minibatches, epochs=2)
+        splits.append(len(list(trainer.micro_batches(torch.arange(len(A)), rollouts))))
+        trainer.update(rollouts, A, g)
+        ends.append(torch.cat([p.detach().flatten() for p in policy.model.parameters()]))
+    assert splits[0] == 8 > splits[1] > splits[2] == 1
+    for end in ends[1:]:
+        torch.testing.assert_close(end, ends[0], rtol=1e-7, atol=1e-9)
+
+
+def test_micro_batches_keep_to_the_budget(make_policy):
+    trainer, rollouts, A, _ = prepared(make_policy(), tokens_per_batch=120)
+    parts = list(trainer.micro_batches(torch.arange(len(A)), rollouts))
+    assert sorted(i for part in parts for i in part.tolist()) == list(range(8))
+    for part in parts:
+        trimmed = rollouts[part]
+        assert len(part) == 1 or trimmed.prompt_ids.numel() + trimmed.ids.numel() <= 150  # the two maxima may be of two groups
+
+
+def test_the_first_ratio_is_one_and_later_ones_are_not(make_policy):
+    policy = make_policy()
+    metrics = Trainer(policy, copy.deepcopy(policy), ROWS, config(lr=0.05, minibatches=4)).step()
+    assert metrics["first_ratio_off"] < 1e-4 < 0.01 < metrics["clip_fraction"]
+    assert metrics["approx_kl"] > 1e-3
+
+
+def test_a_step_pushes_better_rationales_up(make_policy):
+    """With one rollout clearly better than its group, its log-probability rises and the others' falls."""
+    policy = make_policy()
+    trainer, rollouts, A, g = prepared(policy, pathwise=0.0, kl=0.0, lr=1e-2)
+    A = torch.zeros_like(A)
+    A[0] = torch.tensor([2.0, -1.0, -1.0])
+    trainer.update(rollouts, A, g)
+    with torch.no_grad():
+        change = ((score(policy, rollouts)[0] - rollouts.logprobs) * rollouts.mask).sum(-1)[0]
+    if len({tuple(x.tolist()) for x in rollouts.ids[0]}) == 3:
+        assert change[0] > 0 and change[0] > change[1:].max()
+
+
+SETTINGS = {
+    "full": {},
+    "paper": dict(recipe="paper"),
+    "all three roles": dict(train_roles="query,positive,negative"),
+    "unsupervised": dict(mode="unsupervised"),
+    "unsupervised paper": dict(mode="unsupervised", recipe="paper"),
+    "by the standard deviation, sums, two passes": dict(normalize=True, length_normalize=False, epochs=2, minibatches=2),
+}
+
+
+@pytest.mark.parametrize("M", [0, 1, 2])
+@pytest.mark.parametrize("name", SETTINGS)
+def test_every_kind_of_step(make_policy, name, M):
+    policy = make_policy()
+    given = config(**SETTINGS[name])
+    rows = [{**row, "negative": row["negative"] * M} for row in ROWS]
+    if given.mode == "unsupervised":
+        rows = [{"text": row["query"]} for row in rows]
+    before = copy.deepcopy(policy.model.state_dict())
+    metrics = Trainer(policy, copy.deepcopy(policy), rows, given).step()
+    assert all(math.isfinite(x) for x in metrics.values())
+    assert any((before[k] != v).any() for k, v in policy.model.state_dict().items())
+    if given.recipe == "paper":
+        assert metrics["hard_std"] == 0 and "kl_start" not in metrics
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_whole_step_on_every_architecture(make_policy, architecture):
+    policy = make_policy(architecture)
+    trainer = Trainer(policy, copy.deepcopy(policy), ROWS, config())
+    first, second = trainer.step(), trainer.step()
+    assert first["step"] == 1 and second["step"] == 2
+    assert first["first_ratio_off"] < 1e-4 and first["grad_norm"] > 0
+
+
+def test_a_gradient_that_is_not_finite_stops_before_the_step(make_policy):
+    policy = make_policy()
+    trainer, rollouts, A, g = prepared(policy)
+    before = [p.clone() for p in policy.model.parameters()]
+    with pytest.raises(GraceError, match="not finite"):
+        trainer.update(rollouts, A.fill_(float("nan")), g)
+    assert all(torch.equal(a, b) for a, b in zip(before, policy.model.parameters()))
+
+
+def test_batches_are_whole_shuffled_passes(make_policy):
+    trainer = Trainer(make_policy(), None, [{"text": str(i)} for i in range(10)], config(batch=4, mode="unsupervised"))
+    seen = []
+    for step in range(5):
+        trainer.step_number = step
+        seen += [int(row["text"]) for row in trainer.batch()]
+    assert sorted(seen[:10]) == sorted(seen[10:]) == list(range(10)) and seen[:10] != seen[10:]
+
+
+# ---------------------------------------------------------------- whole runs, and bad input
+
+
+def command(world, out, *more):
+    given = f"--model {world}/model --data {world}/data/train.jsonl --heldout {world}/data/heldout.jsonl --out {out}"
+    return f"{given} --batch 4 --rollouts 2 --steps 3 --lr 1e-3 --eval-every 2".split() + list(more)
+
+
+def test_a_run_writes_what_it_promises(tiny_world, tmp_path, capsys):
+    grace.main(command(tiny_world, tmp_path, "--graded", f"{tiny_world}/data/graded.jsonl"))
+    with open(tmp_path / "summary.json") as file:
+        summary = json.load(file)
+    for moment in ("before", "after"):
+        assert {"ndcg_at_10", "top1", "spearman", "text_loss"} <= summary[moment].keys()
+    assert summary["seed"] == 0 and summary["seconds"] > 0 and summary["config"]["reward"] == "infonce"
+    lines = [json.loads(line) for line in open(tmp_path / "metrics.jsonl")]
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    assert {"contrastive_std", "consistency_std", "hard_std", "truncated", "distinct", "effective_rank"} <= lines[0].keys()
+    assert "heldout_ndcg_at_10" in lines[1] and "heldout_ndcg_at_10" not in lines[0]
+    page = (tmp_path / "rationales.md").read_text()
+    assert page.count("| 0 |") == page.count("| 2 |") == page.count("| 3 |") == 6
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert model(**tokenizer("the old doctor", return_tensors="pt")).logits.shape[-1] == len(tokenizer)
+    capsys.readouterr()
+    grace.main(["explain", "--model", str(tmp_path), "the old doctor sold the boat", "the boat was sold"])
+    printed = capsys.readouterr().out
+    assert "1. the old doctor sold the boat\n   ->" in printed and "cosine of 1 and 2: " in printed
+
+
+def test_a_resumed_run_is_the_run_never_stopped(tiny_world, tmp_path):
+    straight, stopped = tmp_path / "straight", tmp_path / "stopped"
+    more = ["--save-every", "2", "--lr-decay", "--minibatches", "2"]
+    grace.main(command(tiny_world, straight, *more))
+    grace.main(command(tiny_world, stopped, *more))
+    (stopped / "model.safetensors").unlink()  # as if it had been stopped after step 2 ...
+    with open(stopped / "metrics.jsonl", "a") as file:
+        file.write(json.dumps({"step": 4.0}) + "\n")  # ... with a line more than its checkpoint
+    grace.main(command(tiny_world, stopped, *more, "--resume"))
+    one, two = (transformers.AutoModelForCausalLM.from_pretrained(x).state_dict() for x in (straight, stopped))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    timeless = lambda line: {k: v for k, v in json.loads(line).items() if not k.endswith(("_s", "_gb"))}
+    one, two = ([timeless(x) for x in open(folder / "metrics.jsonl")] for folder in (straight, stopped))
+    assert one == two
+
+
+def test_unsupervised_run_holds_no_labels(tiny_world, tmp_path):
+    given = f"--mode unsupervised --model {tiny_world}/model --data {tiny_world}/data/texts.jsonl --out {tmp_path}"
+    grace.main(f"{given} --batch 4 --rollouts 2 --steps 1".split())
+    with open(tmp_path / "summary.json") as file:
+        assert json.load(file)["after"].keys() == {"text_loss"}
+
+
+def test_rows_are_held_out_where_no_file_is_given(tiny_world, tmp_path, capsys):
+    given = f"--model {tiny_world}/model --data {tiny_world}/data/train.jsonl --out {tmp_path}"
+    grace.main(f"{given} --batch 4 --rollouts 2 --steps 1".split())
+    assert "58 training rows (1 negatives each), 6 held-out" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ("--rollouts 1", "a group of one has no advantage"),
+        ("--batch 1", "InfoNCE tells an instance from others"),
+        ("--train-roles query,answer", "one or more of query,positive,negative"),
+        ("--train-roles ,", "one or more of query,positive,negative"),
+        ("--reward paper --train-roles query,positive", "use --train-roles positive"),
+        ("--batch 2 --minibatches 5", "has only 4 groups"),
+        ("--temperature 0", "--temperature must be above 0"),
+        ("--steps 0", "--steps must be at least 1"),
+        ("--dtype bfloat16 --device cpu", "compute type for CUDA"),
+        ("--batch 100", "fewer than --batch 100"),
+        ("--model no/such/model", "no/such/model: cannot be loaded"),
+        ("--data no-such-file.jsonl", "no-such-file.jsonl: no such file"),
+        ("--negatives 2", "has 1 negatives, --negatives asks for 2"),
+        ("--max-prompt-tokens 4", "leaves no room for a text"),
+        ("--max-new-tokens 400", "fills the model's context"),
+    ],
+)
+def test_bad_settings_end_in_one_sentence(tiny_world, tmp_path, flags, message):
+    with pytest.raises(SystemExit) as stop:
+        grace.main(command(tiny_world, tmp_path, *flags.split()))
+    assert message in str(stop.value) and str(stop.value).startswith("grace.py: ")
+
+
+@pytest.mark.parametrize("flags", ["--mode semi", "--recipe best", "--batch many", "--pooling median", "--unknown 1"])
+def test_unknown_flags_and_values_are_refused(flags, capsys):
+    with pytest.raises(SystemExit):
+        parse(flags.split(), "")
+    assert "error" in capsys.readouterr().err
+
+
+def test_a_config_made_in_python_is_checked_too():
+    with pytest.raises(GraceError, match="--mode semi: choose one of supervised, unsupervised"):
+        Config(mode="semi")
+
+
+def test_one_instance_is_enough_for_the_papers_reward(make_policy):
+    """Eq. 15 has nobody to compare with and is 0; the paper's batch sizes go down to 1."""
+    metrics = Trainer(make_policy(), None, ROWS, config(recipe="paper", batch=1)).step()
+    assert metrics["hard"] == 0 and math.isfinite(metrics["reward"])
+
+
+@pytest.mark.skipif(not os.path.isdir("../shared/checkpoints/stories260K"), reason="no real checkpoint beside the repository")
+@pytest.mark.parametrize("mode, data", [("supervised", "snli_dev_triplets"), ("unsupervised", "sentences")])
+def test_real_checkpoint_on_real_text(tmp_path, mode, data):
+    given = f"--model ../shared/checkpoints/stories260K --data ../shared/data/train/{data} --mode {mode} --out {tmp_path}"
+    grace.main(
+        f"{given} --batch 4 --rollouts 2 --steps 1 --max-new-tokens 4 --lr 1e-4 --eval-every 0".split()
+        + ["--instruction", "Say it again:"]
+    )
+    assert transformers.AutoModelForCausalLM.from_pretrained(tmp_path).config.model_type == "llama"
