@@ -80,7 +80,7 @@ class Config:
     eval_every: int = setting(50, "evaluate, and add to rationales.md, every so many steps; 0: only before and after")
     save_every: int = setting(0, "write a checkpoint to resume from every so many steps; 0: only the final model")
     resume: bool = setting(False, "go on from the newest checkpoint under --out")
-    tokens_per_batch: int = setting(16384, "token budget of a micro-batch; lower it when memory is short")
+    tokens_per_batch: int = setting(4096, "token budget of a micro-batch; lower it when memory is short")
     dtype: str = setting("float32", "compute type (weights are always float32)", ("float32", "bfloat16"))
     device: str = setting(None, "default: cuda where there is one, else cpu")
 

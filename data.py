@@ -36,10 +36,14 @@ def open_dataset(source, split="train"):
         if os.path.isfile(source):
             if suffix not in FORMATS:
                 raise GraceError(f"{source}: unknown format {suffix!r}; use one of {', '.join(FORMATS)}")
+            if not os.path.getsize(source):
+                raise GraceError(f"{source}: no rows, the file is empty")
             options = {"keep_default_na": False} if suffix == ".csv" else {}  # "NA" and "None" are texts
             return load_dataset(FORMATS[suffix], data_files=source, split="train", **options)
         if suffix in FORMATS or source.startswith((".", "/")) and not os.path.isdir(source):
             raise GraceError(f"{source}: no such file or folder")
+        if os.path.isdir(source):  # remembered by its name alone, whatever it holds by now: read it afresh
+            return load_dataset(source, split=split, download_mode="force_redownload")
         name, _, config = source.partition(":")
         return load_dataset(name, config or None, split=split)
     except GraceError:

@@ -1,73 +1,153 @@
+"""The paper's 16-task MTEB subset (Table 3) for a checkpoint, with the scores that mteb would give.
+
+    python eval_mteb_subset.py --model DIR_OR_HUB_ID --tasks subset --out results.json
+
+For each distinct text the encoder writes a rationale and pools text and rationale, by the same code
+as training. A text is never read twice (Sprint asks for 202,000 texts, of which 8,932 differ), and
+what was read is kept on disk: a stopped evaluation, run again, goes on where it was.
+
+Decoding is greedy unless a temperature is given. The released evaluation samples at temperature 1.0,
+where the same text gets another vector each time; `--temperature 1 --samples 3` takes the mean of
+three and shows how far single ones spread. `--no-rationale` is the paper's Base: the prompt alone.
+
+In mteb's own harness: `mteb.evaluate(mteb_encoder(GraceEncoder("DIR")), [mteb.get_task("STSBenchmark")])`.
+"""
+
+import argparse
+import json
+import os
+import platform
+import sys
+import time
+
+import datasets
 import numpy as np
 import torch
+import transformers
 
-from rollout import encode, text_loss
+from checkpoint import write_atomically
+from data import GraceError
+from encoder import GraceEncoder, MeanEncoder
+from pool import POOLS
+from tasks import FAMILIES, SUBSET, TASKS, choose_tasks, evaluate_tasks
 
-
-def average_ranks(x):
-    """Ranks from 1, ties sharing the mean of their places. `[n] -> [n]` float64."""
-    x = np.asarray(x, dtype=np.float64)
-    order = np.argsort(x, kind="stable")
-    _, first, group, counts = np.unique(x[order], return_index=True, return_inverse=True, return_counts=True)
-    ranks = np.empty(len(x))
-    ranks[order] = (first + (counts + 1) / 2)[group]
-    return ranks
+PAPER = "the paper's GRACE (Qwen2.5-3B, supervised) over the same 16 tasks: 55.89"
 
 
-def spearman(x, y):
-    """Spearman's rank correlation: Pearson's, of the ranks. In [-1, 1]; nan where either is constant."""
-    a, b = average_ranks(x), average_ranks(y)
-    a, b = a - a.mean(), b - b.mean()
-    spread = np.sqrt((a @ a) * (b @ b))
-    return float(a @ b / spread) if spread else float("nan")
+def mteb_encoder(encoder, name="grace/checkpoint", revision="1"):
+    """Any encoder as one that `mteb.evaluate` takes (mteb 2.x, which has to be installed)."""
+    from mteb.models.abs_encoder import AbsEncoder
+    from mteb.models.model_meta import ModelMeta
+
+    class MtebEncoder(AbsEncoder):
+        def __init__(self):
+            self.mteb_model_meta = ModelMeta.create_empty(overwrites={"name": name, "revision": revision})
+
+        def encode(self, inputs, *, task_metadata, hf_split, hf_subset, prompt_type=None, **kwargs):
+            return encoder.encode([text for batch in inputs for text in batch["text"]])
+
+    return MtebEncoder()
 
 
-def ranking(scores, ids, top_k=1000):
-    """Positions of the best `top_k` documents, best first: float32 scores, ties by id, descending.
-
-    That is pytrec_eval's order: ids are compared as strings.
-    """
-    scores = np.asarray(scores, dtype=np.float32)
-    if len(scores) > top_k:
-        kept = torch.from_numpy(scores).topk(top_k).indices.numpy()
-    else:
-        kept = np.arange(len(scores))
-    return sorted(kept, key=lambda i: (scores[i], ids[i]), reverse=True)
+def means(results):
+    """Mean main score by family, and over the sixteen tasks where all of them are there."""
+    families = {}
+    for name, result in results.items():
+        families.setdefault(TASKS[name].family, []).append(result["main_score"])
+    found = {family: float(np.mean(families[family])) for family in FAMILIES if family in families}
+    if set(SUBSET) <= results.keys():
+        found["all 16 tasks"] = float(np.mean([results[name]["main_score"] for name in SUBSET]))
+    return found
 
 
-def ndcg(ranked_gains, all_gains, k=10):
-    """nDCG@k with linear gain and discount log2(rank + 1); the ideal is over all judged documents."""
-    discount = 1 / np.log2(np.arange(2, k + 2))
-    dcg = lambda gains: float(np.sum(np.asarray(gains[:k], dtype=float) * discount[: len(gains[:k])]))  # noqa: E731
-    ideal = dcg(sorted(all_gains, reverse=True))
-    return dcg(ranked_gains) / ideal if ideal else 0.0
+def table(results):
+    """The results as text, scores times 100."""
+    lines = [f"{'task':30}{'family':16}{'score':>8}{'seconds':>10}"]
+    for name, result in results.items():
+        spread = f"  +- {100 * result['spread']:.2f}" if "spread" in result else ""
+        lines.append(f"{name:30}{TASKS[name].family:16}{100 * result['main_score']:8.2f}{result['seconds']:10.1f}{spread}")
+    lines += [f"{'mean: ' + name:46}{100 * score:8.2f}" for name, score in means(results).items()]
+    return "\n".join([*lines, f"({PAPER})"] if len(results) > 1 else lines)
 
 
-def evaluate_triplets(policy, heldout, graded=None, rationale=True):
-    """Held-out triplets, greedy: is the right positive found among all positives and hard negatives?
+def main(arguments):
+    parser = argparse.ArgumentParser(
+        "eval_mteb_subset.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--model", required=True, help="checkpoint folder or hub id")
+    add("--tasks", default="subset", help="comma-separated task names or families, or subset [subset]")
+    add("--data-dir", help="one folder a task, named as the task; without it, the hub at the pinned revisions")
+    add("--out", help="JSON file of scores, settings, versions and counts")
+    add("--cache", default="runs/cache", help="folder of what was already read; --cache '' for none [runs/cache]")
+    add("--no-rationale", action="store_true", help="embed the prompt alone")
+    add("--temperature", type=float, default=0.0, help="sample rationales instead of decoding greedily [0]")
+    add("--seed", type=int, default=0, help="of the sampling [0]")
+    add("--samples", type=int, default=1, help="mean of this many sampled embeddings a text [1]")
+    add("--instruction", help="the system message")
+    add("--max-prompt-tokens", type=int, help="longer texts lose their end")
+    add("--max-new-tokens", type=int, help="the longest rationale")
+    add("--pooling", choices=POOLS, help="what becomes the embedding, Sec. 5.4")
+    add("--tokens-per-batch", type=int, default=16384, help="token budget of a batch [16384]")
+    add("--dtype", default="float32", choices=("float32", "bfloat16"), help="compute type [float32]")
+    add("--device", help="default: cuda where there is one, else cpu")
+    args = parser.parse_args(arguments)
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    try:
+        evaluate(args)
+    except GraceError as error:
+        sys.exit(f"eval_mteb_subset.py: {error}")
 
-    Returns nDCG@10, top-1 accuracy, with `graded` the Spearman correlation of cosine and score, the
-    language-modelling loss on the texts (nats a token), the share of rationales that ended, and
-    their mean length in words.
-    """
-    queries = [row["query"] for row in heldout]
-    documents = list(dict.fromkeys([r["positive"] for r in heldout] + [n for r in heldout for n in r["negative"]]))
-    relevant = {}
-    for row in heldout:
-        relevant.setdefault(row["query"], set()).add(row["positive"])
-    one, two, grades = graded or ([], [], [])
-    vectors, written, _, finished = encode(policy, queries + documents + one + two, rationale=rationale)
-    q, d, a, b = np.split(vectors, np.cumsum([len(queries), len(documents), len(one)]))
-    gains = [
-        [float(documents[i] in relevant[query]) for i in ranking(scores, documents)] for query, scores in zip(queries, q @ d.T)
-    ]
-    result = {
-        "ndcg_at_10": float(np.mean([ndcg(g, [1.0] * len(relevant[query])) for g, query in zip(gains, queries)])),
-        "top1": float(np.mean([g[0] for g in gains])),
+
+def evaluate(args):
+    """Run the chosen tasks, print them as they come, write `--out`. Returns what it wrote."""
+    if args.samples < 1 or (args.samples > 1 and not args.temperature):
+        raise GraceError(f"--samples {args.samples}: more than one sample needs --temperature above 0")
+    chosen, start = choose_tasks(args.tasks), time.time()
+    reading = {name: getattr(args, name) for name in ("instruction", "max_prompt_tokens", "max_new_tokens", "pooling")}
+    common = dict(
+        cache=args.cache or None, temperature=args.temperature, rationale=not args.no_rationale,
+        tokens_per_batch=args.tokens_per_batch, device=args.device, dtype=args.dtype, progress=True,
+    )  # fmt: skip
+    first = GraceEncoder(args.model, seed=args.seed, **common, **reading)
+    encoders = [first] + [GraceEncoder(first.policy, seed=args.seed + i, **common) for i in range(1, args.samples)]
+    encode = (MeanEncoder(encoders) if args.samples > 1 else first).encode
+
+    def report(name, result):
+        print(f"{name}: {100 * result['main_score']:.2f}  ({result['seconds']:.1f} s)", flush=True)
+
+    results = evaluate_tasks(encode, chosen, args.data_dir, report)
+    if args.samples > 1:  # nothing is written twice: the samples are in the cache
+        singles = [evaluate_tasks(encoder.encode, chosen, args.data_dir) for encoder in encoders]
+        for name in results:
+            results[name]["single_samples"] = [single[name]["main_score"] for single in singles]
+            results[name]["spread"] = float(np.std(results[name]["single_samples"], ddof=1))
+    counts = {key: sum(encoder.counts[key] for encoder in encoders) for key in first.counts}
+    print("\n" + table(results))
+    print(
+        f"texts asked for {counts['asked']}, read {counts['read']} ({counts['cut']} cut at the limit, "
+        f"{counts['unfinished']} rationales unfinished, {counts['empty']} empty), remembered {counts['remembered']}; "
+        f"{time.time() - start:.0f} s"
+    )
+    record = {
+        "model": args.model,
+        "tasks": results,
+        "means": means(results),
+        "settings": {**first.settings, "samples": args.samples},
+        "data": args.data_dir or {name: [TASKS[name].path, TASKS[name].revision] for name in results},
+        "texts": counts,
+        "seconds": time.time() - start,
+        "versions": {
+            "python": platform.python_version(),
+            **{module.__name__: module.__version__ for module in (torch, transformers, datasets, np)},
+        },
     }
-    if graded:
-        result["spearman"] = spearman((a * b).sum(1), grades)
-    if rationale:
-        result |= {"text_loss": text_loss(policy, queries + documents), "finished": finished}
-        result["words"] = float(np.mean([len(w.split()) for w in written]))
-    return result
+    if args.out:
+        os.makedirs(os.path.dirname(os.path.abspath(args.out)), exist_ok=True)
+        write_atomically(args.out, json.dumps(record, indent=2))
+    return record
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

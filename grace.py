@@ -56,9 +56,9 @@ import reward as rewards
 from checkpoint import checkpoints, restore, save_checkpoint, write_atomically
 from config import parse
 from data import GraceError, load_rows
-from eval_mteb_subset import evaluate_triplets
 from policy import Policy
 from rollout import encode, sample, score, text_loss
+from tasks import evaluate_triplets
 
 # ---------------------------------------------------------------- advantage and objective
 
@@ -373,6 +373,11 @@ def train(config):
         "versions": {"python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__},
     }
     write_atomically(os.path.join(config.out, "summary.json"), json.dumps(summary, indent=2))
+    print(f"\n{'':24}" + "".join(f"{name:>12}" for name in after))
+    for moment in ("before", "after", "after_without_rationale"):
+        if moment in summary:
+            values = (f"{summary[moment][name]:12.3f}" if name in summary[moment] else f"{'':12}" for name in after)
+            print(f"{moment.replace('_', ' '):24}" + "".join(values))
     return summary
 
 

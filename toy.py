@@ -192,6 +192,29 @@ def warm_up(model, tokenizer, draw_event, rng, steps=600, B=96, lr=3e-3):
     return model
 
 
+def write_rows(path, rows):
+    """Rows as jsonl."""
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with open(path, "w") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def write_tasks(folder, heldout, graded):
+    """The held-out sets as two evaluation tasks in the hub's layout: retrieval, and graded pairs."""
+    documents = dict.fromkeys([row["positive"] for row in heldout] + [row["negative"] for row in heldout])
+    number = {text: f"d{i}" for i, text in enumerate(documents)}
+    asked = {text: f"q{i}" for i, text in enumerate(dict.fromkeys(row["query"] for row in heldout))}
+    judged = {(asked[row["query"]], number[row["positive"]]) for row in heldout}
+    parts = {
+        "corpus": [{"_id": i, "title": "", "text": text} for text, i in number.items()],
+        "queries": [{"_id": i, "text": text} for text, i in asked.items()],
+        "qrels": [{"query-id": q, "corpus-id": d, "score": 1} for q, d in sorted(judged)],
+    }
+    for part, rows in parts.items():
+        write_rows(os.path.join(folder, "ToyRetrieval", part, "test.jsonl"), rows)
+    write_rows(os.path.join(folder, "ToyPairs", "test.jsonl"), graded)
+
+
 def build(out, seed=0, train=4096, heldout=256, steps=600):
     """Write the world's data and the warmed-up model under `out`. The same seed gives the same files."""
     rng = random.Random(seed)
@@ -210,10 +233,9 @@ def build(out, seed=0, train=4096, heldout=256, steps=600):
         "heldout": [triplet(draw_event(True), rng) for _ in range(heldout)],
         "graded": [graded_pair(draw_event(True), rng) for _ in range(2 * heldout)],
     }
-    os.makedirs(os.path.join(out, "data"), exist_ok=True)
     for name, rows in files.items():
-        with open(os.path.join(out, "data", f"{name}.jsonl"), "w") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
+        write_rows(os.path.join(out, "data", f"{name}.jsonl"), rows)
+    write_tasks(os.path.join(out, "tasks"), files["heldout"], files["graded"])
     tokenizer = build_tokenizer()
     model = warm_up(build_model(tokenizer, seed), tokenizer, draw_event, rng, steps)
     folder = os.path.join(out, "model")

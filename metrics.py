@@ -1,0 +1,113 @@
+"""The scores of retrieval, similarity and clustering, on plain numpy arrays: what mteb's v1 tasks compute.
+
+Each function is short, pure and says which library it agrees with; the tests hold it against that one.
+"""
+
+import numpy as np
+import torch
+
+
+def average_ranks(x):
+    """Ranks from 1, ties sharing the mean of their places (scipy.stats.rankdata). `[n] -> [n]` float64."""
+    x = np.asarray(x, dtype=np.float64)
+    order = np.argsort(x, kind="stable")
+    _, first, group, counts = np.unique(x[order], return_index=True, return_inverse=True, return_counts=True)
+    ranks = np.empty(len(x))
+    ranks[order] = (first + (counts + 1) / 2)[group]
+    return ranks
+
+
+def spearman(x, y):
+    """Spearman's correlation: Pearson's, of the ranks. In [-1, 1]; nan where either is constant."""
+    a, b = average_ranks(x), average_ranks(y)
+    a, b = a - a.mean(), b - b.mean()
+    spread = np.sqrt((a @ a) * (b @ b))
+    return float(np.clip(a @ b / spread, -1, 1)) if spread else float("nan")
+
+
+def spearman_p(rho, n):
+    """The two-sided p-value that scipy.stats.spearmanr gives with a correlation over n pairs.
+
+    rho * sqrt((n - 2) / (1 - rho^2)) is compared with Student's t of n - 2 degrees of freedom, whose tail
+    is integrated here: with x = sin(angle), it is the integral of cos(angle)^(n - 3) beyond asin(|rho|).
+    """
+    if n < 3 or abs(rho) == 1:
+        return 0.0 if n >= 3 else float("nan")
+    nodes, weights = np.polynomial.legendre.leggauss(200)
+
+    def integral(low, high):
+        angle = (high - low) / 2 * nodes + (high + low) / 2
+        return (high - low) / 2 * float(weights @ np.cos(angle) ** (n - 3))
+
+    return integral(np.arcsin(abs(rho)), np.pi / 2) / integral(0, np.pi / 2)
+
+
+def cosine(a, b):
+    """Row-wise cosine as 1 - |a - b|^2 / 2 of unit vectors: exactly 1 for equal ones. `[n, D] x 2 -> [n]`."""
+    return 1 - 0.5 * ((normalize(a) - normalize(b)) ** 2).sum(1)
+
+
+def normalize(x):
+    """Rows at unit length; a zero row stays zero. `[n, D] -> [n, D]`."""
+    length = np.linalg.norm(x, axis=1, keepdims=True)
+    return x / np.where(length == 0, 1, length)
+
+
+def ranking(scores, ids, top_k=1000):
+    """Positions of the best `top_k` documents, best first: float32 scores, ties by id, descending.
+
+    That is pytrec_eval's order: ids are compared as strings.
+    """
+    scores = np.asarray(scores, dtype=np.float32)
+    kept = range(len(scores))
+    if len(scores) > top_k:
+        kept = torch.from_numpy(scores).topk(top_k).indices.tolist()
+    return sorted(kept, key=lambda i: (scores[i], ids[i]), reverse=True)
+
+
+def ndcg(ranked_gains, all_gains, k=10):
+    """nDCG@k, linear gain, discount log2(rank + 1), ideal over all judged documents (pytrec_eval's ndcg_cut)."""
+    discount = 1 / np.log2(np.arange(2, k + 2))
+
+    def dcg(gains):
+        gains = np.asarray(gains[:k], dtype=np.float64)
+        return float(gains @ discount[: len(gains)])
+
+    ideal = dcg(sorted(all_gains, reverse=True))
+    return dcg(ranked_gains) / ideal if ideal else 0.0
+
+
+def ranked_average_precision(ranked_relevant, number_relevant):
+    """Mean precision at the ranks of the relevant documents (pytrec_eval's map). Ties already broken."""
+    hits = np.asarray(ranked_relevant, dtype=np.float64)
+    precision = hits.cumsum() / np.arange(1, len(hits) + 1)
+    return float(precision @ hits / number_relevant) if number_relevant else 0.0
+
+
+def average_precision(labels, scores):
+    """sum of (R_i - R_{i-1}) P_i over distinct scores, highest first (sklearn's average_precision_score)."""
+    scores, labels = np.asarray(scores), np.asarray(labels, dtype=np.float64)
+    order = np.argsort(-scores, kind="stable")
+    scores, hits = scores[order], labels[order].cumsum()
+    last = np.append(scores[1:] != scores[:-1], True)  # the last place of each distinct score
+    precision, recall = hits[last] / (np.flatnonzero(last) + 1), hits[last] / hits[-1]
+    return float(np.diff(recall, prepend=0) @ precision)
+
+
+def v_measure(labels, clusters):
+    """Harmonic mean of homogeneity and completeness, from entropies in nats (sklearn's v_measure_score)."""
+    labels, clusters = (np.unique(x, return_inverse=True)[1] for x in (labels, clusters))
+    table = np.zeros((labels.max() + 1, clusters.max() + 1))
+    np.add.at(table, (labels, clusters), 1)
+    p = table / table.sum()
+
+    def entropy(q):
+        q = q[q > 0]
+        return float(-(q * np.log(q)).sum())
+
+    of_labels, of_clusters = entropy(p.sum(1)), entropy(p.sum(0))
+    shared = of_labels + of_clusters - entropy(p)  # mutual information
+    homogeneity = shared / of_labels if of_labels else 1.0
+    completeness = shared / of_clusters if of_clusters else 1.0
+    both = homogeneity + completeness
+    return 2 * homogeneity * completeness / both if both else 0.0
