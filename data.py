@@ -8,6 +8,7 @@ The names that other public sets use for the same thing are understood (`COLUMNS
 
 import os
 import random
+import tempfile
 
 COLUMNS = {  # what we call it: what it may be called in a file, first match wins
     "query": ("query", "anchor", "sent0"),
@@ -23,6 +24,18 @@ FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parque
 
 class GraceError(ValueError):
     """Something the user can put right: the message says what and how. Shown without a traceback."""
+
+
+def load_folder(path, config=None, **options):
+    """`datasets.load_dataset` of a local folder, past its cache.
+
+    That cache knows a folder by its name alone and serves the rows of an earlier one, wherever it stood
+    and whatever this one holds by now. So each call gets a cache of its own, and the rows in memory.
+    """
+    from datasets import load_dataset
+
+    with tempfile.TemporaryDirectory() as cache:
+        return load_dataset(path, config, cache_dir=cache, keep_in_memory=True, **options)
 
 
 def open_dataset(source, split="train"):
@@ -42,8 +55,8 @@ def open_dataset(source, split="train"):
             return load_dataset(FORMATS[suffix], data_files=source, split="train", **options)
         if suffix in FORMATS or source.startswith((".", "/")) and not os.path.isdir(source):
             raise GraceError(f"{source}: no such file or folder")
-        if os.path.isdir(source):  # remembered by its name alone, whatever it holds by now: read it afresh
-            return load_dataset(source, split=split, download_mode="force_redownload")
+        if os.path.isdir(source):
+            return load_folder(source, split=split)
         name, _, config = source.partition(":")
         return load_dataset(name, config or None, split=split)
     except GraceError:

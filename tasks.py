@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from data import GraceError, open_dataset
+from data import GraceError, load_folder, open_dataset
 from metrics import (
     average_precision,
     cosine,
@@ -102,18 +102,17 @@ def load(name, data_dir, configs=(None,), split="test"):
         raise GraceError(f"{folder}: no such folder; --data-dir holds one folder a task, named as the task")
     if not data_dir and task.path is None:
         raise GraceError(f"{name} is not on the hub: give --data-dir")
-    # `datasets` remembers a local folder by its name, not its place or content: never trust that memory.
-    source, options = (folder, {"download_mode": "force_redownload"}) if data_dir else (task.path, {"revision": task.revision})
+    source = folder if data_dir else task.path
     try:
         named = not data_dir or os.path.isfile(os.path.join(folder, "README.md"))
-        known = get_dataset_config_names(source, **options) if named else []
+        known = get_dataset_config_names(source, revision=None if data_dir else task.revision) if named else []
         config = next((c for c in configs if c in known), None)
         parts = [c for c in configs if c and not config and os.path.isdir(os.path.join(folder, c))]
         files = [f for c in configs if c and not config for f in glob.glob(os.path.join(glob.escape(folder), f"{c}.*"))]
         if config or (None in configs and not parts):
-            found = load_dataset(source, config, **options)
+            found = load_folder(folder, config) if data_dir else load_dataset(source, config, revision=task.revision)
         elif parts:
-            found = load_dataset(os.path.join(folder, parts[0]), **options)
+            found = load_folder(os.path.join(folder, parts[0]))
         elif files:
             found = {split: open_dataset(files[0])}
         else:

@@ -1,0 +1,150 @@
+"""The encoder: nothing read twice, nothing lost, and errors that say what to do."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from conftest import TEXTS
+
+import encoder as encoder_module
+import eval_mteb_subset
+from data import GraceError
+from encoder import GraceEncoder, MeanEncoder, fingerprint
+from rollout import encode
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """The texts that the policy really read, in order."""
+    read = []
+
+    def counting(policy, texts, *more):
+        read.extend(texts)
+        return encode(policy, texts, *more)
+
+    monkeypatch.setattr(encoder_module, "encode", counting)
+    return read
+
+
+def test_it_is_the_rollout_code(make_policy):
+    policy = make_policy()
+    vectors, written, _, _ = encode(policy, TEXTS)
+    encoder = GraceEncoder(policy)
+    np.testing.assert_allclose(encoder.encode(TEXTS), vectors, atol=1e-6)
+    assert encoder.rationales(TEXTS) == written
+    assert encoder.encode(TEXTS).dtype == np.float32
+
+
+def test_no_text_is_read_twice(make_policy, counted, tmp_path):
+    policy = make_policy()
+    first = GraceEncoder(policy, cache=tmp_path)
+    many = first.encode([TEXTS[0], TEXTS[1], TEXTS[0], ""])
+    assert sorted(counted) == sorted([TEXTS[0], TEXTS[1], ""]) and (many[0] == many[2]).all()
+    assert first.counts["empty"] == 1 and np.isfinite(many).all()
+    again = GraceEncoder(policy, cache=tmp_path)  # as another process would
+    assert (again.encode([TEXTS[1], TEXTS[0]]) == many[[1, 0]]).all() and len(counted) == 3
+    assert again.counts["read"] == 0 and again.counts["remembered"] == 2
+
+
+def test_another_way_of_reading_is_another_memory(make_policy, counted, tmp_path):
+    policies = [make_policy(), make_policy(seed=1), make_policy(max_new_tokens=3), make_policy(pooling="eos")]
+    assert len({fingerprint(p.model) for p in policies[:2]}) == 2
+    for policy in policies:
+        GraceEncoder(policy, cache=tmp_path).encode(TEXTS[:1])
+    for more in ({"rationale": False}, {"temperature": 1.0}, {"temperature": 1.0, "seed": 1}):
+        GraceEncoder(policies[0], cache=tmp_path, **more).encode(TEXTS[:1])
+    assert len(counted) == 7 and len(os.listdir(tmp_path)) == 7
+
+
+def test_sampling_repeats_by_seed_and_averages(make_policy):
+    policy = make_policy()
+    one, same, other = (GraceEncoder(policy, temperature=1.0, seed=s).encode(TEXTS) for s in (0, 0, 1))
+    assert (one == same).all() and abs(one - other).max() > 0.01
+    both = MeanEncoder([GraceEncoder(policy, temperature=1.0, seed=s) for s in (0, 1)]).encode(TEXTS)
+    mean = (one + other) / 2
+    np.testing.assert_allclose(both, mean / np.linalg.norm(mean, axis=1, keepdims=True), atol=1e-6)
+
+
+def test_without_rationale(make_policy):
+    encoder = GraceEncoder(make_policy(), rationale=False)
+    assert encoder.rationales(TEXTS) == [""] * 3 and encoder.counts["unfinished"] == 0
+
+
+def test_bad_texts_vectors_and_files(make_policy, tmp_path, monkeypatch):
+    policy = make_policy()
+    with pytest.raises(GraceError, match="text 1 is 3, not a string"):
+        GraceEncoder(policy).encode(["a", 3])
+    with pytest.raises(GraceError, match="no texts to encode"):
+        GraceEncoder(policy).encode([])
+    encoder = GraceEncoder(policy, cache=tmp_path)
+    encoder.memory.close()
+    with open(encoder.path, "r+b") as file:
+        file.write(b"garbage" * 20)
+    with pytest.raises(GraceError, match="damaged cache .*Delete the file"):
+        GraceEncoder(policy, cache=tmp_path).encode(TEXTS)
+    broken = lambda policy, texts, *more: (np.full((len(texts), 4), np.nan), [""] * len(texts), 0, 1.0)
+    monkeypatch.setattr(encoder_module, "encode", broken)
+    with pytest.raises(GraceError, match="'somebody sold the boat' is not finite"):
+        GraceEncoder(policy).encode([TEXTS[1]])
+
+
+def test_the_memory_survives_a_kill(tiny_world, tmp_path):
+    """SIGKILL while reading; what was read stays, the rest is read, and the result is the one never interrupted."""
+    texts = [f"the old doctor sold the boat near the inn around noon . {'the ' * (i % 17)}w{i}" for i in range(3000)]
+    program = (
+        "import sys, json; sys.path.insert(0, '.'); from encoder import GraceEncoder; "
+        f"GraceEncoder({str(tiny_world / 'model')!r}, cache={str(tmp_path)!r}, tokens_per_batch=600)"
+        ".encode(json.load(sys.stdin))"
+    )
+    process = subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdin.write(json.dumps(texts))
+    process.stdin.close()
+    for _ in range(1200):  # at most two minutes
+        time.sleep(0.1)
+        if any(name.endswith(".sqlite") and os.path.getsize(tmp_path / name) > 100_000 for name in os.listdir(tmp_path)):
+            break
+        assert process.poll() is None, process.stderr.read()
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    again = GraceEncoder(f"{tiny_world}/model", cache=tmp_path)
+    found = again.encode(texts)
+    assert 0 < again.counts["remembered"] < 3000 and again.counts["remembered"] + again.counts["read"] == 3000
+    np.testing.assert_allclose(found, GraceEncoder(again.policy).encode(texts), atol=1e-5)
+
+
+# ---------------------------------------------------------------- the command line
+
+
+def test_the_command_line(tiny_world, tmp_path, capsys):
+    given = ["--model", f"{tiny_world}/model", "--data-dir", f"{tiny_world}/tasks", "--cache", str(tmp_path / "cache")]
+    eval_mteb_subset.main([*given, "--tasks", "ToyRetrieval,ToyPairs", "--out", str(tmp_path / "out" / "r.json")])
+    printed = capsys.readouterr().out
+    assert "ToyPairs" in printed and "mean: retrieval" in printed and "remembered 0" in printed
+    with open(tmp_path / "out" / "r.json") as file:
+        record = json.load(file)
+    assert record["settings"]["instruction"] == "name what happened" and record["settings"]["fingerprint"]
+    assert record["texts"]["read"] > 0 and {"torch", "transformers", "numpy"} <= record["versions"].keys()
+    eval_mteb_subset.main([*given, "--tasks", "ToyPairs", "--temperature", "1", "--samples", "2"])
+    assert "+-" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ("--tasks STS99", "unknown task"),
+        ("--tasks STS12", "no such folder"),
+        ("--tasks ToyPairs --samples 3", "needs --temperature above 0"),
+        ("--tasks ToyPairs --temperature -1", "give 0 for greedy"),
+        ("--tasks ToyPairs --model no/such/model", "cannot be loaded"),
+    ],
+)
+def test_bad_flags(tiny_world, tmp_path, flags, message):
+    given = f"--model {tiny_world}/model --data-dir {tiny_world}/tasks --cache {tmp_path} {flags}"
+    with pytest.raises(SystemExit) as stop:
+        eval_mteb_subset.main(given.split())
+    assert message in str(stop.value)

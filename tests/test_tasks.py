@@ -1,0 +1,188 @@
+"""The protocols: worked examples, the traps of MTEB's layouts, and bad input. tests/test_mteb.py compares with mteb."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+import synthetic_tasks
+from synthetic_tasks import readme, rows
+
+from data import GraceError
+from tasks import FAMILIES, SUBSET, TASKS, choose_tasks, evaluate_tasks, evaluate_triplets, search
+
+REAL = os.path.abspath("../shared/data/eval")
+
+
+def one_hot(texts):
+    """Each word a fixed direction: cosine is a plain overlap count."""
+    words = "a b c d e f g h".split()
+    return np.array([[t.split().count(w) for w in words] for t in texts], np.float32) + 1e-3
+
+
+@pytest.fixture(scope="module")
+def synthetic(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tasks")
+    return folder, synthetic_tasks.write_all(folder)
+
+
+def test_the_sixteen():
+    assert len(SUBSET) == 16 and {TASKS[name].family for name in SUBSET} == set(FAMILIES)
+    assert choose_tasks("subset") == list(SUBSET)
+    assert choose_tasks("sts") == ["STS17", "SICK-R", "STSBenchmark"]
+    assert choose_tasks("STS12, sts ,SICK-R") == ["STS12", "STS17", "SICK-R", "STSBenchmark"]
+    with pytest.raises(GraceError, match="unknown task 'STS99'"):
+        choose_tasks(["STS99"])
+
+
+def test_every_protocol_runs_and_is_deterministic(synthetic):
+    folder, names = synthetic
+    pytest.importorskip("sklearn", reason="scikit-learn is not installed")
+    one, two = (evaluate_tasks(synthetic_tasks.encode, names, str(folder)) for _ in range(2))
+    assert [one[n]["main_score"] for n in names] == [two[n]["main_score"] for n in names]
+    assert all(np.isfinite(one[n]["main_score"]) for n in names)
+    assert one["SummEval"]["rows_skipped"] == 2
+
+
+def test_retrieval_by_hand(tmp_path):
+    """Titles come before texts, unjudged queries are dropped, queries judged 0 stay, ids tie downwards."""
+    folder = tmp_path / "SciFact"
+    corpus = [
+        {"_id": "1", "title": "a", "text": "b "},
+        {"_id": "2", "title": "", "text": " c "},
+        {"_id": "10", "title": None, "text": "c"},
+    ]
+    queries = [{"_id": "x", "text": "a b"}, {"_id": "y", "text": "c"}, {"_id": "z", "text": "d"}, {"_id": "w", "text": "a"}]
+    judged = [("x", "1", 1), ("y", "10", 1), ("w", "2", 0)]
+    rows(folder / "corpus" / "test.jsonl", corpus)
+    rows(folder / "queries" / "test.jsonl", queries)
+    rows(folder / "qrels" / "test.jsonl", [{"query-id": q, "corpus-id": d, "score": s} for q, d, s in judged])
+    seen = []
+    encode = lambda texts: seen.extend(texts) or one_hot(texts)
+    found = evaluate_tasks(encode, ["SciFact"], str(tmp_path))["SciFact"]["main_score"]
+    assert "a b" in seen and "c" in seen and "d" not in seen  # stripped; the unjudged query is not even read
+    # x finds 1 at once; y ties 2 and 10, and "2" > "10" as a string, so 10 is second; w counts 0
+    assert found == pytest.approx(round((1 + 1 / np.log2(3) + 0) / 3, 5))
+
+
+def test_a_query_that_is_its_own_document(synthetic):
+    corpus, queries, qrels = {"p": "a", "q": "b", "r": "a b"}, {"p": "a"}, {"p": {"r": 1}}
+    assert search(one_hot, corpus, queries, qrels)["p"] == [0, 1, 0]
+    assert search(one_hot, corpus, queries, qrels, not_itself=True)["p"] == [1, 0]
+
+
+def test_only_the_best_thousand_count():
+    corpus = {str(i): "a " * (i % 7) + "b " * (i // 7) for i in range(1500)}
+    ranked = search(one_hot, corpus, {"q": "a"}, {"q": dict.fromkeys(corpus, 1)})
+    assert len(ranked["q"]) == 1000
+
+
+def test_local_folders_are_read_afresh(tmp_path):
+    """`datasets` remembers a folder by its name: another of the same name must not be served from memory."""
+    for place, score in (("one", [1.0, 2.0, 3.0]), ("two", [3.0, 2.0, 1.0])):
+        folder = tmp_path / place / "STS17"
+        data = [{"sentence1": "a", "sentence2": t, "score": s} for t, s in zip(("a", "a b", "c"), score)]
+        rows(folder / "en-en" / "test.jsonl", data)
+        readme(folder, {"en-en": {"test": "en-en/test.jsonl"}})
+        found = evaluate_tasks(one_hot, ["STS17"], str(tmp_path / place))["STS17"]["main_score"]
+        assert found == pytest.approx(1.0 if place == "two" else -1.0)
+
+
+@pytest.mark.parametrize("as_config", [True, False])
+def test_a_language_is_a_configuration_or_a_column(tmp_path, as_config):
+    data = [{"sentence1": "a", "sentence2": t, "score": s, "lang": "en-en"} for t, s in zip(("a", "a b", "c"), (3, 2, 1))]
+    if as_config:
+        rows(tmp_path / "STS17" / "en-en" / "test.jsonl", data)
+    else:
+        rows(tmp_path / "STS17" / "test.jsonl", data + [{**data[0], "score": -9, "lang": "ar-ar"}])
+    assert evaluate_tasks(one_hot, ["STS17"], str(tmp_path))["STS17"]["main_score"] == pytest.approx(1.0)
+
+
+def test_pairs_may_come_a_row_each(tmp_path):
+    data = [{"sentence1": "a", "sentence2": t, "labels": y} for t, y in (("a", 1), ("b", 0), ("a b", 1), ("c", 0))]
+    rows(tmp_path / "SprintDuplicateQuestions" / "test.jsonl", data)
+    found = evaluate_tasks(one_hot, ["SprintDuplicateQuestions"], str(tmp_path))["SprintDuplicateQuestions"]
+    assert found["main_score"] == found["max_ap"] == 1.0
+
+
+def test_summarization_skips_constant_rows(tmp_path):
+    row = {"human_summaries": ["a"], "machine_summaries": ["a", "a b", "c"], "relevance": [3.0, 2.0, 1.0]}
+    rows(tmp_path / "SummEval" / "test.jsonl", [row, {**row, "relevance": [1.0, 1.0, 1.0]}])
+    found = evaluate_tasks(one_hot, ["SummEval"], str(tmp_path))["SummEval"]
+    assert found["cosine_spearman_v2"] == 1.0 and found["main_score"] == 0.5 and found["rows_skipped"] == 1
+
+
+# ---------------------------------------------------------------- bad input
+
+
+def sts(tmp_path, data):
+    rows(tmp_path / "STSBenchmark" / "test.jsonl", data)
+    return str(tmp_path)
+
+
+GOOD = [{"sentence1": "a", "sentence2": t, "score": s} for t, s in (("a", 2.0), ("b", 1.0))]
+
+
+def test_missing_folder_column_split_and_hub(tmp_path):
+    with pytest.raises(GraceError, match="no such folder; --data-dir holds one folder a task"):
+        evaluate_tasks(one_hot, ["STS12"], str(tmp_path))
+    with pytest.raises(GraceError, match="no column 'score'; it has sentence1, sentence2"):
+        evaluate_tasks(one_hot, ["STSBenchmark"], sts(tmp_path, [{"sentence1": "a", "sentence2": "b"}]))
+    rows(tmp_path / "SICK-R" / "train.jsonl", GOOD)
+    rows(tmp_path / "SICK-R" / "validation.jsonl", GOOD)
+    with pytest.raises(GraceError, match="no split 'test'; it has"):
+        evaluate_tasks(one_hot, ["SICK-R"], str(tmp_path))
+    rows(tmp_path / "SciFact" / "corpus" / "test.jsonl", [{"_id": "1", "text": "a"}])
+    with pytest.raises(GraceError, match="no 'queries' or 'query'"):
+        evaluate_tasks(one_hot, ["SciFact"], str(tmp_path))
+    with pytest.raises(GraceError, match="not on the hub: give --data-dir"):
+        evaluate_tasks(one_hot, ["ToyPairs"])
+    with pytest.raises(GraceError, match="Without a network give --data-dir"):
+        evaluate_tasks(one_hot, ["STSBenchmark"])
+
+
+def test_what_the_encoder_must_not_do(tmp_path):
+    folder = sts(tmp_path, GOOD)
+    with pytest.raises(GraceError, match="the vector of 'b' is not finite"):
+        evaluate_tasks(lambda x: np.where(np.array(x) == "b", np.nan, 1.0)[:, None], ["STSBenchmark"], folder)
+    with pytest.raises(GraceError, match=r"gave shape \(3, 2\) for 4 texts"):
+        evaluate_tasks(lambda x: np.ones((3, 2)), ["STSBenchmark"], folder)
+    rows(tmp_path / "SICK-R" / "test.jsonl", GOOD)
+    calls = []
+    grows = lambda x: calls.append(1) or one_hot(x)[:, : 3 + len(calls)]
+    with pytest.raises(GraceError, match="dimension changed from 4 to 5"):
+        evaluate_tasks(grows, ["STSBenchmark", "SICK-R"], folder)
+
+
+# ---------------------------------------------------------------- the embedded world, and real tasks
+
+
+def test_the_world_as_tasks_scores_as_in_training(tiny_world):
+    """grace.py's held-out evaluation and the two toy tasks are one evaluation."""
+    from data import read_pairs, read_triplets
+    from encoder import GraceEncoder
+
+    encoder = GraceEncoder(f"{tiny_world}/model")
+    found = evaluate_tasks(encoder.encode, ["ToyRetrieval", "ToyPairs"], f"{tiny_world}/tasks")
+    heldout = read_triplets(f"{tiny_world}/data/heldout.jsonl")
+    graded = read_pairs(f"{tiny_world}/data/graded.jsonl", split="train")
+    trained = evaluate_triplets(encoder.policy, heldout, graded)
+    assert found["ToyRetrieval"]["main_score"] == pytest.approx(trained["ndcg_at_10"], abs=2e-2)  # ids differ, so ties do
+    assert found["ToyPairs"]["main_score"] == pytest.approx(trained["spearman"], abs=1e-6)
+
+
+@pytest.mark.skipif(not os.path.isdir(REAL), reason="no real tasks beside the repository")
+def test_real_tasks_are_read():
+    pytest.importorskip("sklearn", reason="scikit-learn is not installed")
+    hashed = {}
+
+    def encode(texts):  # bags of hashed words
+        vectors = np.zeros((len(texts), 256), np.float32)
+        for row, text in zip(vectors, texts):
+            for word in text.lower().split():
+                row[hashed.setdefault(word, hash(json.dumps(word)) % 256)] += 1
+            row += 1e-3
+        return vectors
+
+    found = evaluate_tasks(encode, "STSBenchmark,STS17,STS12,STS13,SICK-R", REAL)
+    assert all(0.3 < result["main_score"] < 0.9 for result in found.values())
