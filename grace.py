@@ -273,7 +273,9 @@ class Trainer:
     def micro_batches(self, groups, rollouts):
         """Groups by length, in micro-batches whose padded tokens stay within the budget; at least one a batch."""
         K = rollouts.ids.shape[1]
-        cost = rollouts.prompt_mask.sum(1) + K * rollouts.mask.sum(-1).amax(1)  # [N]: one prefill, K rationales
+        cost = (
+            rollouts.prompt_mask.sum(1) - rollouts.shared + K * rollouts.mask.sum(-1).amax(1)
+        )  # [N]: one prefill, K rationales
         groups = groups[cost[groups].argsort()]
         first = 0
         for last in range(1, len(groups) + 1):

@@ -11,9 +11,10 @@ Any decoder-only Hugging Face chat model will do. What this file makes sure of:
 * The model stays in eval mode, in the update too: with dropout, the first probability ratio of the
   clipped objective would be noise around 1 instead of 1.
 
-Shapes: N prompts, P prompt positions (left-padded), L positions, D hidden size, V vocabulary.
+Shapes: N prompts, P prompt positions, L positions, D hidden size, V vocabulary.
 """
 
+import bisect
 import contextlib
 import dataclasses
 import json
@@ -52,18 +53,22 @@ class Reading:
 
 @dataclass
 class Prompts:
-    """N prompts, left-padded, and three masks over the same positions.
+    """N prompts. The instruction's tokens come first, the same in every row; padding stands behind them.
 
-    position   pad pad | instruction | text text text | template
-    mask        0   0        1            1    1    1        1
-    counted     0   0        0            1    1    1        1       what Eq. 11 counts
-    text        0   0        0            1    1    1        0
+        position   instruction | pad pad | text text text | template
+        mask            1         0   0     1    1    1        1
+        counted         0         0   0     1    1    1        1       what Eq. 11 counts
+        text            0         0   0     1    1    1        0
+
+    So the instruction, often the longest part, is read once for all rows, and every prompt ends at -1.
+    With `shared` = 0 (models with sliding windows, which count positions) this is plain left padding.
     """
 
     ids: torch.Tensor  # [N, P]
     mask: torch.Tensor  # [N, P]
     counted: torch.Tensor  # [N, P]
     text: torch.Tensor  # [N, P]
+    shared: int = 0  # how many first positions are the same in every row
     cut: int = 0  # how many texts were over the limit and lost their end
 
 
@@ -80,6 +85,11 @@ class Policy:
         self.softcap = getattr(text_config, "final_logit_softcapping", None)  # Gemma
         self.logit_scale = getattr(text_config, "logit_scale", None) or 1.0  # Cohere
         self.logit_scale /= getattr(text_config, "logits_scaling", None) or 1.0  # Granite
+        # A sliding window counts positions, so padding must not stand between the instruction and the text.
+        layers = getattr(text_config, "layer_types", None) or [
+            "sliding" if getattr(text_config, "sliding_window", None) else "full"
+        ]
+        self.can_share = not any("sliding" in layer or "chunked" in layer for layer in layers)
         self._check_head()
         self.prefix, self.suffix = self._template()
 
@@ -150,7 +160,7 @@ class Policy:
             )
         return prefix, suffix
 
-    def prompts(self, texts):
+    def prompts(self, texts, share=True):
         """P(x) of each text, as ids. The text's end is cut where a prompt is over the limit.
 
         The text starts at a known character, and the tokenizer says which characters each token
@@ -163,8 +173,8 @@ class Policy:
         for text, string, ids, offsets in zip(texts, strings, encoded["input_ids"], encoded["offset_mapping"]):
             if not (string.startswith(self.prefix) and string.endswith(self.suffix)):
                 raise GraceError(f"the chat template rewrites this text, so where it starts is unknown: {text[:60]!r}")
-            before = sum(end <= len(self.prefix) for _, end in offsets)
-            after = sum(start >= len(string) - len(self.suffix) for start, _ in offsets)
+            before = bisect.bisect_right(offsets, len(self.prefix), key=lambda span: span[1])
+            after = len(offsets) - bisect.bisect_left(offsets, len(string) - len(self.suffix), key=lambda span: span[0])
             if len(ids) > limit:
                 if before + after >= limit:
                     raise GraceError(
@@ -172,12 +182,14 @@ class Policy:
                         f"max_prompt_tokens = {limit} leaves no room for a text"
                     )
                 ids, cut = ids[: limit - after] + ids[len(ids) - after :], cut + 1
-            rows.append((ids, len(ids) - before, after))
-        lengths, from_text, after = (torch.tensor(x) for x in zip(*((len(i), n, a) for i, n, a in rows)))
-        P = int(lengths.max())
-        padded = torch.tensor([[0] * (P - len(ids)) + ids for ids, _, _ in rows])
-        mask, counted, tail = (length_mask(x, P).flip(1).long() for x in (lengths, from_text, after))
-        return Prompts(*(x.to(self.device) for x in (padded, mask, counted, counted - tail)), cut)
+            rows.append((ids, before, after))
+        same = os.path.commonprefix([ids[:before] for ids, before, _ in rows]) if share and self.can_share else []
+        lengths, before, after = (torch.tensor(x) for x in zip(*((len(ids), b, a) for ids, b, a in rows)))
+        P, S = int(lengths.max()), len(same)
+        padded = torch.tensor([same + [0] * (P - len(ids)) + ids[S:] for ids, _, _ in rows])
+        mask, counted, tail = (length_mask(n, P).flip(1).long() for n in (lengths - S, lengths - before, after))
+        mask[:, :S] = 1
+        return Prompts(*(x.to(self.device) for x in (padded, mask, counted, counted - tail)), S, cut)
 
     # ------------------------------------------------------------ the network
 
@@ -205,6 +217,18 @@ class Policy:
             )
         last = out.last_hidden_state
         return last, out.hidden_states[-2] if below else last, out.past_key_values
+
+    def prefill(self, ids, mask, shared):
+        """Read prompts, and their first `shared` positions only once for all of them.
+
+        `[N, P], [N, P]` to what `forward` returns, over the positions from `shared` on: `[N, P - shared, D]`.
+        Exact, gradients included: keys and values of a token depend on nothing that comes after it.
+        """
+        positions, cache = (mask.cumsum(1) - 1).clamp(min=0), None
+        if shared:
+            _, _, cache = self.forward(ids[:1, :shared], mask[:1, :shared], positions[:1, :shared])
+            cache.batch_repeat_interleave(len(ids))
+        return self.forward(ids[:, shared:], mask, positions[:, shared:], cache)
 
     def logits(self, hidden):
         """The output head as the model's own forward applies it. `[..., D] -> [..., V]`, float32 or more."""
@@ -254,7 +278,3 @@ def _end_ids(model, tokenizer):
     if not found:
         raise GraceError("no end token in the tokenizer, config or generation config: set tokenizer.eos_token")
     return sorted(found)
-
-
-def positions_of(mask):
-    return (mask.cumsum(1) - 1).clamp(min=0)

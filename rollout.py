@@ -1,7 +1,7 @@
 """Rollouts: sampling rationales, and scoring given ones for the update (Eq. 9 to 12, 20).
 
-One idea carries this file: every token is read as few times as possible. A prompt is read once for
-its K rollouts, when sampling and again, with gradients, in the update. The sampler's decoding loop
+One idea carries this file: every token is read as few times as possible. The instruction is read once
+a batch, a prompt once for its K rollouts: when sampling and again, with gradients, in the update. The sampler's decoding loop
 yields everything that a rollout is: its token ids, their log-probabilities at the temperature they
 were drawn at, and the pooled embedding of text and rationale. Ids are never turned into text and
 back, and the model is never run a second time to look at what it has just written.
@@ -9,7 +9,7 @@ back, and the model is never run a second time to look at what it has just writt
 `generate()` does not feed the last sampled token, so that token has no hidden state there. Eq. 11
 counts it, so the loop here feeds every token it samples, the end token included.
 
-Shapes: N prompts, P prompt positions (left-padded), K rollouts a prompt, T new tokens
+Shapes: N prompts, P prompt positions, K rollouts a prompt, T new tokens
 (right-padded), D hidden size, V vocabulary.
 """
 
@@ -21,7 +21,6 @@ import torch
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from policy import positions_of
 from pool import fold, length_mask, unit
 
 
@@ -37,17 +36,18 @@ class Rollouts:
     logprobs: torch.Tensor  # [N, K, T], 0 where masked
     embeddings: torch.Tensor  # [N, K, D], unit length
     finished: torch.Tensor  # [N, K], ended by an end token
+    shared: int = 0  # the prompts' first positions that are the same in every row
     cut: int = 0  # prompts over the limit
 
     def __getitem__(self, groups):
         """Some of the groups (a slice or indices), without the padding that none of them needs."""
-        part = {f.name: getattr(self, f.name)[groups] for f in dataclasses.fields(self) if f.name != "cut"}
-        P, T = int(part["prompt_mask"].sum(-1).max()), int(part["mask"].sum(-1).max())
+        part = {f.name: getattr(self, f.name)[groups] for f in dataclasses.fields(self) if f.type is torch.Tensor}
+        used, T = part["prompt_mask"].any(0), int(part["mask"].sum(-1).max())
         for name in ("prompt_ids", "prompt_mask", "counted"):
-            part[name] = part[name][:, -P:]
+            part[name] = part[name][:, used]
         for name in ("ids", "mask", "logprobs"):
             part[name] = part[name][:, :, :T]
-        return Rollouts(**part)
+        return Rollouts(**part, shared=self.shared)
 
     def __len__(self):
         return len(self.ids)
@@ -80,10 +80,10 @@ def sample(policy, prompts, K=1, temperature=1.0, generator=None):
     N, P = prompts.ids.shape
     T, how = policy.reading.max_new_tokens, policy.reading.pooling
     device = prompts.ids.device
-    hidden, to_pool, cache = policy.forward(prompts.ids, prompts.mask, positions_of(prompts.mask))
-    state = fold(None, to_pool, prompts.counted, how).repeat_interleave(K, 0)  # [N*K, D]
+    hidden, to_pool, cache = policy.prefill(prompts.ids, prompts.mask, prompts.shared)
+    state = fold(None, to_pool, prompts.counted[:, prompts.shared :], how).repeat_interleave(K, 0)  # [N*K, D]
     cache.batch_repeat_interleave(K)
-    last = hidden[:, -1].repeat_interleave(K, 0)  # left padding: every prompt ends at -1
+    last = hidden[:, -1].repeat_interleave(K, 0)  # every prompt ends at -1
     position = prompts.mask.sum(1).repeat_interleave(K)
     mask = torch.cat([prompts.mask, prompts.mask.new_ones(N, T)], 1).repeat_interleave(K, 0)
 
@@ -118,6 +118,7 @@ def sample(policy, prompts, K=1, temperature=1.0, generator=None):
         logprobs[:, :T].view(shape),
         unit(pooled).view(N, K, -1),
         finished.view(N, K),
+        prompts.shared,
         prompts.cut,
     )
 
@@ -151,8 +152,8 @@ def score(policy, rollouts, temperature=1.0):
     N, K, T = rollouts.ids.shape
     how = policy.reading.pooling
     ids, mask = rollouts.ids.view(N * K, T), rollouts.mask.view(N * K, T)
-    hidden, to_pool, cache = policy.forward(rollouts.prompt_ids, rollouts.prompt_mask, positions_of(rollouts.prompt_mask))
-    state = fold(None, to_pool, rollouts.counted, how).repeat_interleave(K, 0)  # [N*K, D]
+    hidden, to_pool, cache = policy.prefill(rollouts.prompt_ids, rollouts.prompt_mask, rollouts.shared)
+    state = fold(None, to_pool, rollouts.counted[:, rollouts.shared :], how).repeat_interleave(K, 0)  # [N*K, D]
     last = hidden[:, -1:].repeat_interleave(K, 0)
     cache.batch_repeat_interleave(K)
     positions = rollouts.prompt_mask.sum(1).repeat_interleave(K)[:, None] + torch.arange(T, device=ids.device)
@@ -190,10 +191,11 @@ def batches(texts, tokens_per_batch, policy, K=1):
 def embed_prompts(policy, prompts):
     """The embedding without a rationale: P(x) alone, pooled (the paper's Base). `-> [N, D]`."""
     with torch.no_grad():
-        _, to_pool, _ = policy.forward(prompts.ids, prompts.mask, positions_of(prompts.mask))
-        return unit(fold(None, to_pool, prompts.counted, policy.reading.pooling))
+        _, to_pool, _ = policy.prefill(prompts.ids, prompts.mask, prompts.shared)
+        return unit(fold(None, to_pool, prompts.counted[:, prompts.shared :], policy.reading.pooling))
 
 
+@torch.inference_mode()
 def encode(policy, texts, temperature=0.0, generator=None, rationale=True, tokens_per_batch=16384, progress=False):
     """Texts to `(embeddings [n, D] float32 numpy, rationales list[str], texts cut, share finished)`.
 
@@ -229,8 +231,8 @@ def text_loss(policy, texts, tokens_per_batch=8192):
     """
     nats, count = 0.0, 0
     for part in batches(texts, tokens_per_batch, policy):
-        x = policy.prompts([texts[i] for i in part])
-        hidden, _, _ = policy.forward(x.ids, x.mask, positions_of(x.mask))
+        x = policy.prompts([texts[i] for i in part], share=False)  # the first token is predicted by the instruction's last
+        hidden, _, _ = policy.prefill(x.ids, x.mask, 0)
         keep = x.text[:, 1:].bool()
         nats -= float(token_logprobs(policy, hidden[:, :-1][keep], x.ids[:, 1:][keep]).sum())
         count += int(keep.sum())

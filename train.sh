@@ -55,7 +55,11 @@ fi
   --heldout "$world/data/heldout.jsonl" --graded "$world/data/graded.jsonl" --out "$out" \
   --batch 16 --rollouts 8 --lr 5e-4 --eval-every 40 --seed "$SEED"
 
-# 5. Read what it writes now, about two tellings of one event and about another event.
+# 5. The same held-out sets through the evaluator that runs the paper's 16 MTEB tasks.
+echo
+"$PYTHON" eval_mteb_subset.py --model "$out" --tasks ToyRetrieval,ToyPairs --data-dir "$world/tasks" --out "$out/evaluation.json"
+
+# 6. Read what it writes now, about two tellings of one event and about another event.
 echo
 "$PYTHON" grace.py explain --model "$out" \
   "the angry physician purchased the lantern near the hostel around dusk ." \

@@ -32,6 +32,7 @@ def rolled(policy, texts=TEXTS, K=3, temperature=1.0, seed=0):
 def test_captured_equals_full_forward(make_policy, architecture):
     policy = make_policy(architecture)
     rollouts = rolled(policy, temperature=0.7)
+    assert (rollouts.shared == 0) == (architecture == "Gemma2")  # its sliding windows forbid it
     assert rollouts.prompt_mask.sum(1).unique().numel() > 1  # unequal lengths: padding is at work
     assert rollouts.mask.sum(-1).unique().numel() > 1  # rows have left the batch at different steps
     with torch.no_grad():
@@ -192,7 +193,11 @@ def test_what_counts_starts_with_the_text(make_policy):
     assert decoded(policy, x, x.mask - x.counted) == [f"<system> {toy.INSTRUCTION} <user>"] * 3
     assert decoded(policy, x, x.text) == TEXTS
     assert decoded(policy, x, x.counted) == [f"{text} <assistant>" for text in TEXTS]
-    assert (x.mask.diff(dim=1) >= 0).all()  # left-padded
+    assert x.shared == 5 and x.mask[:, :5].all() and (x.mask[:, 5:].diff(dim=1) >= 0).all()
+    apart = policy.prompts(TEXTS, share=False)
+    assert apart.shared == 0 and (apart.mask.diff(dim=1) >= 0).all()  # left-padded
+    for one, two in zip(*(p.ids[p.mask.bool()].split(p.mask.sum(1).tolist()) for p in (x, apart))):
+        assert torch.equal(one, two)
 
 
 BYTES = (
