@@ -67,7 +67,7 @@ def table(results):
         spread = f"  +- {100 * result['spread']:.2f}" if "spread" in result else ""
         lines.append(f"{name:30}{TASKS[name].family:16}{100 * result['main_score']:8.2f}{result['seconds']:10.1f}{spread}")
     lines += [f"{'mean: ' + name:46}{100 * score:8.2f}" for name, score in means(results).items()]
-    return "\n".join([*lines, f"({PAPER})"] if len(results) > 1 else lines)
+    return "\n".join([*lines, f"({PAPER})"] if set(SUBSET) & results.keys() else lines)
 
 
 def main(arguments):
