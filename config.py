@@ -7,6 +7,7 @@ between the two can be run.
 
 import argparse
 import dataclasses
+import math
 from dataclasses import dataclass
 from dataclasses import field as dataclass_field
 
@@ -27,8 +28,9 @@ RECIPES = {  # a recipe only sets defaults: any of them can be given on the comm
 }  # fmt: skip
 
 
-def setting(default, help, choices=None):
-    return dataclass_field(default=default, metadata={"help": help, "choices": choices})
+def setting(default, help, choices=None, least=None, above=None):
+    """A field of the configuration: its default, a line of help, and what it may be."""
+    return dataclass_field(default=default, metadata=dict(help=help, choices=choices, least=least, above=above))
 
 
 @dataclass
@@ -45,62 +47,71 @@ class Config:
     train_roles: str = setting(None, "(recipe) which of query,positive,negative get K rollouts and learn")
     lambda_consistency: float = setting(None, "(recipe) weight of the consistency component, Eq. 16")
     lambda_hard: float = setting(None, "(recipe) weight of the hard component, Eq. 16")
-    tau: float = setting(None, "(recipe) rewards are divided by this, Eq. 17")
-    infonce_temperature: float = setting(0.05, "softmax temperature of the InfoNCE reward")
-    gamma: float = setting(1.0, "length penalty of a rollout without an end token, Eq. 28")
+    tau: float = setting(None, "(recipe) rewards are divided by this, Eq. 17", above=0)
+    infonce_temperature: float = setting(0.05, "softmax temperature of the InfoNCE reward", above=0)
+    gamma: float = setting(1.0, "length penalty of a rollout without an end token, Eq. 28", least=0)
     relative_length_penalty: bool = setting(None, "(recipe) subtract gamma instead of replacing the reward")
-    negatives: int = setting(None, "hard negatives a row, M (default: as many as every row has)")
+    negatives: int = setting(None, "hard negatives a row, M (default: as many as every row has)", least=0)
     # What is learned from it
-    pathwise: float = setting(None, "(recipe) weight c of the pathwise term; 0: Eq. 19 alone")
-    kl: float = setting(None, "(recipe) weight of the KL term to the starting policy")
+    pathwise: float = setting(None, "(recipe) weight c of the pathwise term; 0: Eq. 19 alone", least=0)
+    kl: float = setting(None, "(recipe) weight of the KL term to the starting policy", least=0)
     normalize: bool = setting(False, "divide advantages by the group's standard deviation, Eq. 7")
     length_normalize: bool = setting(True, "mean over a rationale's tokens (Eq. 8) instead of their sum (Eq. 19)")
-    clip_eps: float = setting(0.2, "the probability ratio is clipped to 1 +- this, Eq. 8")
-    minibatches: int = setting(1, "optimizer steps over one batch of rollouts (the released code: 4)")
-    epochs: int = setting(1, "passes over one batch of rollouts")
-    lr: float = setting(1e-6, "learning rate of AdamW")
+    clip_eps: float = setting(0.2, "the probability ratio is clipped to 1 +- this, Eq. 8", above=0)
+    minibatches: int = setting(1, "optimizer steps over one batch of rollouts (the released code: 4)", least=1)
+    epochs: int = setting(1, "passes over one batch of rollouts", least=1)
+    lr: float = setting(1e-6, "learning rate of AdamW", above=0)
     lr_decay: bool = setting(False, "let the learning rate fall linearly to 0")
-    weight_decay: float = setting(0.01, "weight decay of AdamW")
-    max_grad_norm: float = setting(1.0, "the gradient is clipped to this norm")
+    weight_decay: float = setting(0.01, "weight decay of AdamW", least=0)
+    max_grad_norm: float = setting(1.0, "the gradient is clipped to this norm", above=0)
     # How much of it
-    batch: int = setting(64, "instances a step, B")
-    rollouts: int = setting(8, "rollouts a prompt, K")
-    steps: int = setting(1000, "training steps")
-    temperature: float = setting(1.0, "rollouts are sampled, and scored, at this temperature")
-    anchor_temperature: float = setting(None, "(recipe) temperature of the roles that are not trained")
-    seed: int = setting(0, "of the data order and of all sampling")
+    batch: int = setting(64, "instances a step, B", least=1)
+    rollouts: int = setting(8, "rollouts a prompt, K", least=1)
+    steps: int = setting(1000, "training steps", least=1)
+    temperature: float = setting(1.0, "rollouts are sampled, and scored, at this temperature", above=0)
+    anchor_temperature: float = setting(None, "(recipe) temperature of the roles that are not trained", least=0)
+    seed: int = setting(0, "of the data order and of all sampling", least=0)
     # How a text is read (default: as the checkpoint says in grace_config.json)
     instruction: str = setting(None, "the system message")
-    max_prompt_tokens: int = setting(None, "longer texts lose their end")
-    max_new_tokens: int = setting(None, "the longest rationale, T")
+    max_prompt_tokens: int = setting(None, "longer texts lose their end", least=1)
+    max_new_tokens: int = setting(None, "the longest rationale, T", least=1)
     pooling: str = setting(None, "what becomes the embedding, Sec. 5.4", POOLS)
     # Evaluation and the machine
     heldout: str = setting(None, "triplets to evaluate on (default: 1 row in 10 of the data, at most 256)")
     graded: str = setting(None, "sentence pairs with scores, for a Spearman correlation")
-    eval_every: int = setting(50, "evaluate, and add to rationales.md, every so many steps; 0: only before and after")
-    save_every: int = setting(0, "write a checkpoint to resume from every so many steps; 0: only the final model")
+    eval_every: int = setting(50, "evaluate, and add to rationales.md, every so many steps; 0: only before and after", least=0)
+    save_every: int = setting(0, "write a checkpoint to resume from every so many steps; 0: only the final model", least=0)
     resume: bool = setting(False, "go on from the newest checkpoint under --out")
-    tokens_per_batch: int = setting(4096, "token budget of a micro-batch; lower it when memory is short")
+    sample_tokens: int = setting(
+        131072, "token budget of the sampler's key-value cache; lower it when memory is short", least=1
+    )
+    tokens_per_batch: int = setting(4096, "token budget of a micro-batch; lower it when memory is short", least=1)
     dtype: str = setting("float32", "compute type (weights are always float32)", ("float32", "bfloat16"))
     device: str = setting(None, "default: cuda where there is one, else cpu")
 
     def __post_init__(self):
-        for field in dataclasses.fields(self):
-            choices, value = field.metadata["choices"], getattr(self, field.name)
-            if choices and value is not None and value not in choices:
-                raise GraceError(f"--{field.name} {value}: choose one of {', '.join(choices)}")
-        for name, value in RECIPES[self.recipe].items():
+        for name, value in RECIPES.get(self.recipe, {}).items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
+        for field in dataclasses.fields(self):
+            value, limits, flag = getattr(self, field.name), field.metadata, "--" + field.name.replace("_", "-")
+            if value is None:
+                continue
+            if limits["choices"] and value not in limits["choices"]:
+                raise GraceError(f"{flag} {value}: choose one of {', '.join(limits['choices'])}")
+            if field.type is float and not math.isfinite(value):
+                raise GraceError(f"{flag} {value}: give a finite number")
+            if limits["least"] is not None and value < limits["least"]:
+                raise GraceError(f"{flag} {value}: must be at least {limits['least']}")
+            if limits["above"] is not None and value <= limits["above"]:
+                raise GraceError(f"{flag} {value}: must be above {limits['above']}")
         self.device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        for name in ("batch", "rollouts", "steps", "minibatches", "epochs", "tokens_per_batch"):
-            if getattr(self, name) < 1:
-                raise GraceError(f"--{name} must be at least 1")
-        for name in ("tau", "infonce_temperature", "temperature", "lr", "clip_eps", "max_grad_norm"):
-            if not getattr(self, name) > 0:
-                raise GraceError(f"--{name} must be above 0")
+        if self.device.startswith("cuda") and not torch.cuda.is_available():
+            raise GraceError(f"--device {self.device}: torch finds no CUDA device here")
         if self.mode == "supervised" and not (self.roles and set(self.roles) <= {"query", "positive", "negative"}):
             raise GraceError(f"--train-roles {self.train_roles!r}: give one or more of query,positive,negative")
+        if len(set(self.roles)) < len(self.roles):
+            raise GraceError(f"--train-roles {self.train_roles!r} names a role twice")
         if self.rollouts == 1:
             raise GraceError("--rollouts 1: a group of one has no advantage and no consistency (Eq. 14, 18); use 2 or more")
         if self.reward == "paper" and self.mode == "supervised" and self.roles != ["positive"]:
@@ -111,6 +122,12 @@ class Config:
             raise GraceError(f"--minibatches {self.minibatches}: a batch has only {self.batch * len(self.roles)} groups")
         if self.dtype == "bfloat16" and not self.device.startswith("cuda"):
             raise GraceError("--dtype bfloat16 is a compute type for CUDA; use float32 here")
+
+    def differs(self, other):
+        """Names of the settings in which another run, given as a dict, was not this one. Where and how long aside."""
+        free = {"steps", "out", "resume", "save_every", "eval_every", "device", "tokens_per_batch", "sample_tokens"}
+        free -= {"steps"} if self.lr_decay else set()  # the decaying rate depends on it
+        return [k for k, v in dataclasses.asdict(self).items() if k not in free and other.get(k) != v]
 
     @property
     def roles(self):

@@ -6,6 +6,7 @@ a hub id (`id` or `id:config`). Supervised rows hold a query, a positive and, op
 The names that other public sets use for the same thing are understood (`COLUMNS`).
 """
 
+import math
 import os
 import random
 import tempfile
@@ -134,10 +135,20 @@ def read_texts(source, split="train"):
 def read_pairs(source, split="test"):
     """Graded pairs as `(sentences1, sentences2, scores)`. Raises GraceError as `read_texts` does."""
     dataset = open_dataset(source, split)
-    one, two, score = (_column(dataset, name, source) for name in ("sentence1", "sentence2", "score"))
+    names = [_column(dataset, name, source) for name in ("sentence1", "sentence2", "score")]
     if not len(dataset):
         raise GraceError(f"{source}: no rows")
-    return list(dataset[one]), list(dataset[two]), [float(s) for s in dataset[score]]
+    one, two, scores = [], [], []
+    for i, raw in enumerate(dataset, 1):
+        one.append(_text(raw[names[0]], source, i, "sentence1"))
+        two.append(_text(raw[names[1]], source, i, "sentence2"))
+        try:
+            scores.append(float(raw[names[2]]))
+        except (TypeError, ValueError):
+            scores.append(math.nan)
+        if not math.isfinite(scores[-1]):
+            raise GraceError(f"{source}, row {i}: score is {raw[names[2]]!r:.40}, not a finite number")
+    return one, two, scores
 
 
 def load_rows(config):

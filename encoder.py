@@ -18,7 +18,7 @@ from tqdm import tqdm
 from data import GraceError
 from metrics import normalize
 from policy import Policy
-from rollout import batches, encode
+from rollout import batches, encode_batch
 
 
 def fingerprint(model):
@@ -26,7 +26,7 @@ def fingerprint(model):
     digest = hashlib.sha256()
     for name, weight in sorted(model.state_dict().items()):
         digest.update(name.encode() + str(tuple(weight.shape)).encode())
-        digest.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+        digest.update(weight.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()[:16]
 
 
@@ -49,14 +49,18 @@ class GraceEncoder:
     ):  # fmt: skip
         if temperature < 0:
             raise GraceError(f"temperature {temperature}: give 0 for greedy decoding, or more to sample")
+        if isinstance(model, Policy) and (reading or device or dtype != "float32"):
+            raise GraceError("a Policy brings its own reading, device and dtype: give them to Policy.load instead")
         if not isinstance(model, Policy):
             model = Policy.load(model, device or ("cuda" if torch.cuda.is_available() else "cpu"), dtype, **reading)
         self.policy, self.temperature, self.seed, self.rationale = model, temperature, seed, rationale
         self.tokens_per_batch, self.progress = tokens_per_batch, progress
-        self.counts = dict.fromkeys(("asked", "read", "remembered", "cut", "empty", "unfinished"), 0)
+        self.asked, self.read, self.seen = 0, 0, {}
         self.settings = {
             "fingerprint": fingerprint(model.model),
             **dataclasses.asdict(model.reading),
+            "template": [model.prefix, model.suffix],
+            "end_tokens": model.end_ids.tolist(),
             "rationale": rationale,
             "temperature": temperature,
             "seed": seed if temperature else None,
@@ -64,12 +68,18 @@ class GraceEncoder:
         }
         name = hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()[:16]
         self.path = ":memory:" if cache is None else os.path.join(cache, f"{name}.sqlite")
-        if cache is not None:
-            os.makedirs(cache, exist_ok=True)
         try:
+            if cache is not None:
+                os.makedirs(cache, exist_ok=True)
             self.memory = sqlite3.connect(self.path, timeout=60)
-            self.memory.execute("CREATE TABLE IF NOT EXISTS texts (key BLOB PRIMARY KEY, vector BLOB, rationale TEXT)")
+            self.memory.execute(
+                "CREATE TABLE IF NOT EXISTS texts (key BLOB PRIMARY KEY, vector BLOB, rationale TEXT, cut INT, finished INT)"
+            )
             self.memory.execute("SELECT count(*) FROM texts").fetchone()
+        except sqlite3.OperationalError as error:
+            raise GraceError(f"{self.path}: cannot be opened ({error}); give another cache folder") from error
+        except OSError as error:
+            raise GraceError(f"{cache}: cannot be a cache folder ({error.strerror})") from error
         except sqlite3.DatabaseError as error:
             raise self._damaged(error) from error
 
@@ -77,74 +87,76 @@ class GraceEncoder:
         return GraceError(f"{self.path}: damaged cache ({error}). Delete the file; its texts will be read again.")
 
     def _remembered(self, texts):
-        """What is known of these texts: {text: (vector, rationale)}. Asks a few hundred keys at a time."""
-        keys, known = {hashlib.sha256(t.encode("utf-8", "surrogatepass")).digest(): t for t in texts}, {}
+        """What is known of these texts: {text: (vector, rationale, cut, finished)}. Asks 500 keys at a time."""
+        keys, known = {_key(text): text for text in texts}, {}
         pending = list(keys)
         try:
             for start in range(0, len(pending), 500):
                 part = pending[start : start + 500]
-                query = f"SELECT key, vector, rationale FROM texts WHERE key IN ({','.join('?' * len(part))})"
-                for key, vector, rationale in self.memory.execute(query, part):
-                    known[keys[key]] = (np.frombuffer(vector, np.float32), rationale)
+                query = f"SELECT * FROM texts WHERE key IN ({','.join('?' * len(part))})"
+                for key, vector, rationale, cut, finished in self.memory.execute(query, part):
+                    known[keys[key]] = (np.frombuffer(vector, np.float32), rationale, cut, finished)
         except (sqlite3.DatabaseError, ValueError) as error:
             raise self._damaged(error) from error
         return known
 
-    def _read(self, texts):
-        """Encode what is not known yet, a batch a transaction. Every text of `texts` is known afterwards."""
-        known = self._remembered(texts)
-        new = [t for t in texts if t not in known]
-        self.counts["remembered"] += len(known)
-        bar = tqdm(total=len(new), unit="text", desc="reading", disable=not self.progress or not new, leave=False)
-        for part in batches(new, self.tokens_per_batch, self.policy):
-            group = [new[i] for i in part]
-            generator = None
-            if self.temperature:  # a batch's own seed, so that a stopped run draws what it would have drawn
-                seed = hashlib.sha256(json.dumps([self.seed, group]).encode()).digest()[:8]
-                generator = torch.Generator(self.policy.device).manual_seed(int.from_bytes(seed, "big") >> 1)
-            vectors, written, cut, finished = encode(
-                self.policy, group, self.temperature, generator, self.rationale, self.tokens_per_batch
-            )
-            if bad := [t for t, v in zip(group, vectors) if not np.isfinite(v).all()]:
-                raise GraceError(f"the embedding of {bad[0][:80]!r} is not finite: the model or its dtype is broken")
-            self.counts["read"] += len(group)
-            self.counts["cut"] += cut
-            self.counts["empty"] += sum(not t.strip() for t in group)
-            self.counts["unfinished"] += round((1 - finished) * len(group)) if self.rationale else 0
-            keys = (hashlib.sha256(t.encode("utf-8", "surrogatepass")).digest() for t in group)
-            with self.memory:  # one transaction: all of the batch or none of it
-                self.memory.executemany(
-                    "INSERT OR REPLACE INTO texts VALUES (?, ?, ?)", zip(keys, (v.tobytes() for v in vectors), written)
-                )
-            bar.update(len(group))
-        bar.close()
-
-    def _lookup(self, texts):
-        texts = list(texts)
+    def _know(self, texts):
+        """Read what is not known yet, a batch a transaction. Returns what is known of every text then."""
         for i, text in enumerate(texts):
             if not isinstance(text, str):
                 raise GraceError(f"text {i} is {text!r:.60}, not a string")
         if not texts:
             raise GraceError("no texts to encode")
-        self.counts["asked"] += len(texts)
+        self.asked += len(texts)
         distinct = list(dict.fromkeys(texts))
-        self._read(distinct)
-        return texts, distinct
+        known = self._remembered(distinct)
+        new = [text for text in distinct if text not in known]
+        bar = tqdm(total=len(new), unit="text", desc="reading", disable=not self.progress or not new, leave=False)
+        for part in batches(new, self.tokens_per_batch, self.policy):
+            group, generator = [new[i] for i in part], None
+            if self.temperature:  # a batch's own seed, so that a stopped run draws what it would have drawn
+                seed = hashlib.sha256(json.dumps([self.seed, group]).encode()).digest()[:8]
+                generator = torch.Generator(self.policy.device).manual_seed(int.from_bytes(seed, "big") >> 1)
+            found = encode_batch(self.policy, group, self.temperature, generator, self.rationale)
+            if bad := [t for t, v in zip(group, found.vectors) if not np.isfinite(v).all()]:
+                raise GraceError(f"the embedding of {bad[0][:80]!r} is not finite: the model or its dtype is broken")
+            rows = list(zip(found.vectors, found.rationales, found.cut.tolist(), found.finished.tolist()))
+            known.update(zip(group, rows))
+            with self.memory:  # one transaction: all of the batch or none of it
+                self.memory.executemany(
+                    "INSERT OR REPLACE INTO texts VALUES (?, ?, ?, ?, ?)",
+                    ((_key(text), vector.tobytes(), *more) for text, (vector, *more) in zip(group, rows)),
+                )
+            bar.update(len(group))
+        bar.close()
+        self.read += len(new)
+        self.seen.update((_key(text), (not text.strip(), cut, not finished)) for text, (_, _, cut, finished) in known.items())
+        if len(sizes := {len(vector) for vector, *_ in known.values()}) != 1:
+            raise self._damaged(f"vectors of {sorted(sizes)} dimensions")
+        return known
 
     def encode(self, texts):
         """`list[str] -> [n, D]` float32, unit length."""
-        texts, distinct = self._lookup(texts)
-        known = self._remembered(distinct)
-        sizes = {len(v) for v, _ in known.values()}
-        if len(sizes) != 1:
-            raise self._damaged(f"vectors of {sorted(sizes)} dimensions")
-        return np.stack([known[t][0] for t in texts])
+        texts = list(texts)
+        known = self._know(texts)
+        return np.stack([known[text][0] for text in texts])
 
     def rationales(self, texts):
         """`list[str] -> list[str]`: what the policy wrote about each text; empty where it writes none."""
-        texts, distinct = self._lookup(texts)
-        known = self._remembered(distinct)
-        return [known[t][1] for t in texts]
+        texts = list(texts)
+        known = self._know(texts)
+        return [known[text][1] for text in texts]
+
+    @property
+    def counts(self):
+        """Texts asked for, and distinct ones: read now, remembered, empty, cut at the limit, rationale unfinished."""
+        empty, cut, unfinished = (sum(flags) for flags in zip(*self.seen.values())) if self.seen else (0, 0, 0)
+        distinct = {"distinct": len(self.seen), "read": self.read, "remembered": len(self.seen) - self.read}
+        return {"asked": self.asked, **distinct, "empty": empty, "cut": cut, "unfinished": unfinished}
+
+
+def _key(text):
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
 
 
 class MeanEncoder:

@@ -126,8 +126,8 @@ def evaluate(args):
     counts = {key: sum(encoder.counts[key] for encoder in encoders) for key in first.counts}
     print("\n" + table(results))
     print(
-        f"texts asked for {counts['asked']}, read {counts['read']} ({counts['cut']} cut at the limit, "
-        f"{counts['unfinished']} rationales unfinished, {counts['empty']} empty), remembered {counts['remembered']}; "
+        f"{counts['asked']} texts asked for, {counts['distinct']} distinct: {counts['read']} read now, {counts['remembered']} "
+        f"remembered; {counts['cut']} cut at the limit, {counts['unfinished']} rationales unfinished, {counts['empty']} empty; "
         f"{time.time() - start:.0f} s"
     )
     record = {
@@ -141,6 +141,7 @@ def evaluate(args):
         "versions": {
             "python": platform.python_version(),
             **{module.__name__: module.__version__ for module in (torch, transformers, datasets, np)},
+            "sklearn": getattr(sys.modules.get("sklearn"), "__version__", None),  # defines two of the scores
         },
     }
     if args.out:

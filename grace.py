@@ -23,9 +23,13 @@ hidden states. So, for any one text, writing the expectation as a sum over ratio
 nearly free: take g = dR/dh at the embeddings the sampler captured, a graph over [B, K, D] that
 never touches the network, and add -c * sum(g . h(theta)) to the loss. The update's forward pass
 computes h(theta) anyway, and since g is fixed the term splits over micro-batches exactly (as in
-GradCache, Gao et al. 2021). `--pathwise c` weighs it; 0 is the paper. With log-probabilities
-summed over tokens (`--length-normalize` off) c = (K-1)/K is the exact direction, because a mean
-that includes the rollout itself shrinks the first term by that factor; other values weigh the terms.
+GradCache, Gao et al. 2021). `--pathwise c` weighs it; 0 is the paper.
+
+When is the sum exact? Where a rollout's reward depends on its own embedding alone (fixed anchors, as
+in Eq. 12, and no consistency term), with log-probabilities summed over tokens (`--no-length-normalize`)
+and c = (K-1)/K, because a mean that includes the rollout itself shrinks the first term by that factor.
+Where rollouts stand in each other's rewards, as queries and positives do here, an advantage credits a
+rollout with its own reward only, while g has all of them: there, c weighs the two terms.
 
 Where this departs from the paper, each a setting, all undone by `--recipe paper`:
 
@@ -41,8 +45,10 @@ D hidden size.
 
 import argparse
 import dataclasses
+import itertools
 import json
 import os
+import shutil
 import sys
 import time
 
@@ -53,11 +59,11 @@ import transformers
 from tqdm import tqdm
 
 import reward as rewards
-from checkpoint import checkpoints, restore, save_checkpoint, write_atomically
+from checkpoint import checkpoints, read_state, restore, save_checkpoint, write_atomically
 from config import parse
 from data import GraceError, load_rows
 from policy import Policy
-from rollout import encode, sample, score, text_loss
+from rollout import encode, sample_in_parts, score, text_loss
 from tasks import evaluate_triplets
 
 # ---------------------------------------------------------------- advantage and objective
@@ -101,6 +107,24 @@ def effective_rank(embeddings):
     return torch.exp(-(p * p.clamp(min=1e-12).log()).sum())
 
 
+def describe(rollouts, R, components):
+    """What a batch of rollouts looks like: rewards and their spread, and the signs of a collapse."""
+    lengths, first = rollouts.mask.sum(-1).float(), rollouts.embeddings[:, 0]  # [N, K]; one rollout a text [N, D]
+    written = {tuple(ids[: int(n)].tolist()) for ids, n in zip(rollouts.ids.flatten(0, 1), lengths.flatten())}
+    N = len(first)
+    seen = {"reward": R.mean(), "reward_std": R.std(1).mean()}
+    for name, x in components.items():  # the spread within a group is all that an advantage can see
+        seen |= {name: x.mean(), f"{name}_std": x.std(1).mean()}
+    return seen | {
+        "length": lengths.mean(),
+        "truncated": 1 - rollouts.finished.float().mean(),
+        "distinct": len(written) / lengths.numel(),
+        "effective_rank": effective_rank(first),
+        "cosine": ((first @ first.T).sum() - N) / max(N * (N - 1), 1),  # between different texts
+        "prompts_cut": rollouts.cut,
+    }
+
+
 # ---------------------------------------------------------------- Algorithm 1
 
 
@@ -116,11 +140,8 @@ def batch_roles(rows, anchored=False):
     else:
         texts = {name: [r[name] for r in rows] for name in ("query", "positive")}
         texts["negative"] = [text for r in rows for text in r["negative"]]
-    twins = torch.zeros(len(rows), len(rows), dtype=torch.bool)
-    for role in texts.keys() - {"negative"}:
-        number = {text: i for i, text in enumerate(texts[role])}
-        index = torch.tensor([number[text] for text in texts[role]])
-        twins |= index[:, None] == index
+    own = [{r[name] for name in r if name != "negative"} for r in rows]  # the texts that stand for an instance
+    twins = torch.tensor([[bool(a & b) for b in own] for a in own])
     return texts, twins
 
 
@@ -131,12 +152,14 @@ def roll_out(policy, texts, config, generator):
     of every role, `[B, K or 1, D]`, negatives `[B, M, K or 1, D]`.
     """
     trained = [text for role in config.roles for text in texts[role]]
-    rollouts = sample(policy, policy.prompts(trained), config.rollouts, config.temperature, generator)
+    budget = config.sample_tokens
+    rollouts = sample_in_parts(policy, policy.prompts(trained), config.rollouts, config.temperature, generator, budget)
     embeddings = dict(zip(config.roles, rollouts.embeddings.split([len(texts[role]) for role in config.roles])))
-    for role in texts.keys() - embeddings.keys():
+    for role in [role for role in texts if role not in embeddings]:
         if texts[role]:
-            anchors = sample(policy, policy.prompts(texts[role]), 1, config.anchor_temperature, generator)
+            anchors = sample_in_parts(policy, policy.prompts(texts[role]), 1, config.anchor_temperature, generator, budget)
             embeddings[role] = anchors.embeddings
+            rollouts.cut += anchors.cut
         else:  # no negatives, M = 0
             embeddings[role] = rollouts.embeddings[:0, :1]
     if "negative" in texts:
@@ -199,28 +222,11 @@ class Trainer:
                 group["lr"] = config.lr * (1 - self.step_number / config.steps)
         learned = self.update(rollouts, A, g)
         self.step_number += 1
-        lengths, tokens = rollouts.mask.sum(-1).float(), int(rollouts.mask.sum())
-        written = {tuple(ids[: int(n)].tolist()) for ids, n in zip(rollouts.ids.flatten(0, 1), lengths.flatten())}
-        first = rollouts.embeddings[:, 0]  # one rollout a text
-        cosines = first @ first.T
-        metrics = {"step": self.step_number, "reward": R.mean(), "reward_std": R.std(1).mean()}
-        for name, x in components.items():  # the spread within a group is all that an advantage can see
-            metrics |= {name: x.mean(), f"{name}_std": x.std(1).mean()}
-        metrics |= {
-            "length": lengths.mean(),
-            "truncated": 1 - rollouts.finished.float().mean(),
-            "distinct": len(written) / lengths.numel(),
-            "effective_rank": effective_rank(first),
-            "cosine": (cosines.sum() - len(first)) / (len(first) * (len(first) - 1)),
-            "prompts_cut": rollouts.cut,
-            **learned,
-            "lr": self.optimizer.param_groups[0]["lr"],
-            "sample_s": sampled - start,
-            "step_s": time.perf_counter() - start,
-            "tokens_per_s": tokens / (sampled - start),
-            "peak_memory_gb": peak_memory_gb(policy.device),
-        }
-        return {k: float(v) for k, v in metrics.items()}
+        done = time.perf_counter()
+        metrics = {"step": self.step_number, **describe(rollouts, R, components), **learned}
+        metrics |= {"lr": self.optimizer.param_groups[0]["lr"], "sample_s": sampled - start, "step_s": done - start}
+        metrics |= {"tokens_per_s": rollouts.mask.sum() / (sampled - start), "peak_memory_gb": peak_memory_gb(policy.device)}
+        return {name: float(x) for name, x in metrics.items()}
 
     def objective(self, part, A, g):
         """What the update maximises, a number a rollout `[n, K]`, and what is worth logging, by name.
@@ -254,7 +260,7 @@ class Trainer:
         sums, norms, first_ratio_off = {}, [], 0.0
         for _ in range(config.epochs):
             order = torch.randperm(N, generator=self.generator, device=A.device)
-            for minibatch in order.chunk(config.minibatches):
+            for minibatch in order.tensor_split(config.minibatches):
                 for micro in self.micro_batches(minibatch, rollouts):
                     value, seen = self.objective(rollouts[micro], A[micro], g[micro])
                     (-value.sum() / (len(minibatch) * K)).backward()
@@ -310,41 +316,41 @@ def train(config):
     for name in ("model", "data", "out"):
         if not getattr(config, name):
             raise GraceError(f"--{name} is missing")
-    start = time.time()
     rows, heldout, graded = load_rows(config)
     os.makedirs(config.out, exist_ok=True)
     reading = {f: getattr(config, f) for f in ("instruction", "max_prompt_tokens", "max_new_tokens", "pooling")}
-    saved = checkpoints(config.out) if config.resume else []
+    metrics_file, saved = os.path.join(config.out, "metrics.jsonl"), checkpoints(config.out) if config.resume else []
+    state = read_state(saved[-1], config) if saved else None
     policy = Policy.load(saved[-1] if saved else config.model, config.device, config.dtype, **reading)
     reference = Policy.load(config.model, config.device, config.dtype, **reading) if config.kl else None
     trainer = Trainer(policy, reference, rows, config)
-    metrics_file = os.path.join(config.out, "metrics.jsonl")
+    progress = {"before": None, "history": [], "seconds": 0.0}
     if saved:
-        before, history = restore(trainer, saved[-1], metrics_file)
+        progress = restore(trainer, state, metrics_file)
         print(f"resumed from {saved[-1]}")
     else:
         if config.resume:
             print(f"no checkpoint under {config.out} to resume from: starting at step 0")
-        before, history = None, []
+        shutil.rmtree(os.path.join(config.out, "checkpoints"), ignore_errors=True)  # of an earlier run
         write_atomically(metrics_file, "")
     M = len(rows[0].get("negative", []))
     print(
         f"{len(rows)} training rows ({M} negatives each), {len(heldout)} held-out, "
         f"{sum(p.numel() for p in policy.model.parameters()) / 1e6:.2f} M parameters on {policy.device}"
     )
-    shown = [row["query"] for row in heldout[:6]] or [row["text"] for row in rows[:6]]
+    shown = [row.get("query") or row["text"] for row in (heldout or rows)[:6]]
     board = tensorboard(config.out)
 
     def look():  # where the policy stands, for the terminal, rationales.md and summary.json
-        history.append((trainer.step_number, encode(policy, shown)[1]))
-        write_atomically(os.path.join(config.out, "rationales.md"), show_rationales(history, shown))
+        progress["history"].append((trainer.step_number, encode(policy, shown).rationales))
+        write_atomically(os.path.join(config.out, "rationales.md"), show_rationales(progress["history"], shown))
         result = evaluate_triplets(policy, heldout, graded) if heldout else {"text_loss": text_loss(policy, shown)}
         tqdm.write(f"step {trainer.step_number:4d}  " + "  ".join(f"{k} {v:.3f}" for k, v in result.items()))
         return result
 
-    before = before or look()
+    progress["before"] = progress["before"] or look()
     bar = tqdm(total=config.steps, initial=trainer.step_number, unit="step", dynamic_ncols=True)
-    trained_from = time.time()
+    before_now, trained_from = progress["seconds"], time.time()
     while trainer.step_number < config.steps:
         metrics = trainer.step()
         step = trainer.step_number
@@ -358,17 +364,16 @@ def train(config):
             for name, value in metrics.items():
                 board.add_scalar(name, value, step)
         if config.save_every and step % config.save_every == 0 and step < config.steps:
-            save_checkpoint(trainer, config.out, before, history)
+            save_checkpoint(trainer, config.out, **{**progress, "seconds": before_now + time.time() - trained_from})
     bar.close()
-    seconds = time.time() - trained_from
+    seconds = before_now + time.time() - trained_from
     after = look()
-    summary = {"before": before, "after": after}
+    summary = {"before": progress["before"], "after": after}
     if heldout:  # the same checkpoint, with nothing written
         summary["after_without_rationale"] = evaluate_triplets(policy, heldout, graded, rationale=False)
     policy.save(config.out)
     summary |= {
         "seconds": seconds,
-        "seconds_in_all": time.time() - start,
         "seed": config.seed,
         "config": dataclasses.asdict(config),
         "reading": dataclasses.asdict(policy.reading),
@@ -403,12 +408,11 @@ def explain(arguments):
     parser.add_argument("texts", nargs="+", help="two or more texts")
     args = parser.parse_args(arguments)
     policy = Policy.load(args.model, max_new_tokens=args.max_new_tokens)
-    vectors, written, _, _ = encode(policy, args.texts)
-    for i, (text, rationale) in enumerate(zip(args.texts, written), 1):
+    read = encode(policy, args.texts)
+    for i, (text, rationale) in enumerate(zip(args.texts, read.rationales), 1):
         print(f"{i}. {text}\n   -> {rationale or '(nothing)'}")
-    for i in range(len(vectors)):
-        for j in range(i + 1, len(vectors)):
-            print(f"cosine of {i + 1} and {j + 1}: {vectors[i] @ vectors[j]:.3f}")
+    for (i, a), (j, b) in itertools.combinations(enumerate(read.vectors, 1), 2):
+        print(f"cosine of {i} and {j}: {a @ b:.3f}")
 
 
 def main(arguments):

@@ -68,8 +68,16 @@ class Prompts:
     mask: torch.Tensor  # [N, P]
     counted: torch.Tensor  # [N, P]
     text: torch.Tensor  # [N, P]
+    cut_rows: torch.Tensor  # [N] bool, the text was over the limit and lost its end
     shared: int = 0  # how many first positions are the same in every row
-    cut: int = 0  # how many texts were over the limit and lost their end
+
+    @property
+    def cut(self):
+        """How many texts lost their end."""
+        return int(self.cut_rows.sum())
+
+    def __getitem__(self, rows):
+        return Prompts(self.ids[rows], self.mask[rows], self.counted[rows], self.text[rows], self.cut_rows[rows], self.shared)
 
 
 class Policy:
@@ -90,7 +98,7 @@ class Policy:
             "sliding" if getattr(text_config, "sliding_window", None) else "full"
         ]
         self.can_share = not any("sliding" in layer or "chunked" in layer for layer in layers)
-        self._check_head()
+        self._check()
         self.prefix, self.suffix = self._template()
 
     @classmethod
@@ -98,24 +106,25 @@ class Policy:
         """Open a checkpoint folder or hub id. Keyword arguments that are not None override its reading.
 
         Weights are float32 whatever the file holds; `dtype="bfloat16"` computes in bfloat16, on CUDA.
-        Raises GraceError if there is no such model, or if it cannot be used (see `_check_head`).
+        Raises GraceError if there is no such model, or if it cannot be used (see `_check`).
         """
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
+        settings, path = {}, os.path.join(source, SETTINGS)
         try:
             tokenizer = AutoTokenizer.from_pretrained(source)
             model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, use_safetensors=True)
-        except (OSError, ValueError) as error:
+            if os.path.isfile(path):
+                with open(path) as file:
+                    settings = dict(json.load(file))
+        except Exception as error:  # each kind of damage raises its own; to a user they mean the same
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise GraceError(
-                f"{source}: cannot be loaded as a causal language model ({str(error).strip().splitlines()[0]}). "
+                f"{source}: cannot be loaded as a causal language model ({reason}). "
                 "Give a folder written by save_pretrained, or, with a network, a hub id."
             ) from error
-        settings = {}
-        if os.path.isfile(path := os.path.join(source, SETTINGS)):
-            with open(path) as file:
-                settings = json.load(file)
-            if unknown := settings.keys() - {f.name for f in dataclasses.fields(Reading)}:
-                raise GraceError(f"{path}: unknown setting {', '.join(sorted(unknown))}")
+        if unknown := settings.keys() - {f.name for f in dataclasses.fields(Reading)}:
+            raise GraceError(f"{path}: unknown setting {', '.join(sorted(unknown))}")
         settings |= {k: v for k, v in reading.items() if v is not None}
         return cls(model.to(device), tokenizer, Reading(**settings), dtype)
 
@@ -167,7 +176,7 @@ class Policy:
         covers, so what counts is exact. A token that straddles the boundary holds some of the text
         and counts. Raises GraceError if the template alone is longer than the limit.
         """
-        limit, rows, cut = self.reading.max_prompt_tokens, [], 0
+        limit, rows = self.reading.max_prompt_tokens, []
         strings = [self.render(text) for text in texts]
         encoded = self.tokenizer(strings, add_special_tokens=False, return_offsets_mapping=True)
         for text, string, ids, offsets in zip(texts, strings, encoded["input_ids"], encoded["offset_mapping"]):
@@ -181,15 +190,15 @@ class Policy:
                         f"the template and instruction alone take {before + after} tokens; "
                         f"max_prompt_tokens = {limit} leaves no room for a text"
                     )
-                ids, cut = ids[: limit - after] + ids[len(ids) - after :], cut + 1
-            rows.append((ids, before, after))
-        same = os.path.commonprefix([ids[:before] for ids, before, _ in rows]) if share and self.can_share else []
-        lengths, before, after = (torch.tensor(x) for x in zip(*((len(ids), b, a) for ids, b, a in rows)))
+                ids = ids[: limit - after] + ids[len(ids) - after :]
+            rows.append((ids, before, after, len(ids) < len(offsets)))
+        same = os.path.commonprefix([ids[:before] for ids, before, *_ in rows]) if share and self.can_share else []
+        lengths, before, after, cut = (torch.tensor(x) for x in zip(*((len(ids), *more) for ids, *more in rows)))
         P, S = int(lengths.max()), len(same)
-        padded = torch.tensor([same + [0] * (P - len(ids)) + ids[S:] for ids, _, _ in rows])
+        padded = torch.tensor([same + [0] * (P - len(ids)) + ids[S:] for ids, *_ in rows])
         mask, counted, tail = (length_mask(n, P).flip(1).long() for n in (lengths - S, lengths - before, after))
         mask[:, :S] = 1
-        return Prompts(*(x.to(self.device) for x in (padded, mask, counted, counted - tail)), S, cut)
+        return Prompts(*(x.to(self.device) for x in (padded, mask, counted, counted - tail, cut)), S)
 
     # ------------------------------------------------------------ the network
 
@@ -239,17 +248,37 @@ class Policy:
             logits = torch.tanh(logits / self.softcap) * self.softcap
         return logits
 
-    def _check_head(self):
-        """Refuse a model whose logits are not `self.logits`, or whose cache cannot be repeated K times."""
-        ids = torch.arange(3, device=self.device)[None]
-        with torch.no_grad():
-            hidden, _, cache = self.forward(ids, torch.ones_like(ids), ids) if self.head is not None else (None,) * 3
-            same = hidden is not None and torch.allclose(self.logits(hidden), self._own_logits(ids), rtol=1e-2, atol=1e-2)
+    def _check(self):
+        """Refuse a model that this file would misread, and find out whether instructions can be shared.
+
+        Its logits must be `self.logits`, its cache must be one that can be repeated K times, and padding on
+        the left must not matter. Padding behind the first token must not either if that is to be shared: models
+        with sliding windows, or with positions counted in the mask, mind.
+        """
         name = type(self.model).__name__
-        if not same:
-            raise GraceError(f"{name}: its logits are not its output head over its last hidden state; not supported")
-        if not hasattr(cache, "layers") or not all(hasattr(x, "batch_repeat_interleave") for x in cache.layers):
+        if self.base is self.model or self.head is None:
+            raise GraceError(f"{name}: its body and output head cannot be told apart; not supported")
+        ids = torch.arange(3, device=self.device)[None]
+        x = ids % self.head.weight.shape[0]
+
+        def last(mask):  # what stands at the end when a token of three is padding
+            mask = torch.tensor([mask], device=self.device)
+            return self.forward(x, mask, (mask.cumsum(1) - 1).clamp(min=0))[0][:, -1]
+
+        with torch.no_grad():
+            hidden, _, cache = self.forward(x, torch.ones_like(x), ids)
+            own = self._own_logits(x)
+            two, left = self.forward(x[:, 1:], torch.ones_like(x[:, 1:]), ids[:, :2])[0][:, -1], last([0, 1, 1])
+            x = x[:, [1, 0, 2]]
+            middle = last([1, 0, 1])
+            near = lambda a, b: torch.allclose(a.float(), b.float(), rtol=1e-2, atol=1e-2 * float(b.abs().max()))
+            if not near(self.logits(hidden), own):
+                raise GraceError(f"{name}: its logits are not its output head over its last hidden state; not supported")
+        if not hasattr(cache, "layers") or not all(hasattr(layer, "batch_repeat_interleave") for layer in cache.layers):
             raise GraceError(f"{name}: its cache cannot be repeated for K rollouts; use an attention-only model")
+        if not near(left, two):
+            raise GraceError(f"{name}: padding on the left changes what it computes; not supported")
+        self.can_share &= near(middle, two)
 
     def _own_logits(self, ids):
         with self.autocast():

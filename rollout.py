@@ -18,8 +18,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
-from tqdm import tqdm
 
 from pool import fold, length_mask, unit
 
@@ -41,7 +41,7 @@ class Rollouts:
 
     def __getitem__(self, groups):
         """Some of the groups (a slice or indices), without the padding that none of them needs."""
-        part = {f.name: getattr(self, f.name)[groups] for f in dataclasses.fields(self) if f.type is torch.Tensor}
+        part = {name: getattr(self, name)[groups] for name in self.TENSORS}
         used, T = part["prompt_mask"].any(0), int(part["mask"].sum(-1).max())
         for name in ("prompt_ids", "prompt_mask", "counted"):
             part[name] = part[name][:, used]
@@ -51,6 +51,9 @@ class Rollouts:
 
     def __len__(self):
         return len(self.ids)
+
+
+Rollouts.TENSORS = [f.name for f in dataclasses.fields(Rollouts) if f.type is torch.Tensor]
 
 
 # ---------------------------------------------------------------- sampling
@@ -123,6 +126,22 @@ def sample(policy, prompts, K=1, temperature=1.0, generator=None):
     )
 
 
+def sample_in_parts(policy, prompts, K, temperature, generator, budget):
+    """`sample`, a few prompts at a time: no more than `budget` tokens in the key-value cache (at least a prompt)."""
+    T = policy.reading.max_new_tokens
+    rows = max(1, budget // (K * (prompts.ids.shape[1] + T)))
+    parts = [sample(policy, prompts[i : i + rows], K, temperature, generator) for i in range(0, len(prompts.ids), rows)]
+    if len(parts) == 1:
+        return parts[0]
+    T, joined = max(part.ids.shape[2] for part in parts), {}
+    for name in Rollouts.TENSORS:
+        tensors = [getattr(part, name) for part in parts]
+        if name in ("ids", "mask", "logprobs"):  # [N, K, T]: to the longest part's T
+            tensors = [F.pad(x, (0, T - x.shape[2])) for x in tensors]
+        joined[name] = torch.cat(tensors)
+    return Rollouts(**joined, shared=prompts.shared, cut=prompts.cut)
+
+
 # ---------------------------------------------------------------- scoring, with gradients
 
 
@@ -173,13 +192,14 @@ def score(policy, rollouts, temperature=1.0):
 def batches(texts, tokens_per_batch, policy, K=1):
     """Indices of the texts, longest first, in batches whose K rollouts a text fit the token budget.
 
-    Length is counted in characters, an upper bound of a few times, so no text is tokenized twice.
+    A text's tokens are estimated, at three bytes each, so that no text is tokenized twice.
     """
-    order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
+    size = [len(text.encode("utf-8", "surrogatepass")) for text in texts]
+    order = sorted(range(len(texts)), key=lambda i: -size[i])
     overhead = len(policy.prefix) // 4 + policy.reading.max_new_tokens
     limit, part = policy.reading.max_prompt_tokens, []
     for i in order:
-        longest = min(limit, len(texts[part[0] if part else i]) // 3) + overhead
+        longest = min(limit, size[part[0] if part else i] // 3) + overhead
         if part and (len(part) + 1) * K * longest > tokens_per_batch:
             yield part
             part = []
@@ -195,32 +215,50 @@ def embed_prompts(policy, prompts):
         return unit(fold(None, to_pool, prompts.counted[:, prompts.shared :], policy.reading.pooling))
 
 
-@torch.inference_mode()
-def encode(policy, texts, temperature=0.0, generator=None, rationale=True, tokens_per_batch=16384, progress=False):
-    """Texts to `(embeddings [n, D] float32 numpy, rationales list[str], texts cut, share finished)`.
+@dataclass
+class Encoded:
+    """Texts and what became of them, one entry each."""
 
-    Equal texts are read once. An empty text is allowed: its prompt still has tokens that count.
+    vectors: np.ndarray  # [n, D] float32, unit length
+    rationales: list  # of str; empty where none was written
+    cut: np.ndarray  # [n] bool, lost its end to the prompt limit
+    finished: np.ndarray  # [n] bool, the rationale came to an end token
+
+    def __getitem__(self, index):
+        return Encoded(self.vectors[index], [self.rationales[i] for i in index], self.cut[index], self.finished[index])
+
+
+@torch.inference_mode()
+def encode_batch(policy, texts, temperature=0.0, generator=None, rationale=True):
+    """One batch of texts, greedy or sampled, or the prompts alone. `-> Encoded`.
+
+    An empty text is allowed: its prompt still has tokens that count.
     """
-    distinct = list(dict.fromkeys(texts))
-    vectors, written = [None] * len(distinct), [""] * len(distinct)
-    cut = finished = 0
-    bar = tqdm(total=len(distinct), unit="text", disable=not progress)
+    x = policy.prompts(texts)
+    if not rationale:
+        vectors, written, finished = embed_prompts(policy, x), [""] * len(texts), np.ones(len(texts), bool)
+    else:
+        r = sample(policy, x, 1, temperature, generator)
+        vectors, finished = r.embeddings[:, 0], r.finished[:, 0].cpu().numpy()
+        ids = [row[:n] for row, n in zip(r.ids[:, 0].tolist(), r.mask[:, 0].sum(1).tolist())]
+        written = [text.strip() for text in policy.tokenizer.batch_decode(ids, skip_special_tokens=True)]
+    return Encoded(vectors.float().cpu().numpy(), written, x.cut_rows.cpu().numpy(), finished)
+
+
+def encode(policy, texts, rationale=True, tokens_per_batch=16384):
+    """Any number of texts, greedily; equal ones are read once. `-> Encoded`."""
+    distinct, read, order = list(dict.fromkeys(texts)), [], []
     for part in batches(distinct, tokens_per_batch, policy):
-        x = policy.prompts([distinct[i] for i in part])
-        cut += x.cut
-        if rationale:
-            r = sample(policy, x, 1, temperature, generator)
-            found, finished = r.embeddings[:, 0], finished + int(r.finished.sum())
-            for i, ids, mask in zip(part, r.ids[:, 0], r.mask[:, 0]):
-                written[i] = policy.tokenizer.decode(ids[mask.bool()], skip_special_tokens=True).strip()
-        else:
-            found = embed_prompts(policy, x)
-        for i, vector in zip(part, found.float().cpu().numpy()):
-            vectors[i] = vector
-        bar.update(len(part))
-    where = {text: i for i, text in enumerate(distinct)}
-    index = [where[text] for text in texts]
-    return np.stack(vectors)[index], [written[i] for i in index], cut, finished / len(distinct)
+        read.append(encode_batch(policy, [distinct[i] for i in part], rationale=rationale))
+        order += part
+    place = {distinct[i]: n for n, i in enumerate(order)}
+    whole = Encoded(
+        np.concatenate([e.vectors for e in read]),
+        [w for e in read for w in e.rationales],
+        np.concatenate([e.cut for e in read]),
+        np.concatenate([e.finished for e in read]),
+    )
+    return whole[[place[text] for text in texts]]
 
 
 @torch.no_grad()

@@ -96,25 +96,25 @@ def load(name, data_dir, configs=(None,), split="test"):
     from datasets import get_dataset_config_names, load_dataset
 
     task, folder = TASKS[name], os.path.join(data_dir or "", name)
-    if task.language:
-        configs = (task.language, *configs)
     if data_dir and not os.path.isdir(folder):
         raise GraceError(f"{folder}: no such folder; --data-dir holds one folder a task, named as the task")
     if not data_dir and task.path is None:
         raise GraceError(f"{name} is not on the hub: give --data-dir")
-    source = folder if data_dir else task.path
+    source, wanted = folder if data_dir else task.path, [c for c in (task.language, *configs) if c]
     try:
         named = not data_dir or os.path.isfile(os.path.join(folder, "README.md"))
         known = get_dataset_config_names(source, revision=None if data_dir else task.revision) if named else []
-        config = next((c for c in configs if c in known), None)
-        parts = [c for c in configs if c and not config and os.path.isdir(os.path.join(folder, c))]
-        files = [f for c in configs if c and not config for f in glob.glob(os.path.join(glob.escape(folder), f"{c}.*"))]
-        if config or (None in configs and not parts):
-            found = load_folder(folder, config) if data_dir else load_dataset(source, config, revision=task.revision)
-        elif parts:
-            found = load_folder(os.path.join(folder, parts[0]))
+        config = next((c for c in wanted if c in known), None)
+        folders = [path for c in wanted if os.path.isdir(path := os.path.join(folder, c))]
+        files = [path for c in wanted for path in glob.glob(os.path.join(glob.escape(folder), f"{glob.escape(c)}.*"))]
+        if not data_dir and (config or None in configs):
+            found = load_dataset(source, config, revision=task.revision)
+        elif config or (None in configs and not folders and not files):
+            found = load_folder(folder, config)
+        elif folders:
+            found = load_folder(folders[0])
         elif files:
-            found = {split: open_dataset(files[0])}
+            found = {split if None not in configs else "test": open_dataset(files[0])}
         else:
             raise GraceError(f"{source}: no {' or '.join(map(repr, configs))} (a configuration, sub-folder or file)")
     except GraceError:
@@ -122,9 +122,10 @@ def load(name, data_dir, configs=(None,), split="test"):
     except Exception as error:  # datasets raises whatever its readers raise; all of it means the same to a user
         reason = str(error).strip().splitlines()[0] if str(error) else type(error).__name__
         raise GraceError(f"{name}: {source} cannot be read ({reason}). Without a network give --data-dir.") from error
-    if split not in found and len(found) != 1:
+    alone = None not in configs and len(found) == 1  # a corpus has one split, whatever its name
+    if split not in found and not alone:
         raise GraceError(f"{name}: {source} has no split {split!r}; it has {', '.join(found)}")
-    rows = found[split] if split in found else next(iter(found.values()))
+    rows = next(iter(found.values())) if alone else found[split]
     if task.language and "lang" in rows.column_names:
         rows = rows.filter(lambda row: row["lang"] == task.language)
     if not len(rows):
@@ -140,6 +141,8 @@ def columns(rows, name, *wanted):
         if present is None:
             raise GraceError(f"{name}: no column {column!r}; it has {', '.join(rows.column_names)}")
         found.append(list(rows[present]))
+        if None in found[-1]:
+            raise GraceError(f"{name}, row {found[-1].index(None) + 1}: no {present}")
     return found
 
 
@@ -149,6 +152,8 @@ def columns(rows, name, *wanted):
 def sts(encode, name, data_dir):
     """Spearman of cosine and human score."""
     one, two, scores = columns(load(name, data_dir), name, "sentence1", "sentence2", "score")
+    if not np.isfinite(np.array(scores, dtype=np.float64)).all():
+        raise GraceError(f"{name}: a score is not a finite number")
     vectors = encode(one + two)
     rho = spearman(cosine(vectors[: len(one)], vectors[len(one) :]), scores)
     return {"main_score": rho, "cosine_spearman": rho}
@@ -164,6 +169,8 @@ def search(encode, corpus, queries, qrels, not_itself=False, candidates=None, to
     if not asked:
         raise GraceError("no query has a relevance judgement: are the ids of queries and qrels the same?")
     documents = list(corpus) if candidates is None else list(dict.fromkeys(d for q in asked for d in candidates[q]))
+    if missing := [d for d in documents if d not in corpus]:
+        raise GraceError(f"candidate {missing[0]!r} is not in the corpus")
     place = {d: i for i, d in enumerate(documents)}
     vectors = normalize(encode([queries[q] for q in asked] + [corpus[d] for d in documents])).astype(np.float32)
     ranked = {}
@@ -179,7 +186,7 @@ def _retrieval_data(name, data_dir):
     """Corpus and queries `{id: text}`, qrels `{query: {document: gain}}`. Titles come before texts."""
     rows = load(name, data_dir, ("corpus",))
     ids, texts = columns(rows, name, "_id|id", "text")
-    titles = columns(rows, name, "title")[0] if "title" in rows.column_names else [""] * len(ids)
+    titles = list(rows["title"]) if "title" in rows.column_names else [""] * len(ids)  # some have none
     corpus = {str(i): f"{title} {text}".strip() if title else text.strip() for i, title, text in zip(ids, titles, texts)}
     ids, texts = columns(load(name, data_dir, ("queries", "query")), name, "_id|id", "text")
     queries, qrels = {str(i): text for i, text in zip(ids, texts)}, {}
@@ -217,6 +224,8 @@ def pair(encode, name, data_dir):
     one, two, labels = columns(rows, name, "sentence1|sent1", "sentence2|sent2", "labels")
     if not isinstance(one[0], str):  # one row of lists, or a pair a row
         one, two, labels = one[0], two[0], labels[0]
+    if not len(one) == len(two) == len(labels) or not any(labels):
+        raise GraceError(f"{name}: {len(one)} and {len(two)} sentences, {len(labels)} labels, {sum(labels)} of them positive")
     distinct = list(dict.fromkeys(one + two))
     place = {text: i for i, text in enumerate(distinct)}
     vectors = encode(distinct)
@@ -249,6 +258,8 @@ def classification(encode, name, data_dir):
     LogisticRegression = _sklearn("linear_model").LogisticRegression
     texts, labels = columns(load(name, data_dir, split="train"), name, "text", "label")
     test_texts, test_labels = columns(load(name, data_dir), name, "text", "label")
+    if len(set(labels)) < 2:
+        raise GraceError(f"{name}: the training split has a single label")
     order, drawn = list(range(len(texts))), []
     for _ in range(10):
         np.random.RandomState(42).shuffle(order)
@@ -352,8 +363,8 @@ def evaluate_triplets(policy, heldout, graded=None, rationale=True):
     documents = list(dict.fromkeys([r["positive"] for r in heldout] + [n for r in heldout for n in r["negative"]]))
     one, two, grades = graded or ([], [], [])
     texts = list(dict.fromkeys([*relevant, *documents, *one, *two]))
-    vectors, written, _, finished = encode_policy(policy, texts, rationale=rationale)
-    known = dict(zip(texts, vectors))
+    read = encode_policy(policy, texts, rationale=rationale)
+    known = dict(zip(texts, read.vectors))
     encode = lambda texts: np.stack([known[t] for t in texts])
     ranked = search(encode, {d: d for d in documents}, {q: q for q in relevant}, relevant)
     result = {
@@ -363,6 +374,6 @@ def evaluate_triplets(policy, heldout, graded=None, rationale=True):
     if graded:
         result["spearman"] = spearman(cosine(encode(one), encode(two)), grades)
     if rationale:
-        result |= {"text_loss": text_loss(policy, [*relevant, *documents]), "finished": finished}
-        result["words"] = float(np.mean([len(w.split()) for w in written]))
+        result |= {"text_loss": text_loss(policy, [*relevant, *documents]), "finished": float(read.finished.mean())}
+        result["words"] = float(np.mean([len(w.split()) for w in read.rationales]))
     return result

@@ -26,8 +26,9 @@ if [ "$what" = supervised ] || [ "$what" = unsupervised ]; then
   else data=${DATA:-sentence-transformers/wikipedia-en-sentences}; fi
   dtype=$("$PYTHON" -c 'import torch; print("bfloat16" if torch.cuda.is_available() else "float32")')
   [ "$dtype" = bfloat16 ] || echo "No GPU found: this will run, but slowly."
-  exec "$PYTHON" grace.py --mode "$what" --recipe "${RECIPE:-full}" --model "$model" --data "$data" \
-    --out "runs/$what" --dtype "$dtype" --seed "$SEED" --save-every 50 --resume
+  recipe=${RECIPE:-full}
+  exec "$PYTHON" grace.py --mode "$what" --recipe "$recipe" --model "$model" --data "$data" \
+    --out "runs/$what-$recipe-$(basename "$model")" --dtype "$dtype" --seed "$SEED" --save-every 50 --resume
 elif [ "$what" != full ] && [ "$what" != paper ]; then
   echo "train.sh: '$what' is none of: (nothing), paper, supervised, unsupervised" >&2
   exit 2

@@ -40,9 +40,18 @@ COMMON = dict(batch=16, rollouts=8, lr=5e-4, lr_decay=True)
 def what_it_names(model, world):
     """Of the held-out queries' slots: the share named, the share of named ones that is right; distinct rationales."""
     queries = [row["query"] for row in read_triplets(f"{world}/data/heldout.jsonl")]
-    written = encode(Policy.load(model), queries)[1]
+    written = encode(Policy.load(model), queries).rationales
     recall, precision = np.mean([toy.named(w, q) for w, q in zip(written, queries)], 0)
     return {"recall": float(recall), "precision": float(precision), "distinct": len(set(written)) / len(set(queries))}
+
+
+def finished(out, steps):
+    """Whether this run is already there, with this many steps."""
+    path = os.path.join(out, "summary.json")
+    if not os.path.isfile(path):
+        return False
+    with open(path) as file:
+        return json.load(file)["config"]["steps"] == steps
 
 
 def one_run(rung, seed, folder, steps, world_size):
@@ -52,7 +61,7 @@ def one_run(rung, seed, folder, steps, world_size):
         toy.build(world, seed, **world_size)
     name, settings = RUNGS[rung]
     out = os.path.join(folder, f"{name}-{seed}")
-    if not os.path.isfile(os.path.join(out, "summary.json")):
+    if not finished(out, steps):
         files = dict(
             data=f"{world}/data/train.jsonl", heldout=f"{world}/data/heldout.jsonl", graded=f"{world}/data/graded.jsonl"
         )
@@ -155,6 +164,7 @@ def main():
     args = parser.parse_args()
     quick = [0], 4, dict(train=64, heldout=16, steps=20)
     seeds, steps, world_size = quick if args.quick else (args.seeds, args.steps, {})
+    args.out = os.path.join(args.out, "quick") if args.quick else args.out
     start = time.time()
     results = [one_run(rung, seed, args.out, steps, world_size) for seed in seeds for rung in RUNGS]
     revision = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()

@@ -122,6 +122,13 @@ def test_graded_pairs(tmp_path):
     assert read_pairs(path) == (["a"], ["b"], [3.0])
 
 
+@pytest.mark.parametrize("row", [{"score": None}, {"score": "x"}, {"sentence1": None}, {"score": float("nan")}])
+def test_bad_pairs_are_named(tmp_path, row):
+    good = {"sentence1": "a", "sentence2": "b", "score": "3"}
+    with pytest.raises(GraceError, match="row 2: (score|sentence1) is"):
+        read_pairs(write(tmp_path / "x.jsonl", [good, {**good, **{k: str(v) if v == v and v else v for k, v in row.items()}}]))
+
+
 def test_no_training_row_shares_a_text_with_a_held_out_one(tmp_path):
     rows = [{"query": f"q{i // 2}", "positive": f"p{i}", "negative": "n"} for i in range(40)]
     train, heldout, _ = load_rows(Config(data=write(tmp_path / "x.jsonl", rows), batch=2))

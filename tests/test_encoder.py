@@ -15,7 +15,7 @@ import encoder as encoder_module
 import eval_mteb_subset
 from data import GraceError
 from encoder import GraceEncoder, MeanEncoder, fingerprint
-from rollout import encode
+from rollout import Encoded, encode, encode_batch
 
 
 @pytest.fixture
@@ -25,18 +25,18 @@ def counted(monkeypatch):
 
     def counting(policy, texts, *more):
         read.extend(texts)
-        return encode(policy, texts, *more)
+        return encode_batch(policy, texts, *more)
 
-    monkeypatch.setattr(encoder_module, "encode", counting)
+    monkeypatch.setattr(encoder_module, "encode_batch", counting)
     return read
 
 
 def test_it_is_the_rollout_code(make_policy):
     policy = make_policy()
-    vectors, written, _, _ = encode(policy, TEXTS)
+    expected = encode(policy, TEXTS)
     encoder = GraceEncoder(policy)
-    np.testing.assert_allclose(encoder.encode(TEXTS), vectors, atol=1e-6)
-    assert encoder.rationales(TEXTS) == written
+    np.testing.assert_allclose(encoder.encode(TEXTS), expected.vectors, atol=1e-6)
+    assert encoder.rationales(TEXTS) == expected.rationales
     assert encoder.encode(TEXTS).dtype == np.float32
 
 
@@ -49,6 +49,26 @@ def test_no_text_is_read_twice(make_policy, counted, tmp_path):
     again = GraceEncoder(policy, cache=tmp_path)  # as another process would
     assert (again.encode([TEXTS[1], TEXTS[0]]) == many[[1, 0]]).all() and len(counted) == 3
     assert again.counts["read"] == 0 and again.counts["remembered"] == 2
+
+
+def test_flags_are_remembered_too(make_policy, tmp_path):
+    """A resumed evaluation reports what it cut and what did not finish, read now or remembered."""
+    policy = make_policy(max_new_tokens=2)
+    policy.reading.max_prompt_tokens = 12
+    counts = []
+    for _ in range(2):
+        encoder = GraceEncoder(policy, cache=tmp_path)
+        encoder.encode([*TEXTS, ""])
+        counts.append({k: v for k, v in encoder.counts.items() if k not in ("read", "remembered")})
+    assert counts[0] == counts[1] and counts[0]["cut"] == 2 and counts[0]["empty"] == 1 and counts[0]["unfinished"] > 0
+
+
+def test_a_policy_brings_its_own_reading(make_policy, tmp_path):
+    with pytest.raises(GraceError, match="brings its own reading"):
+        GraceEncoder(make_policy(), max_new_tokens=3)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(GraceError, match="cannot be a cache folder"):
+        GraceEncoder(make_policy(), cache=tmp_path / "file")
 
 
 def test_another_way_of_reading_is_another_memory(make_policy, counted, tmp_path):
@@ -87,8 +107,9 @@ def test_bad_texts_vectors_and_files(make_policy, tmp_path, monkeypatch):
         file.write(b"garbage" * 20)
     with pytest.raises(GraceError, match="damaged cache .*Delete the file"):
         GraceEncoder(policy, cache=tmp_path).encode(TEXTS)
-    broken = lambda policy, texts, *more: (np.full((len(texts), 4), np.nan), [""] * len(texts), 0, 1.0)
-    monkeypatch.setattr(encoder_module, "encode", broken)
+    flags = np.zeros(1, bool)
+    broken = lambda policy, texts, *more: Encoded(np.full((1, 4), np.nan, np.float32), [""], flags, flags)
+    monkeypatch.setattr(encoder_module, "encode_batch", broken)
     with pytest.raises(GraceError, match="'somebody sold the boat' is not finite"):
         GraceEncoder(policy).encode([TEXTS[1]])
 
@@ -124,7 +145,7 @@ def test_the_command_line(tiny_world, tmp_path, capsys):
     given = ["--model", f"{tiny_world}/model", "--data-dir", f"{tiny_world}/tasks", "--cache", str(tmp_path / "cache")]
     eval_mteb_subset.main([*given, "--tasks", "ToyRetrieval,ToyPairs", "--out", str(tmp_path / "out" / "r.json")])
     printed = capsys.readouterr().out
-    assert "ToyPairs" in printed and "mean: retrieval" in printed and "remembered 0" in printed
+    assert "ToyPairs" in printed and "mean: retrieval" in printed and ", 0 remembered" in printed
     with open(tmp_path / "out" / "r.json") as file:
         record = json.load(file)
     assert record["settings"]["instruction"] == "name what happened" and record["settings"]["fingerprint"]

@@ -10,6 +10,6 @@ def test_repairs_quick(tmp_path, monkeypatch, capsys):
     pytest.importorskip("matplotlib", reason="the pictures need the extra `plot`")
     monkeypatch.setattr(sys, "argv", ["repairs.py", "--quick", "--out", str(tmp_path)])
     runpy.run_path("experiments/repairs.py", run_name="__main__")
-    page = (tmp_path / "repairs.md").read_text()
+    page = (tmp_path / "quick" / "repairs.md").read_text()
     assert page.count("| + ") == 3 and "| paper (constant rate, as published) |" in page and "nan" not in page
-    assert (tmp_path / "repairs.png").stat().st_size > 10_000
+    assert (tmp_path / "quick" / "repairs.png").stat().st_size > 10_000

@@ -5,6 +5,8 @@ import itertools
 import json
 import math
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -143,10 +145,11 @@ def test_the_rewards_gradient_at_the_embeddings():
 def test_twins_are_found_by_text():
     rows = copy.deepcopy(ROWS)
     rows[2]["positive"] = rows[0]["positive"]
+    rows[3]["query"] = rows[1]["positive"]  # one's query, another's positive
     texts, twins = batch_roles(rows)
     assert texts["negative"] == [n for row in rows for n in row["negative"]]
     expected = torch.eye(4, dtype=torch.bool)
-    expected[0, 2] = expected[2, 0] = True
+    expected[0, 2] = expected[2, 0] = expected[1, 3] = expected[3, 1] = True
     assert torch.equal(twins, expected)
     texts, twins = batch_roles([{"text": "a"}, {"text": "b"}, {"text": "a"}], anchored=True)
     assert texts["anchor"] == texts["text"] and twins.sum() == 5
@@ -412,6 +415,44 @@ def test_a_resumed_run_is_the_run_never_stopped(tiny_world, tmp_path):
     assert one == two
 
 
+def test_a_run_is_not_resumed_under_other_settings(tiny_world, tmp_path):
+    grace.main(command(tiny_world, tmp_path, "--save-every", "2"))
+    with pytest.raises(SystemExit, match=r"is of another run \(lr was 0.001\)"):
+        grace.main(command(tiny_world, tmp_path, "--resume", "--lr", "0.5"))
+    grace.main(command(tiny_world, tmp_path, "--save-every", "1"))  # a new run: nothing is left of the old one's checkpoints
+    assert sorted(os.listdir(tmp_path / "checkpoints")) == ["00000001", "00000002"]
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 4.0, "rew')  # torn
+    grace.main(command(tiny_world, tmp_path, "--resume"))
+    assert [json.loads(line)["step"] for line in open(tmp_path / "metrics.jsonl")] == [1, 2, 3]
+
+
+def test_few_rows_and_one_instance(tiny_world, tmp_path):
+    """Nothing to hold out, and a batch of one: documented, finite, and valid JSON."""
+    data = tmp_path / "few.jsonl"
+    data.write_text("".join(json.dumps({**row, "negative": row["negative"][0]}) + "\n" for row in ROWS))
+    given = f"--model {tiny_world}/model --data {data} --out {tmp_path} --recipe paper --batch 1 --rollouts 2 --steps 1"
+    grace.main(given.split())
+    assert json.loads((tmp_path / "metrics.jsonl").read_text())["cosine"] == pytest.approx(0, abs=1e-5)
+
+
+def test_anchors_are_drawn_in_one_order_whatever_the_hash_seed(tiny_world):
+    """Sets of strings are walked in an order that changes from process to process; sampling must not be."""
+    program = (
+        "import sys; sys.path.insert(0, '.'); import torch; from config import Config; from policy import Policy\n"
+        "from grace import Trainer; from data import read_triplets\n"
+        f"policy = Policy.load({str(tiny_world / 'model')!r}); rows = read_triplets({str(tiny_world / 'data/train.jsonl')!r})\n"
+        "print(Trainer(policy, None, rows, Config(recipe='paper', batch=4, rollouts=2)).step()['reward'])"
+    )
+    found = set()
+    for seed in "123":
+        run = subprocess.run(
+            [sys.executable, "-c", program], env={**os.environ, "PYTHONHASHSEED": seed}, capture_output=True, text=True
+        )
+        found.add(run.stdout)
+    assert len(found) == 1 and float(found.pop())
+
+
 def test_unsupervised_run_holds_no_labels(tiny_world, tmp_path):
     given = f"--mode unsupervised --model {tiny_world}/model --data {tiny_world}/data/texts.jsonl --out {tmp_path}"
     grace.main(f"{given} --batch 4 --rollouts 2 --steps 1".split())
@@ -434,8 +475,14 @@ def test_rows_are_held_out_where_no_file_is_given(tiny_world, tmp_path, capsys):
         ("--train-roles ,", "one or more of query,positive,negative"),
         ("--reward paper --train-roles query,positive", "use --train-roles positive"),
         ("--batch 2 --minibatches 5", "has only 4 groups"),
-        ("--temperature 0", "--temperature must be above 0"),
-        ("--steps 0", "--steps must be at least 1"),
+        ("--temperature 0", "--temperature 0.0: must be above 0"),
+        ("--lr inf", "--lr inf: give a finite number"),
+        ("--pathwise nan", "give a finite number"),
+        ("--negatives -1", "must be at least 0"),
+        ("--seed -1", "must be at least 0"),
+        ("--device cuda", "finds no CUDA device"),
+        ("--train-roles query,query", "names a role twice"),
+        ("--steps 0", "--steps 0: must be at least 1"),
         ("--dtype bfloat16 --device cpu", "compute type for CUDA"),
         ("--batch 100", "fewer than --batch 100"),
         ("--model no/such/model", "no/such/model: cannot be loaded"),

@@ -8,7 +8,7 @@ import toy
 from data import GraceError
 from policy import Policy, Reading
 from pool import POOLS, unit
-from rollout import batches, draw, embed_prompts, encode, sample, score, text_loss, token_logprobs
+from rollout import batches, draw, embed_prompts, encode, sample, sample_in_parts, score, text_loss, token_logprobs
 
 
 def by_full_forward(policy, rollouts, n, k, temperature=1.0):
@@ -42,6 +42,31 @@ def test_captured_equals_full_forward(make_policy, architecture):
                 found = rollouts.logprobs[n, k][rollouts.mask[n, k].bool()]
                 torch.testing.assert_close(found, logprobs, rtol=1e-5, atol=1e-5)
                 torch.testing.assert_close(rollouts.embeddings[n, k], h, rtol=1e-5, atol=1e-5)
+
+
+def test_sampling_in_parts_is_sampling(make_policy):
+    """Greedy, so that the order of draws cannot matter: the same rollouts, with less in the cache at a time."""
+    policy = make_policy()
+    prompts = policy.prompts(TEXTS)
+    whole, parts = (sample_in_parts(policy, prompts, 2, 0.0, None, budget) for budget in (10**6, 1))
+    for name in whole.TENSORS:
+        torch.testing.assert_close(getattr(parts, name), getattr(whole, name), rtol=1e-5, atol=1e-5)
+    assert parts.shared == whole.shared == 5
+
+
+def test_positions_counted_in_the_mask_forbid_sharing(tokenizer):
+    """MPT takes ALiBi distances from places in the row, and no notice of position_ids."""
+    from transformers import MptConfig, MptForCausalLM
+
+    torch.manual_seed(0)
+    model = MptForCausalLM(MptConfig(d_model=32, n_heads=4, n_layers=2, vocab_size=len(tokenizer), max_seq_len=128))
+    policy = Policy(model, tokenizer, Reading(toy.INSTRUCTION, 64, 6))
+    assert not policy.can_share
+    rollouts = rolled(policy)
+    with torch.no_grad():
+        for n in range(3):
+            _, h = by_full_forward(policy, rollouts, n, 0)
+            torch.testing.assert_close(rollouts.embeddings[n, 0], h, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("pooling", POOLS)
@@ -94,13 +119,14 @@ def test_the_ratio_starts_at_one(make_policy):
 def test_embeddings_do_not_depend_on_the_company(make_policy):
     """Greedy: alone, in a batch, in another order, repeated: the same embedding and rationale."""
     policy = make_policy()
-    together, written, _, _ = encode(policy, TEXTS)
+    whole = encode(policy, TEXTS)
+    together, written = whole.vectors, whole.rationales
     for i, text in enumerate(TEXTS):
-        alone, words, _, _ = encode(policy, [text])
-        torch.testing.assert_close(torch.tensor(alone[0]), torch.tensor(together[i]), rtol=1e-5, atol=1e-5)
-        assert words[0] == written[i]
+        alone = encode(policy, [text])
+        torch.testing.assert_close(torch.tensor(alone.vectors[0]), torch.tensor(together[i]), rtol=1e-5, atol=1e-5)
+        assert alone.rationales[0] == written[i]
     order = [2, 0, 1, 0]
-    shuffled, _, _, _ = encode(policy, [TEXTS[i] for i in order], tokens_per_batch=1)
+    shuffled = encode(policy, [TEXTS[i] for i in order], tokens_per_batch=1).vectors
     torch.testing.assert_close(torch.tensor(shuffled), torch.tensor(together[order]), rtol=1e-5, atol=1e-5)
 
 
@@ -145,8 +171,8 @@ def test_seeds_repeat_and_differ(make_policy):
 
 
 def test_chunked_logprobs_equal_the_whole_with_gradient(make_policy):
-    policy = make_policy("Gemma2", double=True)  # soft-capped logits
-    hidden = torch.randn(11, 32, dtype=torch.float64, requires_grad=True)
+    policy = make_policy("Gemma2")  # soft-capped logits
+    hidden = torch.randn(11, 32, requires_grad=True)
     ids = torch.randint(0, 100, (11,))
     whole = torch.log_softmax(policy.logits(hidden), -1).gather(1, ids[:, None])[:, 0]
     chunked = token_logprobs(policy, hidden, ids, chunk=4)
@@ -176,7 +202,7 @@ def test_batches_cover_all_texts_once_within_the_budget(make_policy):
 
 
 def test_an_empty_text_has_an_embedding(make_policy):
-    vectors, _, _, _ = encode(make_policy(), ["", TEXTS[0]])
+    vectors = encode(make_policy(), ["", TEXTS[0]]).vectors
     assert abs((vectors**2).sum(1) - 1).max() < 1e-5
 
 
@@ -325,7 +351,7 @@ def test_saved_and_opened_again_it_reads_the_same(make_policy, tmp_path):
     policy.save(tmp_path)
     again = Policy.load(str(tmp_path))
     assert again.reading == policy.reading
-    assert (encode(again, TEXTS)[0] == encode(policy, TEXTS)[0]).all()
+    assert (encode(again, TEXTS).vectors == encode(policy, TEXTS).vectors).all()
     assert Policy.load(str(tmp_path), max_new_tokens=3).reading.max_new_tokens == 3
 
 
@@ -335,4 +361,4 @@ def test_without_rationale_it_is_the_prompt_pooled(make_policy):
     with torch.no_grad():
         states = policy.model.base_model(input_ids=x.ids).last_hidden_state[0][x.counted[0].bool()]
     torch.testing.assert_close(embed_prompts(policy, x)[0], unit(states.mean(0)), rtol=1e-5, atol=1e-5)
-    assert encode(policy, TEXTS[:1], rationale=False)[1] == [""]
+    assert encode(policy, TEXTS[:1], rationale=False).rationales == [""]

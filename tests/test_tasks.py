@@ -141,6 +141,30 @@ def test_missing_folder_column_split_and_hub(tmp_path):
         evaluate_tasks(one_hot, ["STSBenchmark"])
 
 
+def test_a_split_is_not_replaced_by_another(tmp_path):
+    """Trained and tested on the same rows, a classifier looks splendid."""
+    data = [{"text": w, "label": i % 2} for i, w in enumerate("abcdefgh")]
+    rows(tmp_path / "Banking77Classification" / "train.jsonl", data)
+    with pytest.raises(GraceError, match="no split 'test'; it has train"):
+        evaluate_tasks(one_hot, ["Banking77Classification"], str(tmp_path))
+
+
+def test_one_file_a_language(tmp_path):
+    rows(tmp_path / "STS17" / "en-en.jsonl", [{"sentence1": "a", "sentence2": t, "score": s} for t, s in (("a", 2), ("b", 1))])
+    rows(tmp_path / "STS17" / "de-de.jsonl", [{"sentence1": "a", "sentence2": t, "score": s} for t, s in (("a", 1), ("b", 2))])
+    assert evaluate_tasks(one_hot, ["STS17"], str(tmp_path))["STS17"]["main_score"] == pytest.approx(1)
+
+
+def test_holes_in_the_data(tmp_path):
+    with pytest.raises(GraceError, match="row 2: no score"):
+        evaluate_tasks(one_hot, ["STSBenchmark"], sts(tmp_path, [GOOD[0], {**GOOD[1], "score": None}]))
+    rows(tmp_path / "SprintDuplicateQuestions" / "test.jsonl", [{"sent1": ["a"], "sent2": ["b", "c"], "labels": [1]}])
+    with pytest.raises(GraceError, match="1 and 2 sentences"):
+        evaluate_tasks(one_hot, ["SprintDuplicateQuestions"], str(tmp_path))
+    with pytest.raises(GraceError, match="candidate 'e' is not in the corpus"):
+        search(one_hot, {"d": "a"}, {"q": "a"}, {"q": {"d": 1}}, candidates={"q": ["d", "e"]})
+
+
 def test_what_the_encoder_must_not_do(tmp_path):
     folder = sts(tmp_path, GOOD)
     with pytest.raises(GraceError, match="the vector of 'b' is not finite"):
