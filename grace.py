@@ -63,6 +63,7 @@ from checkpoint import checkpoints, read_state, restore, save_checkpoint, write_
 from config import parse
 from data import GraceError, load_rows
 from policy import Policy
+from report import describe, peak_memory_gb, show_rationales, show_summary, tensorboard
 from rollout import encode, sample_in_parts, score, text_loss
 from tasks import evaluate_triplets
 
@@ -98,31 +99,6 @@ def kl_k3(logprobs, reference, mask):
     """KL(policy || reference), Schulman's k3 estimator, mean over tokens. `[N, K, T] x 3 -> [N, K]`."""
     log_ratio = reference - logprobs
     return ((log_ratio.exp() - 1 - log_ratio) * mask).sum(-1) / mask.sum(-1)
-
-
-def effective_rank(embeddings):
-    """exp of the entropy of the normalized singular values (Roy & Vetterli 2007). `[n, D] -> scalar`."""
-    p = torch.linalg.svdvals(embeddings)
-    p = p / p.sum()
-    return torch.exp(-(p * p.clamp(min=1e-12).log()).sum())
-
-
-def describe(rollouts, R, components):
-    """What a batch of rollouts looks like: rewards and their spread, and the signs of a collapse."""
-    lengths, first = rollouts.mask.sum(-1).float(), rollouts.embeddings[:, 0]  # [N, K]; one rollout a text [N, D]
-    written = {tuple(ids[: int(n)].tolist()) for ids, n in zip(rollouts.ids.flatten(0, 1), lengths.flatten())}
-    N = len(first)
-    seen = {"reward": R.mean(), "reward_std": R.std(1).mean()}
-    for name, x in components.items():  # the spread within a group is all that an advantage can see
-        seen |= {name: x.mean(), f"{name}_std": x.std(1).mean()}
-    return seen | {
-        "length": lengths.mean(),
-        "truncated": 1 - rollouts.finished.float().mean(),
-        "distinct": len(written) / lengths.numel(),
-        "effective_rank": effective_rank(first),
-        "cosine": ((first @ first.T).sum() - N) / max(N * (N - 1), 1),  # between different texts
-        "prompts_cut": rollouts.cut,
-    }
 
 
 # ---------------------------------------------------------------- Algorithm 1
@@ -279,9 +255,8 @@ class Trainer:
     def micro_batches(self, groups, rollouts):
         """Groups by length, in micro-batches whose padded tokens stay within the budget; at least one a batch."""
         K = rollouts.ids.shape[1]
-        cost = (
-            rollouts.prompt_mask.sum(1) - rollouts.shared + K * rollouts.mask.sum(-1).amax(1)
-        )  # [N]: one prefill, K rationales
+        read = rollouts.prompt_mask.sum(1) - rollouts.shared  # [N], once a prompt
+        cost = read + K * rollouts.mask.sum(-1).amax(1)  # [N], and K rationales
         groups = groups[cost[groups].argsort()]
         first = 0
         for last in range(1, len(groups) + 1):
@@ -290,25 +265,7 @@ class Trainer:
                 first = last
 
 
-def peak_memory_gb(device):
-    """Peak memory so far: the GPU's, else the process's."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    import resource  # not on Windows, which has no CUDA-less path worth measuring here
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform != "darwin" else 2**30)
-
-
 # ---------------------------------------------------------------- a run
-
-
-def show_rationales(history, texts):
-    """rationales.md: what the policy writes about the same texts along the training (Table 6)."""
-    lines = ["# Rationales along the training\n"]
-    for i, text in enumerate(texts):
-        lines += [f"**{text}**\n", "| step | rationale |", "| ---: | --- |"]
-        lines += [f"| {step} | {written[i].replace('|', ' ').replace(chr(10), ' ')} |" for step, written in history] + [""]
-    return "\n".join(lines)
 
 
 def train(config):
@@ -380,21 +337,8 @@ def train(config):
         "versions": {"python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__},
     }
     write_atomically(os.path.join(config.out, "summary.json"), json.dumps(summary, indent=2))
-    print(f"\n{'':24}" + "".join(f"{name:>12}" for name in after))
-    for moment in ("before", "after", "after_without_rationale"):
-        if moment in summary:
-            values = (f"{summary[moment][name]:12.3f}" if name in summary[moment] else f"{'':12}" for name in after)
-            print(f"{moment.replace('_', ' '):24}" + "".join(values))
+    print("\n" + show_summary(summary))
     return summary
-
-
-def tensorboard(out):
-    """A TensorBoard writer where that is installed, else None: metrics.jsonl has the same figures."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        return None
-    return SummaryWriter(out)
 
 
 # ---------------------------------------------------------------- the command line

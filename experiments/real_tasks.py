@@ -63,8 +63,8 @@ def main():
     head = [
         "# Real tasks, as found\n",
         f"Made by `python experiments/real_tasks.py`, greedy decoding, {args.max_new_tokens} new tokens at most (the toy: 20), "
-        "scores times 100 as mteb computes them. The models have 0.3 M parameters; neither has ever been told to restate "
-        "a text, and most words of these tasks are unknown to the toy. What the table shows is that real data and "
+        "scores times 100 as mteb computes them. Both models have 0.3 M parameters: stories260K was never instructed, and "
+        "most words of these tasks are unknown to the toy. What the table shows is that real data and "
         "real checkpoints go through, and that a rationale which says nothing does not help an embedding.\n",
     ]
     with open(args.out, "w") as file:
