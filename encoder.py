@@ -44,7 +44,7 @@ class GraceEncoder:
     """
 
     def __init__(
-        self, model, cache=None, temperature=0.0, seed=0, rationale=True, tokens_per_batch=16384,
+        self, model, cache=None, temperature=0.0, seed=0, rationale=True, tokens_per_batch=8192,
         device=None, dtype="float32", progress=False, **reading,
     ):  # fmt: skip
         if temperature < 0:

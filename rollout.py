@@ -85,7 +85,8 @@ def sample(policy, prompts, K=1, temperature=1.0, generator=None):
     device = prompts.ids.device
     hidden, to_pool, cache = policy.prefill(prompts.ids, prompts.mask, prompts.shared)
     state = fold(None, to_pool, prompts.counted[:, prompts.shared :], how).repeat_interleave(K, 0)  # [N*K, D]
-    cache.batch_repeat_interleave(K)
+    if K > 1:
+        cache.batch_repeat_interleave(K)
     last = hidden[:, -1].repeat_interleave(K, 0)  # every prompt ends at -1
     position = prompts.mask.sum(1).repeat_interleave(K)
     mask = torch.cat([prompts.mask, prompts.mask.new_ones(N, T)], 1).repeat_interleave(K, 0)
@@ -101,10 +102,9 @@ def sample(policy, prompts, K=1, temperature=1.0, generator=None):
         ids[rows, t], logprobs[rows, t], lengths[rows] = token, logprob, t + 1
         hidden, to_pool, cache = policy.forward(token[:, None], mask[:, : P + t + 1], position[:, None] + t, cache)
         state = fold(state, to_pool, torch.ones_like(token)[:, None], how)
-        last, pooled[rows] = hidden[:, -1], state
-        ended = torch.isin(token, policy.end_ids)
-        finished[rows] = ended
-        if ended.any():
+        last, ended = hidden[:, -1], torch.isin(token, policy.end_ids)
+        if t == T - 1 or ended.any():
+            pooled[rows], finished[rows] = state, ended
             stay = (~ended).nonzero()[:, 0]
             if len(stay) == 0:
                 break
@@ -245,7 +245,7 @@ def encode_batch(policy, texts, temperature=0.0, generator=None, rationale=True)
     return Encoded(vectors.float().cpu().numpy(), written, x.cut_rows.cpu().numpy(), finished)
 
 
-def encode(policy, texts, rationale=True, tokens_per_batch=16384):
+def encode(policy, texts, rationale=True, tokens_per_batch=8192):
     """Any number of texts, greedily; equal ones are read once. `-> Encoded`."""
     distinct, read, order = list(dict.fromkeys(texts)), [], []
     for part in batches(distinct, tokens_per_batch, policy):
