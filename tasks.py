@@ -12,15 +12,17 @@ import time
 from dataclasses import dataclass
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 
 from data import GraceError, load_folder, open_dataset
 from metrics import (
     average_precision,
     cosine,
     ndcg,
-    normalize,
     ranked_average_precision,
     ranking,
+    row_norms,
     spearman,
     spearman_p,
     v_measure,
@@ -172,12 +174,16 @@ def search(encode, corpus, queries, qrels, not_itself=False, candidates=None, to
     if missing := [d for d in documents if d not in corpus]:
         raise GraceError(f"candidate {missing[0]!r} is not in the corpus")
     place = {d: i for i, d in enumerate(documents)}
-    vectors = normalize(encode([queries[q] for q in asked] + [corpus[d] for d in documents])).astype(np.float32)
+    vectors = F.normalize(torch.from_numpy(encode([queries[q] for q in asked] + [corpus[d] for d in documents])))
+    asking, answering = vectors[: len(asked)], vectors[len(asked) :]
+    scores = asking @ answering.T if candidates is None else None  # [Q, D] in one product, so that ties fall as in mteb
     ranked = {}
     for i, q in enumerate(asked):
-        among = documents if candidates is None else list(dict.fromkeys(candidates[q]))
-        rows = slice(len(asked), None) if candidates is None else [len(asked) + place[d] for d in among]
-        order = [among[j] for j in ranking(vectors[rows] @ vectors[i], among, top_k)]
+        among, near = documents, None if scores is None else scores[i]
+        if near is None:
+            among = list(dict.fromkeys(candidates[q]))
+            near = (asking[i : i + 1] @ answering[[place[d] for d in among]].T)[0]
+        order = [among[j] for j in ranking(near.numpy(), among, top_k)]
         ranked[q] = [qrels[q].get(d, 0) for d in order if not (not_itself and d == q)]
     return ranked
 
@@ -219,7 +225,10 @@ def reranking(encode, name, data_dir):
 
 
 def pair(encode, name, data_dir):
-    """The best average precision over cosine, dot product, and negated Euclidean and Manhattan distance."""
+    """The best average precision over cosine, dot product, and negated Euclidean and Manhattan distance.
+
+    mteb takes the cosine in two ways (from a distance, and from a product), which differ where similarities tie.
+    """
     rows = load(name, data_dir)
     one, two, labels = columns(rows, name, "sentence1|sent1", "sentence2|sent2", "labels")
     if not isinstance(one[0], str):  # one row of lists, or a pair a row
@@ -229,12 +238,13 @@ def pair(encode, name, data_dir):
     distinct = list(dict.fromkeys(one + two))
     place = {text: i for i, text in enumerate(distinct)}
     vectors = encode(distinct)
-    scores = {"cosine": [], "dot": [], "euclidean": [], "manhattan": []}
+    scores = {"cosine": [], "similarity": [], "dot": [], "euclidean": [], "manhattan": []}
     for start in range(0, len(one), 4096):  # 101,000 pairs of 8,932 texts: the pairs are never all laid out
         a, b = (vectors[[place[t] for t in side[start : start + 4096]]] for side in (one, two))
         scores["cosine"].append(cosine(a, b))
-        scores["dot"].append((a * b).sum(1))
-        scores["euclidean"].append(-np.sqrt(((a - b) ** 2).sum(1)))
+        scores["similarity"].append((F.normalize(torch.from_numpy(a)) * F.normalize(torch.from_numpy(b))).sum(1).numpy())
+        scores["dot"].append(np.array([x @ y for x, y in zip(a, b)]))
+        scores["euclidean"].append(-row_norms(a - b))
         scores["manhattan"].append(-np.abs(a - b).sum(1))
     found = {f"{kind}_ap": average_precision(labels, np.concatenate(parts)) for kind, parts in scores.items()}
     return {"main_score": max(found.values()), "max_ap": max(found.values()), **found}
@@ -293,12 +303,12 @@ def summarization(encode, name, data_dir):
     """
     rows = load(name, data_dir)
     human, machine, relevance = columns(rows, name, "human_summaries", "machine_summaries", "relevance")
-    vectors = normalize(encode([t for h, m in zip(human, machine) for t in h + m]))
+    vectors = F.normalize(torch.from_numpy(encode([t for h, m in zip(human, machine) for t in h + m])))
     rhos, mixed, at = [], [], 0
     for h, m, gold in zip(human, machine, relevance):
         mine, at = vectors[at : at + len(h) + len(m)], at + len(h) + len(m)
-        scores = (mine[len(h) :] @ mine[: len(h)].T).max(1)
-        if len(set(gold)) > 1 and len(set(scores.tolist())) > 1:
+        scores = [(one[None] @ mine[: len(h)].T).max().item() for one in mine[len(h) :]]
+        if len(set(gold)) > 1 and len(set(scores)) > 1:
             rhos.append(spearman(scores, gold))
             mixed.append((rhos[-1] + spearman_p(rhos[-1], len(gold))) / 2)
     if not rhos:
