@@ -1,16 +1,16 @@
 """Rollouts: sampling rationales, and scoring given ones for the update (Eq. 9 to 12, 20).
 
 One idea carries this file: every token is read as few times as possible. The instruction is read once
-a batch, a prompt once for its K rollouts: when sampling and again, with gradients, in the update. The sampler's decoding loop
-yields everything that a rollout is: its token ids, their log-probabilities at the temperature they
-were drawn at, and the pooled embedding of text and rationale. Ids are never turned into text and
-back, and the model is never run a second time to look at what it has just written.
+a batch and a prompt once for its K rollouts, when sampling and again, with gradients, in the update. The
+decoding loop yields everything that a rollout is: its token ids, their log-probabilities at the
+temperature they were drawn at, and the pooled embedding of text and rationale. Ids are never turned
+into text and back, and the model is never run a second time to look at what it has just written.
 
 `generate()` does not feed the last sampled token, so that token has no hidden state there. Eq. 11
 counts it, so the loop here feeds every token it samples, the end token included.
 
-Shapes: N prompts, P prompt positions, K rollouts a prompt, T new tokens
-(right-padded), D hidden size, V vocabulary.
+Shapes: N prompts, P prompt positions, K rollouts a prompt, T new tokens (right-padded), D hidden size,
+V vocabulary.
 """
 
 import dataclasses
