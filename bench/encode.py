@@ -61,14 +61,17 @@ def main():
     parser.add_argument("--model", default="runs/toy-world-0/model")
     parser.add_argument("--texts", default="runs/toy-world-0/data/texts.jsonl")
     parser.add_argument("--n", type=int, default=2000)
-    parser.add_argument("--batch", type=int, default=64, help="of the generate() side")
+    parser.add_argument(
+        "--batch", type=int, default=32, help="of the generate() side; 32 is what mteb and sentence-transformers default to"
+    )
+    parser.add_argument("--max-new-tokens", type=int, help="the longest rationale (default: as the checkpoint says)")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--only-encode", action="store_true", help="encode once and print the peak memory in MB")
     args = parser.parse_args()
     datasets.disable_progress_bars()
     texts = [row["text"] for row in read_texts(args.texts)]
     texts = list(dict.fromkeys(texts))[: args.n]
-    policy = Policy.load(args.model)
+    policy = Policy.load(args.model, max_new_tokens=args.max_new_tokens)
     if args.only_encode:
         GraceEncoder(policy).encode(texts)
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
