@@ -274,7 +274,10 @@ def train(config):
         if not getattr(config, name):
             raise GraceError(f"--{name} is missing")
     rows, heldout, graded = load_rows(config)
-    os.makedirs(config.out, exist_ok=True)
+    try:
+        os.makedirs(config.out, exist_ok=True)
+    except OSError as error:
+        raise GraceError(f"--out {config.out}: cannot be written to ({error.strerror})") from error
     reading = {f: getattr(config, f) for f in ("instruction", "max_prompt_tokens", "max_new_tokens", "pooling")}
     metrics_file, saved = os.path.join(config.out, "metrics.jsonl"), checkpoints(config.out) if config.resume else []
     state = read_state(saved[-1], config) if saved else None

@@ -491,6 +491,7 @@ def test_rows_are_held_out_where_no_file_is_given(tiny_world, tmp_path, capsys):
         ("--negatives 2", "has 1 negatives, --negatives asks for 2"),
         ("--max-prompt-tokens 4", "leaves no room for a text"),
         ("--max-new-tokens 400", "fills the model's context"),
+        ("--out /dev/null/x", "--out /dev/null/x: cannot be written to"),
     ],
 )
 def test_bad_settings_end_in_one_sentence(tiny_world, tmp_path, flags, message):
