@@ -76,7 +76,7 @@ def main(arguments):
     )
     add = parser.add_argument
     add("--model", required=True, help="checkpoint folder or hub id")
-    add("--tasks", default="subset", help="comma-separated task names or families, or subset [subset]")
+    add("--tasks", nargs="+", default=["subset"], help="task names or families, by commas or spaces, or subset [subset]")
     add("--data-dir", help="one folder a task, named as the task; without it, the hub at the pinned revisions")
     add("--out", help="JSON file of scores, settings, versions and counts")
     add("--cache", default="runs/cache", help="folder of what was already read; --cache '' for none [runs/cache]")
@@ -104,7 +104,7 @@ def evaluate(args):
     """Run the chosen tasks, print them as they come, write `--out`. Returns what it wrote."""
     if args.samples < 1 or (args.samples > 1 and not args.temperature):
         raise GraceError(f"--samples {args.samples}: more than one sample needs --temperature above 0")
-    chosen, start = choose_tasks(args.tasks), time.time()
+    chosen, start = choose_tasks(",".join(args.tasks)), time.time()
     reading = {name: getattr(args, name) for name in ("instruction", "max_prompt_tokens", "max_new_tokens", "pooling")}
     common = dict(
         cache=args.cache or None, temperature=args.temperature, rationale=not args.no_rationale,

@@ -143,7 +143,7 @@ def test_the_memory_survives_a_kill(tiny_world, tmp_path):
 
 def test_the_command_line(tiny_world, tmp_path, capsys):
     given = ["--model", f"{tiny_world}/model", "--data-dir", f"{tiny_world}/tasks", "--cache", str(tmp_path / "cache")]
-    eval_mteb_subset.main([*given, "--tasks", "ToyRetrieval,ToyPairs", "--out", str(tmp_path / "out" / "r.json")])
+    eval_mteb_subset.main([*given, "--tasks", "ToyRetrieval", "ToyPairs", "--out", str(tmp_path / "out" / "r.json")])
     printed = capsys.readouterr().out
     assert "ToyPairs" in printed and "mean: retrieval" in printed and ", 0 remembered" in printed
     with open(tmp_path / "out" / "r.json") as file:
