@@ -27,6 +27,11 @@ class GraceError(ValueError):
     """Something the user can put right: the message says what and how. Shown without a traceback."""
 
 
+def first_line(error):
+    """What a library says went wrong, without its advice to developers."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def load_folder(path, config=None, **options):
     """`datasets.load_dataset` of a local folder, past its cache.
 
@@ -54,18 +59,18 @@ def open_dataset(source, split="train"):
                 raise GraceError(f"{source}: no rows, the file is empty")
             options = {"keep_default_na": False} if suffix == ".csv" else {}  # "NA" and "None" are texts
             return load_dataset(FORMATS[suffix], data_files=source, split="train", **options)
-        if suffix in FORMATS or source.startswith((".", "/")) and not os.path.isdir(source):
-            raise GraceError(f"{source}: no such file or folder")
         if os.path.isdir(source):
             return load_folder(source, split=split)
+        if suffix in FORMATS or source.startswith((".", "/")):
+            raise GraceError(f"{source}: no such file or folder")
         name, _, config = source.partition(":")
         return load_dataset(name, config or None, split=split)
     except GraceError:
         raise
     except (DatasetGenerationError, ValueError, OSError) as error:
-        reason = str(error.__cause__ or error).strip().split("\n")[0]
         raise GraceError(
-            f"{source}: cannot be read as a dataset ({reason}). A hub id needs a network; offline, give a local file or folder."
+            f"{source}: cannot be read as a dataset ({first_line(error.__cause__ or error)}). "
+            "A hub id needs a network; offline, give a local file or folder."
         ) from error
 
 

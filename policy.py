@@ -24,7 +24,7 @@ from dataclasses import dataclass
 
 import torch
 
-from data import GraceError
+from data import GraceError, first_line
 from pool import POOLS, length_mask
 
 INSTRUCTION = (
@@ -118,9 +118,8 @@ class Policy:
                 with open(path) as file:
                     settings = dict(json.load(file))
         except Exception as error:  # each kind of damage raises its own; to a user they mean the same
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise GraceError(
-                f"{source}: cannot be loaded as a causal language model ({reason}). "
+                f"{source}: cannot be loaded as a causal language model ({first_line(error)}). "
                 "Give a folder written by save_pretrained, or, with a network, a hub id."
             ) from error
         if unknown := settings.keys() - {f.name for f in dataclasses.fields(Reading)}:
@@ -258,32 +257,30 @@ class Policy:
         name = type(self.model).__name__
         if self.base is self.model or self.head is None:
             raise GraceError(f"{name}: its body and output head cannot be told apart; not supported")
-        ids = torch.arange(3, device=self.device)[None]
-        x = ids % self.head.weight.shape[0]
+        a, b, c = (torch.arange(3, device=self.device) % self.head.weight.shape[0]).tolist()
 
-        def last(mask):  # what stands at the end when a token of three is padding
-            mask = torch.tensor([mask], device=self.device)
-            return self.forward(x, mask, (mask.cumsum(1) - 1).clamp(min=0))[0][:, -1]
+        def read(ids, mask):
+            ids, mask = (torch.tensor([x], device=self.device) for x in (ids, mask))
+            hidden, _, cache = self.prefill(ids, mask, 0)
+            return ids, hidden, cache
+
+        def near(x, y):
+            return torch.allclose(x.float(), y.float(), rtol=1e-2, atol=1e-2 * float(y.abs().max()))
 
         with torch.no_grad():
-            hidden, _, cache = self.forward(x, torch.ones_like(x), ids)
-            own = self._own_logits(x)
-            two, left = self.forward(x[:, 1:], torch.ones_like(x[:, 1:]), ids[:, :2])[0][:, -1], last([0, 1, 1])
-            x = x[:, [1, 0, 2]]
-            middle = last([1, 0, 1])
-            near = lambda a, b: torch.allclose(a.float(), b.float(), rtol=1e-2, atol=1e-2 * float(b.abs().max()))
+            ids, hidden, cache = read([a, b, c], [1, 1, 1])
+            with self.autocast():
+                own = self.model(input_ids=ids).logits
             if not near(self.logits(hidden), own):
                 raise GraceError(f"{name}: its logits are not its output head over its last hidden state; not supported")
+            plain, left, middle = (
+                read(*x)[1][:, -1] for x in (([b, c], [1, 1]), ([a, b, c], [0, 1, 1]), ([b, a, c], [1, 0, 1]))
+            )
         if not hasattr(cache, "layers") or not all(hasattr(layer, "batch_repeat_interleave") for layer in cache.layers):
             raise GraceError(f"{name}: its cache cannot be repeated for K rollouts; use an attention-only model")
-        if not near(left, two):
+        if not near(left, plain):
             raise GraceError(f"{name}: padding on the left changes what it computes; not supported")
-        self.can_share &= near(middle, two)
-
-    def _own_logits(self, ids):
-        with self.autocast():
-            logits = self.model(input_ids=ids).logits
-        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+        self.can_share &= near(middle, plain)
 
 
 def _fitted(reading, config):

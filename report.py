@@ -15,7 +15,7 @@ def effective_rank(embeddings):
 def describe(rollouts, R, components):
     """What a batch of rollouts looks like: rewards and their spread, and the signs of a collapse."""
     lengths, first = rollouts.mask.sum(-1).float(), rollouts.embeddings[:, 0]  # [N, K]; one rollout a text [N, D]
-    written = {tuple(ids[: int(n)].tolist()) for ids, n in zip(rollouts.ids.flatten(0, 1), lengths.flatten())}
+    written = set(map(tuple, rollouts.ids.flatten(0, 1).tolist()))  # equal padding cannot make two alike: ends differ
     N = len(first)
     seen = {"reward": R.mean(), "reward_std": R.std(1).mean()}
     for name, x in components.items():  # the spread within a group is all that an advantage can see

@@ -59,13 +59,17 @@ Rollouts.TENSORS = [f.name for f in dataclasses.fields(Rollouts) if f.type is to
 # ---------------------------------------------------------------- sampling
 
 
+def tempered(logits, temperature):
+    """Log-probabilities `[..., V]` at a temperature; greedy decoding, temperature 0, is scored at 1."""
+    return torch.log_softmax(logits / (temperature or 1.0), -1)
+
+
 def draw(logits, temperature, generator=None):
     """One token a row and its log-probability. `[N, V] -> [N], [N]`.
 
-    temperature 0 is greedy decoding, scored at temperature 1. No top-p and no top-k: what is
-    sampled from must be what is scored.
+    No top-p and no top-k: what is sampled from must be what is scored.
     """
-    logprobs = torch.log_softmax(logits / (temperature or 1.0), -1)
+    logprobs = tempered(logits, temperature)
     if temperature == 0:
         token = logits.argmax(-1)
     else:
@@ -153,8 +157,7 @@ def token_logprobs(policy, hidden, ids, temperature=1.0, chunk=1024):
     """
 
     def one(hidden, ids):
-        logprobs = torch.log_softmax(policy.logits(hidden) / (temperature or 1.0), -1)
-        return logprobs.gather(1, ids[:, None])[:, 0]
+        return tempered(policy.logits(hidden), temperature).gather(1, ids[:, None])[:, 0]
 
     if len(ids) == 0:
         return hidden.new_zeros(0)
@@ -189,8 +192,8 @@ def score(policy, rollouts, temperature=1.0):
 # ---------------------------------------------------------------- texts in, vectors out
 
 
-def batches(texts, tokens_per_batch, policy, K=1):
-    """Indices of the texts, longest first, in batches whose K rollouts a text fit the token budget.
+def batches(texts, tokens_per_batch, policy):
+    """Indices of the texts, longest first, in batches that fit the token budget, a rationale each.
 
     A text's tokens are estimated, at three bytes each, so that no text is tokenized twice.
     """
@@ -200,7 +203,7 @@ def batches(texts, tokens_per_batch, policy, K=1):
     limit, part = policy.reading.max_prompt_tokens, []
     for i in order:
         longest = min(limit, size[part[0] if part else i] // 3) + overhead
-        if part and (len(part) + 1) * K * longest > tokens_per_batch:
+        if part and (len(part) + 1) * longest > tokens_per_batch:
             yield part
             part = []
         part.append(i)

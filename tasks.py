@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from data import GraceError, load_folder, open_dataset
+from data import GraceError, first_line, load_folder, open_dataset
 from metrics import (
     average_precision,
     cosine,
@@ -122,8 +122,9 @@ def load(name, data_dir, configs=(None,), split="test"):
     except GraceError:
         raise
     except Exception as error:  # datasets raises whatever its readers raise; all of it means the same to a user
-        reason = str(error).strip().splitlines()[0] if str(error) else type(error).__name__
-        raise GraceError(f"{name}: {source} cannot be read ({reason}). Without a network give --data-dir.") from error
+        raise GraceError(
+            f"{name}: {source} cannot be read ({first_line(error)}). Without a network give --data-dir."
+        ) from error
     alone = None not in configs and len(found) == 1  # a corpus has one split, whatever its name
     if split not in found and not alone:
         raise GraceError(f"{name}: {source} has no split {split!r}; it has {', '.join(found)}")

@@ -1,6 +1,5 @@
 """Tiny models and tokenizers, built in place: no test needs a network, a GPU or a download."""
 
-import copy
 import os
 import sys
 
@@ -68,18 +67,8 @@ def tiny_world(tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def clone():
-    return copy.deepcopy
-
-
 TEXTS = [
     "the angry doctor bought the lamp near the forest around noon .",
     "somebody sold the boat",
     "around winter , near the street , the tall child found the sofa .",
 ]
-
-
-@pytest.fixture
-def texts():
-    return list(TEXTS)
