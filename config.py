@@ -26,6 +26,9 @@ RECIPES = {  # a recipe only sets defaults: any of them can be given on the comm
         lambda_consistency=0.2, lambda_hard=0.2, relative_length_penalty=True, anchor_temperature=1.0,
     ),
 }  # fmt: skip
+HOW_LONG_AND_WHERE = {  # settings that a resumed run may change: none moves its gradients
+    "steps", "out", "resume", "save_every", "eval_every", "device", "kernel", "recompute", "tokens_per_batch", "sample_tokens",
+}  # fmt: skip
 
 
 def setting(default, help, choices=None, least=None, above=None):
@@ -86,7 +89,10 @@ class Config:
         131072, "token budget of the sampler's key-value cache; lower it when memory is short", least=1
     )
     tokens_per_batch: int = setting(4096, "token budget of a micro-batch; lower it when memory is short", least=1)
-    dtype: str = setting("float32", "compute type (weights are always float32)", ("float32", "bfloat16"))
+    recompute: bool = setting(False, "keep no activations inside layers: a third more time in the update, less memory")
+    dtype: str = setting(
+        "float32", "compute type; weights stay float32, rationales come from a copy in it", ("float32", "bfloat16")
+    )
     kernel: str = setting("auto", "the in-batch similarity in Triton: on CUDA, always, or never", ("auto", "on", "off"))
     device: str = setting(None, "default: cuda where there is one, else cpu")
 
@@ -126,8 +132,7 @@ class Config:
 
     def differs(self, other):
         """Names of the settings in which another run, given as a dict, was not this one. Where and how long aside."""
-        free = {"steps", "out", "resume", "save_every", "eval_every", "device", "kernel", "tokens_per_batch", "sample_tokens"}
-        free -= {"steps"} if self.lr_decay else set()  # the decaying rate depends on it
+        free = HOW_LONG_AND_WHERE - ({"steps"} if self.lr_decay else set())  # the decaying rate depends on it
         return [k for k, v in dataclasses.asdict(self).items() if k not in free and other.get(k) != v]
 
     @property

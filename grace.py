@@ -64,6 +64,7 @@ from checkpoint import checkpoints, read_state, restore, save_checkpoint, write_
 from config import parse
 from data import GraceError, load_rows
 from policy import Policy
+from recompute import recompute_layers
 from report import describe, peak_memory_gb, show_rationales, show_summary, tensorboard
 from rollout import encode, sample_in_parts, score, text_loss
 from tasks import evaluate_triplets
@@ -168,10 +169,13 @@ class Trainer:
 
     def __init__(self, policy, reference, rows, config):
         self.policy, self.reference, self.rows, self.config = policy, reference, rows, config
-        self.optimizer = torch.optim.AdamW(policy.model.parameters(), config.lr, weight_decay=config.weight_decay)
+        self.sampler = policy.twin() if config.dtype == "bfloat16" else policy
+        self.optimizer = torch.optim.AdamW(policy.model.parameters(), config.lr, weight_decay=config.weight_decay, fused=True)
         self.generator = torch.Generator(policy.device).manual_seed(config.seed)
         self.step_number = 0
         similarity.kernel = config.kernel
+        if config.recompute:
+            recompute_layers(policy)
 
     def batch(self):
         """Phase 1. The next B rows of a stream of shuffled passes over the data, a function of seed and step."""
@@ -187,7 +191,9 @@ class Trainer:
         texts, twins = batch_roles(self.batch(), anchored=config.reward == "paper")
         twins = twins.to(policy.device)
         # 2. Rationales from the current policy, and the embeddings that come with them (Eq. 9 to 12).
-        rollouts, embeddings = roll_out(policy, texts, config, self.generator)
+        if self.sampler is not policy:
+            self.sampler.follow(policy)
+        rollouts, embeddings = roll_out(self.sampler, texts, config, self.generator)
         sampled = time.perf_counter()
         # 3. What each rationale is worth (Eq. 13 to 17), and the reward's gradient at its embedding.
         R, components, g = judge(embeddings, rollouts.finished, twins, config)

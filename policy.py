@@ -16,6 +16,7 @@ Shapes: N prompts, P prompt positions, L positions, D hidden size, V vocabulary.
 
 import bisect
 import contextlib
+import copy
 import dataclasses
 import json
 import os
@@ -137,6 +138,20 @@ class Policy:
         self.tokenizer.save_pretrained(folder)
         with open(os.path.join(folder, SETTINGS), "w") as file:
             json.dump(dataclasses.asdict(self.reading), file, indent=2)
+
+    def twin(self):
+        """A copy with bfloat16 weights, to sample from: each token reads half the bytes. The float32 weights stay."""
+        twin = copy.copy(self)
+        twin.model, twin.dtype = copy.deepcopy(self.model).requires_grad_(False), "as the weights"
+        for parameter in twin.model.parameters():  # not the buffers: positions need float32
+            parameter.data = parameter.data.to(torch.bfloat16)
+        twin.base, twin.head = twin.model.base_model, twin.model.get_output_embeddings()
+        return twin
+
+    def follow(self, policy):
+        """Take over another policy's weights, rounded to this one's type."""
+        with torch.no_grad():
+            torch._foreach_copy_(list(self.model.parameters()), list(policy.model.parameters()))
 
     # ------------------------------------------------------------ P(x)
 

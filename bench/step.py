@@ -63,8 +63,7 @@ def main():
     watch(grace, "roll_out", seconds, "decode", args.device)
     watch(grace, "judge", seconds, "reward", args.device)
     watch(trainer, "update", seconds, "update", args.device)
-    sampler = trainer.policy
-    watch(sampler, "prefill", seconds, "prefill", args.device)  # called in both phases: told apart below
+    watch(trainer.sampler, "prefill", seconds, "prefill", args.device)  # called in both phases: told apart below
     update = trainer.update
 
     def update_alone(*inputs):  # the update's prefill is the update's
