@@ -48,7 +48,7 @@ def test_number_of_negatives(tmp_path):
     assert [row["negative"] for row in read_triplets(path)] == [["c", "d"], ["h", "i"]]
     assert [row["negative"] for row in read_triplets(path, 1)] == [["c"], ["h"]]
     assert [row["negative"] for row in read_triplets(path, 0)] == [[], []]
-    with pytest.raises(GraceError, match="row 2: has 2 negatives, --negatives asks for 3"):
+    with pytest.raises(GraceError, match="line 2: has 2 negatives, --negatives asks for 3"):
         read_triplets(path, 3)
     none = write(tmp_path / "y.jsonl", [{"query": "a", "positive": "b"}])
     assert read_triplets(none)[0]["negative"] == []
@@ -59,10 +59,10 @@ def test_number_of_negatives(tmp_path):
 @pytest.mark.parametrize(
     "row, message",
     [
-        ({"query": "", "positive": "b", "negative": "c"}, "row 2: query is empty"),
-        ({"query": "  ", "positive": "b", "negative": "c"}, "row 2: query is '  '"),
-        ({"query": "a", "positive": None, "negative": "c"}, "row 2: positive is empty"),
-        ({"query": "a", "positive": "b", "negative": ""}, "row 2: negative is empty"),
+        ({"query": "", "positive": "b", "negative": "c"}, "line 2: query is empty"),
+        ({"query": "  ", "positive": "b", "negative": "c"}, "line 2: query is '  '"),
+        ({"query": "a", "positive": None, "negative": "c"}, "line 2: positive is empty"),
+        ({"query": "a", "positive": "b", "negative": ""}, "line 2: negative is empty"),
         ({"query": "a", "positive": "b", "negative": "b"}, "a negative equals the row's own"),
         ({"query": "a", "positive": "b", "negative": "a"}, "a negative equals the row's own"),
     ],
@@ -73,7 +73,7 @@ def test_bad_rows_are_named(tmp_path, row, message):
 
 
 def test_numbers_are_no_texts(tmp_path):
-    with pytest.raises(GraceError, match="row 1: text is 3, not a text"):
+    with pytest.raises(GraceError, match="line 1: text is 3, not a text"):
         read_texts(write(tmp_path / "x.jsonl", [{"text": 3}]))
 
 
@@ -125,7 +125,7 @@ def test_graded_pairs(tmp_path):
 @pytest.mark.parametrize("row", [{"score": None}, {"score": "x"}, {"sentence1": None}, {"score": float("nan")}])
 def test_bad_pairs_are_named(tmp_path, row):
     good = {"sentence1": "a", "sentence2": "b", "score": "3"}
-    with pytest.raises(GraceError, match="row 2: (score|sentence1) is"):
+    with pytest.raises(GraceError, match="line 2: (score|sentence1) is"):
         read_pairs(write(tmp_path / "x.jsonl", [good, {**good, **{k: str(v) if v == v and v else v for k, v in row.items()}}]))
 
 
