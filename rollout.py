@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+from guard import finite
 from pool import fold, length_mask, unit
 
 
@@ -91,6 +92,7 @@ def sample(policy, prompts, K=1, temperature=1.0, generator=None):
     state = fold(None, to_pool, prompts.counted[:, prompts.shared :], how).repeat_interleave(K, 0)  # [N*K, D]
     if K > 1:
         cache.batch_repeat_interleave(K)
+    finite("what the policy computes from a prompt", hidden[:, -1])  # nothing could be drawn from that
     last = hidden[:, -1].repeat_interleave(K, 0)  # every prompt ends at -1
     position = prompts.mask.sum(1).repeat_interleave(K)
     mask = torch.cat([prompts.mask, prompts.mask.new_ones(N, T)], 1).repeat_interleave(K, 0)
