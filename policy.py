@@ -127,7 +127,9 @@ class Policy:
                     "Other formats are pickles, which can run code, and are not read. If you trust this one, convert it once: "
                     "AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(FOLDER)"
                 )
-            raise GraceError(f"{source}: cannot be loaded as a causal language model ({first_line(error)}). {advice}") from error
+            raise GraceError(
+                f"{source}: cannot be loaded as a causal language model ({first_line(error)}). {advice}"
+            ) from error
         if unknown := settings.keys() - {f.name for f in dataclasses.fields(Reading)}:
             raise GraceError(f"{path}: unknown setting {', '.join(sorted(unknown))}")
         settings |= {k: v for k, v in reading.items() if v is not None}
