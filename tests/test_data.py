@@ -170,7 +170,7 @@ LINE = json.dumps(GOOD[0]).encode() + b"\n"
         ("x.csv", b'query,positive\na,"b\nb"\na,\n', "line 4: positive is empty"),
         ("x.csv", b'query,positive\na,"b\nc,d\ne,f\n', "line 2: cannot be read as csv"),
         ("x.csv", b'query,positive\n"a"b,c\nd,e\n', "line 2: cannot be read as csv"),
-        ("x.csv", b"query,query\na,b\n", "two columns have one name"),
+        ("x.csv", b"query,query\na,b\n", "line 1: two columns have one name"),
         ("x.csv", b"query,positive\ncaf\xe9,b\n", "line 2: query is not UTF-8"),
     ],
 )
