@@ -364,7 +364,7 @@ def train(config):
     summary |= {
         "seconds": progress["seconds"],
         "seed": config.seed,
-        "config": dataclasses.asdict(config),
+        "config": dataclasses.asdict(trainer.config),
         "reading": dataclasses.asdict(policy.reading),
         "versions": {"python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__},
     }

@@ -47,10 +47,9 @@ def main():
         size = sum(os.path.getsize(os.path.join(at, name)) for at, _, names in os.walk(out) for name in names) / 2
     without, each = statistics.median(blocks[False]), statistics.median(saves)
     print(f"{torch.get_num_threads()} threads; a step, median of {args.repeats} blocks of 50, in turn:")
-    print(f"without {without * 1e3:.1f} ms ({min(blocks[False]) * 1e3:.1f} to {max(blocks[False]) * 1e3:.1f})")
-    print(
-        f"with    {statistics.median(blocks[True]) * 1e3:.1f} ms ({min(blocks[True]) * 1e3:.1f} to {max(blocks[True]) * 1e3:.1f})"
-    )
+    for kind, name in ((False, "without"), (True, "with")):
+        low, middle, high = (1e3 * f(blocks[kind]) for f in (min, statistics.median, max))
+        print(f"{name:<8} {middle:.1f} ms ({low:.1f} to {high:.1f})")
     print(f"a save: {each * 1e3:.1f} ms, {size / 1e6:.1f} MB; over 50 steps {100 * each / (50 * without):.2f} % of a step")
 
 

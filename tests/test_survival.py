@@ -110,6 +110,8 @@ def random_kills(world, folder, kills, number, steps, seed=0):
             if done != 0:
                 left -= 1
                 place = "stopped with a checkpoint" if done == 128 + number else where_it_died(out)
+                if number == signal.SIGTERM and done == -number:
+                    place = "ended at once: opening, or evaluating the end"
                 seen[place] = seen.get(place, 0) + 1
         same(straight, out)
         runs += 1
