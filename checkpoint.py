@@ -25,6 +25,8 @@ import torch
 from data import GraceError, first_line
 from report import read_metrics
 
+RESUME = "; then --resume goes on: the checkpoints that were there before are whole"
+
 # ---------------------------------------------------------------- writing
 
 
@@ -38,18 +40,17 @@ def _flush(path):
 
 
 @contextlib.contextmanager
-def _writing(path, beside=None):
+def _writing(path, beside=None, then=""):
     """Whatever fails in here is said in one sentence, and `beside`, the half that was written, is removed."""
     try:
         yield
     except Exception as error:  # safetensors, torch and tokenizers each have their own for a full disk
-        if beside:
-            shutil.rmtree(beside) if os.path.isdir(beside) else os.path.lexists(beside) and os.remove(beside)
+        if beside and os.path.isdir(beside):
+            shutil.rmtree(beside)
+        elif beside and os.path.lexists(beside):
+            os.remove(beside)
         why = getattr(error, "strerror", None) or first_line(error)
-        raise GraceError(
-            f"{path}: cannot be written ({why}). Make room or give it rights, then go on with --resume: "
-            "checkpoints that were there before are whole."
-        ) from error
+        raise GraceError(f"{path}: cannot be written ({why}); make room, or give the right to write there{then}") from error
 
 
 def write_atomically(path, text):
@@ -64,7 +65,7 @@ def write_atomically(path, text):
 
 def append(path, text):
     """Add to the end of a file. Raises GraceError where that fails; a resumed run takes away a torn line."""
-    with _writing(path), open(path, "a") as file:
+    with _writing(path, then=RESUME), open(path, "a") as file:
         file.write(text)
 
 
@@ -91,7 +92,7 @@ def save_checkpoint(trainer, out, **progress):
     beside, metrics = f"{folder}.tmp", os.path.join(out, "metrics.jsonl")
     state = {"step": trainer.step_number, "config": dataclasses.asdict(trainer.config), "progress": progress}
     state |= {"optimizer": trainer.optimizer.state_dict(), "random": _random_states(trainer.generator)}
-    with _writing(folder, beside):
+    with _writing(folder, beside, RESUME):
         _empty(beside)
         trainer.policy.save(beside)
         torch.save(state, os.path.join(beside, "trainer.pt"))
@@ -113,7 +114,7 @@ def save_checkpoint(trainer, out, **progress):
 def save_model(policy, out):
     """The trained model into --out, each file of it whole. That all are there is what summary.json says, written later."""
     beside = os.path.join(out, "final.tmp")
-    with _writing(out, beside):
+    with _writing(out, beside, RESUME):
         _empty(beside)
         policy.save(beside)
         _flush_folder(beside)
