@@ -117,15 +117,23 @@ class Policy:
 
         settings, path = {}, os.path.join(source, SETTINGS)
         try:
-            tokenizer = AutoTokenizer.from_pretrained(source)
-            model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, use_safetensors=True)
+            safe = dict(trust_remote_code=False)  # left out, the library would ask at the terminal
+            tokenizer = AutoTokenizer.from_pretrained(source, **safe)
+            model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, use_safetensors=True, **safe)
             if os.path.isfile(path):
                 with open(path) as file:
                     settings = dict(json.load(file))
         except Exception as error:  # each kind of damage raises its own; to a user they mean the same
+            advice = "Give a folder written by save_pretrained, or, with a network, a hub id."
+            if "trust_remote_code" in str(error):
+                advice = "Code that comes with a model is not run here: give a model that transformers knows by itself."
+            elif "no file named model.safetensors" in str(error):
+                advice = (
+                    "Other formats are pickles, which can run code, and are not read. If you trust this one, convert it once: "
+                    "AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(FOLDER)"
+                )
             raise GraceError(
-                f"{source}: cannot be loaded as a causal language model ({first_line(error)}). "
-                "Give a folder written by save_pretrained, or, with a network, a hub id."
+                f"{source}: cannot be loaded as a causal language model ({first_line(error)}). {advice}"
             ) from error
         if unknown := settings.keys() - {f.name for f in dataclasses.fields(Reading)}:
             raise GraceError(f"{path}: unknown setting {', '.join(sorted(unknown))}")

@@ -54,7 +54,7 @@ fi
 # shellcheck disable=SC2086
 "$PYTHON" grace.py $recipe --model "$world/model" --data "$world/data/train.jsonl" \
   --heldout "$world/data/heldout.jsonl" --graded "$world/data/graded.jsonl" --out "$out" \
-  --batch 16 --rollouts 8 --lr 5e-4 --eval-every 40 --seed "$SEED"
+  --batch 16 --rollouts 8 --lr 5e-4 --eval-every 40 --seed "$SEED" --overwrite
 
 # 5. The same held-out sets through the evaluator that runs the paper's 16 MTEB tasks.
 echo
