@@ -24,6 +24,8 @@ from torch.utils.checkpoint import checkpoint
 from guard import finite
 from pool import fold, length_mask, unit
 
+LOGITS = 2**25  # logits held at a time when scoring: 134 MB in float32
+
 
 @dataclass
 class Rollouts:
@@ -153,8 +155,8 @@ def pack(writing):
 
 def sample_in_parts(policy, prompts, K, temperature, generator, budget):
     """`sample`, a few prompts at a time: no more than `budget` tokens in the key-value cache (at least a prompt)."""
-    T = policy.reading.max_new_tokens
-    rows = max(1, budget // (K * (prompts.ids.shape[1] + T)))
+    P, T = prompts.ids.shape[1], policy.reading.max_new_tokens
+    rows = max(1, budget // (P + K * T if policy.keeps_once else K * (P + T)))
     parts = [sample(policy, prompts[i : i + rows], K, temperature, generator) for i in range(0, len(prompts.ids), rows)]
     if len(parts) == 1:
         return parts[0]
@@ -170,12 +172,14 @@ def sample_in_parts(policy, prompts, K, temperature, generator, budget):
 # ---------------------------------------------------------------- scoring, with gradients
 
 
-def token_logprobs(policy, hidden, ids, temperature=1.0, chunk=1024):
+def token_logprobs(policy, hidden, ids, temperature=1.0, chunk=None):
     """log pi(id | hidden) of n tokens. `[n, D], [n] -> [n]`.
 
-    The head is applied to `chunk` tokens at a time, and again in the backward pass, so no
-    `[n, V]` tensor is ever held: at V = 152,000, 4,096 tokens would take 2.5 GB a copy.
+    The head is applied to `chunk` tokens at a time, and again in the backward pass, so no `[n, V]` tensor is ever
+    held: at V = 152,000, 4,096 tokens would take 2.5 GB a copy. By default a chunk has about `LOGITS` logits,
+    whatever V is.
     """
+    chunk = chunk or max(1, LOGITS // policy.head.weight.shape[0])
 
     def one(hidden, ids):
         return tempered(policy.logits(hidden), temperature).gather(1, ids[:, None])[:, 0]
