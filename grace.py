@@ -191,7 +191,7 @@ class Trainer:
         # 3. What each rationale is worth (Eq. 13 to 17), and the reward's gradient at its embedding.
         R, components, g = judge(embeddings, rollouts.finished, twins, config)
         # 4. Better or worse than the other rationales of the same text (Eq. 18).
-        A = advantages(R, config.normalize)
+        A = self.advantage(R, rollouts, texts, embeddings, twins)
         # 5. The clipped update (Eq. 8, 19), with the pathwise term.
         if config.lr_decay:
             for group in self.optimizer.param_groups:
@@ -204,18 +204,26 @@ class Trainer:
         metrics |= {"tokens_per_s": rollouts.mask.sum() / (sampled - start), "peak_memory_gb": peak_memory_gb(policy.device)}
         return {name: float(x) for name, x in metrics.items()}
 
+    def advantage(self, R, rollouts, texts, embeddings, twins):
+        """`[N, K] -> [N, K]`: Eq. 18. What else it could be, and from what: experiments/algorithms.py."""
+        return advantages(R, self.config.normalize)
+
+    def surrogate(self, logprobs, part, A):
+        """Eq. 8. `[n, K, T], part of the rollouts, [n, K] -> [n, K]`."""
+        return clipped_objective(logprobs, part.logprobs, A, part.mask, self.config.clip_eps, self.config.length_normalize)
+
     def objective(self, part, A, g):
         """What the update maximises, a number a rollout `[n, K]`, and what is worth logging, by name.
 
         part: some groups of rollouts; A `[n, K]` their advantages; g `[n, K, D]` the reward's gradient at
-        their captured embeddings, a constant. Eq. 8, plus c times g . h(theta), less the KL term.
+        their captured embeddings, a constant. Eq. 8, plus c times g . h(theta) and the text term, less the KL term.
         """
         config, mask = self.config, part.mask
-        logprobs, h = score(self.policy, part, config.temperature)
-        value = clipped_objective(logprobs, part.logprobs, A, mask, config.clip_eps, config.length_normalize)
+        logprobs, h, text = score(self.policy, part, config.temperature, text=True)
+        value = self.surrogate(logprobs, part, A) + config.text_weight * text[:, None]
         if config.pathwise:
             value = value + config.pathwise * (g * h).sum(-1)
-        seen = {"approx_kl": kl_k3(part.logprobs, logprobs, mask)}
+        seen = {"approx_kl": kl_k3(part.logprobs, logprobs, mask), "text_loss": -text[:, None].expand_as(value)}
         if config.kl:
             with torch.no_grad():
                 at_start, _ = score(self.reference, part, config.temperature)
@@ -268,7 +276,7 @@ class Trainer:
 # ---------------------------------------------------------------- a run
 
 
-def train(config):
+def train(config, make_trainer=Trainer):
     """A whole run: evaluate, train, evaluate, save. Returns the summary that summary.json holds."""
     for name in ("model", "data", "out"):
         if not getattr(config, name):
@@ -283,7 +291,7 @@ def train(config):
     state = read_state(saved[-1], config) if saved else None
     policy = Policy.load(saved[-1] if saved else config.model, config.device, config.dtype, **reading)
     reference = Policy.load(config.model, config.device, config.dtype, **reading) if config.kl else None
-    trainer = Trainer(policy, reference, rows, config)
+    trainer = make_trainer(policy, reference, rows, config)
     progress = {"before": None, "history": [], "seconds": 0.0}
     if saved:
         progress = restore(trainer, state, metrics_file)
