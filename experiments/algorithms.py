@@ -88,7 +88,7 @@ def clipped_sum(logprobs, part, A, low, high):
 
 
 ALGORITHMS = {
-    "GRACE (mean-centred)": Trainer,
+    "GRACE": Trainer,
     "GRPO": GRPO,
     "Dr. GRPO": DrGRPO,
     "DAPO": DAPO,
