@@ -39,7 +39,8 @@ from tasks import evaluate_tasks, evaluate_triplets  # noqa: E402
 
 TRAINERS = {"contrastive": Contrastive, "simcse": SimCSE, **ALGORITHMS}
 TOY = dict(batch=16, rollouts=8, lr=5e-4, lr_decay=True)  # train.sh's settings for the embedded worlds
-QUICK = dict(train=64, heldout=16, steps=20)  # a world that is built in a second
+QUICK_WORLD = dict(train=64, heldout=16, steps=20)  # built in a second
+QUICK = dict(batch=4, rollouts=3, steps=1, lr=1e-3, lambda_consistency=0.2, lambda_hard=0.2, pathwise=0.1)  # not varied
 FOLLOW = {  # instructions that a program can check, for backbones that were taught to follow any
     "Answer with the single word yes.": lambda said: said.strip(" .!\n").lower() == "yes",
     "Which number comes after 41? Answer with digits only.": lambda said: said.strip(" .\n") == "42",
@@ -74,9 +75,7 @@ class Place:
         """The Config of a run, its paths aside."""
         fields = {f.name for f in dataclasses.fields(Config)}
         given = {**({} if self.model else TOY), **{k: v for k, v in run.items() if k in fields}, **self.settings}
-        if self.quick:
-            given |= {name: min(given.get(name, 9), most) for name, most in (("batch", 4), ("rollouts", 3), ("steps", 2))}
-        return Config(**given)
+        return Config(**(given | QUICK if self.quick else given))
 
     def path(self, run):
         """Where the record of a run is: named by whatever could change it, defaults aside."""
@@ -95,7 +94,7 @@ class Place:
         name = "" if run.get("world", "events") == "events" else f"-{run['world']}"
         out = os.path.join(self.worlds, f"{'quick' if self.quick else 'toy'}-world{name}-{run['seed']}")
         if not os.path.isfile(os.path.join(out, "model", "grace_config.json")):
-            toy.build(out, run["seed"], world=toy.WORLDS[run.get("world", "events")], **(QUICK if self.quick else {}))
+            toy.build(out, run["seed"], world=toy.WORLDS[run.get("world", "events")], **(QUICK_WORLD if self.quick else {}))
         return out
 
     def read(self, run):

@@ -3,7 +3,7 @@
     python experiments/run.py table1                 one table or figure: makes the runs it lacks, then writes the page
     python experiments/run.py all                    all of them: about an hour and a half on two cores
     python experiments/run.py --list                 the names, their runs, and the minutes each takes on its own
-    python experiments/run.py table1 --quick         two steps a run, into a temporary folder: does it work at all?
+    python experiments/run.py table1 --quick         one step a run, into a temporary folder: does it work at all?
 
 A run is made once: tables that share it share its record (experiments/results/). With a backbone and data of your own
 the same names work, and write under --out:
@@ -87,8 +87,8 @@ def make_all(names, place, seeds, jobs):
         print(f"{len(missing)} runs in {(time.time() - start) / 60:.1f} minutes")
 
 
-def section(name, place, seeds, pictures):
-    """One experiment's part of the page, and its picture; None if some of its runs have no record."""
+def section(name, place, seeds, picture):
+    """One experiment's part of the page, and its picture where a path is given; None if a run has no record."""
     experiment = EXPERIMENTS[name]
     found = {}
     for label, run in experiment.runs(seeds):
@@ -106,8 +106,8 @@ def section(name, place, seeds, pictures):
         lines += ["| claim | verdict |", "| --- | --- |"]
         lines += [f"| {claim.text} | {claim.verdict(found)} |" for claim in experiment.claims] + [""]
     if experiment.figure:
-        if pictures:
-            experiment.figure(found, os.path.join(pictures, f"{name}.png"))
+        if picture:
+            experiment.figure(found, picture)
         lines.append(f"![{experiment.title}]({name}.png)\n")
     sizes = {key: sorted({c[key] for c in configs}) for key in ("batch", "rollouts", "steps", "lr")}
     told = ", ".join(f"{key} {'/'.join(f'{x:g}' for x in values)}" for key, values in sizes.items())
@@ -128,9 +128,10 @@ seen at this size* in between.
 """
 
 
-def page(place, seeds=None, pictures=None):
-    """docs/results.md: every experiment whose runs are all there."""
-    sections = [section(name, place, seeds, pictures) for name in EXPERIMENTS]
+def page(place, seeds=None, folder=None, drawn=()):
+    """docs/results.md: every experiment whose runs are all there. Pictures of those in `drawn` go to the folder."""
+    path = lambda name: os.path.join(folder, f"{name}.png") if name in drawn else None
+    sections = [section(name, place, seeds, path(name)) for name in EXPERIMENTS]
     return "\n".join([HEAD, *(text for text in sections if text)])
 
 
@@ -139,7 +140,7 @@ def parse(arguments):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", help=f"any of {', '.join(EXPERIMENTS)}, or all")
     parser.add_argument("--list", action="store_true", help="say what each name runs, and stop")
-    parser.add_argument("--quick", action="store_true", help="one seed, two steps a run")
+    parser.add_argument("--quick", action="store_true", help="one seed, one step a run")
     parser.add_argument("--seeds", help="comma-separated (default: the experiment's, mostly 0,1,2)")
     parser.add_argument("--jobs", type=int, default=2, help="runs at the same time, one thread each [2]")
     parser.add_argument("--out", help="folder for records, page and pictures (default: experiments/results and docs)")
@@ -198,7 +199,7 @@ def main(arguments):
             place.results, place.worlds = os.path.join(out, "results"), os.path.join(out, "worlds")
         folder = out or os.path.join(ROOT, "docs")
         make_all(names, place, args.seeds, args.jobs)
-        text = page(place, args.seeds, folder)
+        text = page(place, args.seeds, folder, names)
         with open(os.path.join(folder, "results.md"), "w") as file:
             file.write(text)
         print(text if args.quick or args.out else f"wrote {os.path.join(folder, 'results.md')} at {revision()[:7]}")

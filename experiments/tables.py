@@ -49,11 +49,14 @@ class Claim:
 
     def verdict(self, found):
         """What the figures say, and how many of the comparisons (pairs times seeds) say so."""
-        apart = [
-            seen(a, above, self.column) - seen(b, below, self.column)
+        figures = [
+            (seen(a, above, self.column), seen(b, below, self.column))
             for above, below in self.pairs
             for a, b in zip(found[above], found[below])
         ]
+        if any(value is None for pair in figures for value in pair):
+            return "not measured on these data"
+        apart = [a - b for a, b in figures]
         holds = sum(abs(x) <= self.within if self.within is not None else x > 0 for x in apart)
         word = "agrees" if holds == len(apart) else "disagrees" if holds == 0 else "cannot be seen at this size"
         return f"**{word}** ({holds} of {len(apart)} comparisons)"
