@@ -218,7 +218,7 @@ def build_model(tokenizer, seed):
     )
 
 
-def warm_up(model, tokenizer, world, draw_event, rng, steps=600, B=96, lr=3e-3):
+def warm_up(model, tokenizer, world, draw_event, rng, steps=800, B=96, lr=3e-3):
     """Language modelling on chats: complete rationales for the first half of the steps, then noisy ones."""
     optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=0.01)
     for step in range(steps):
@@ -270,7 +270,7 @@ def write_tasks(folder, heldout, graded):
     write_rows(os.path.join(folder, "ToyPairs", "test.jsonl"), graded)
 
 
-def build(out, seed=0, train=4096, heldout=256, steps=600, world=EVENTS):
+def build(out, seed=0, train=4096, heldout=256, steps=800, world=EVENTS):
     """Write the world's data and the warmed-up model under `out`. The same seed gives the same files."""
     rng = random.Random(seed)
     # One event in eight is held out, by its slots alone, so train and held-out never share one.
@@ -305,7 +305,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default="runs/toy", help="folder to write model/ and data/ into")
     parser.add_argument("--seed", type=int, default=0, help="of the world's data and of the warm start")
-    parser.add_argument("--steps", type=int, default=600, help="warm-up steps (fewer: a worse start, for tests)")
+    parser.add_argument("--steps", type=int, default=800, help="warm-up steps (fewer: a worse start, for tests)")
     parser.add_argument("--world", default="events", choices=tuple(WORLDS), help="what the texts are about")
     args = parser.parse_args()
     start = time.time()

@@ -127,9 +127,9 @@ def bars(found, path, name="ndcg_at_10"):
 def sizes(found, path):
     """Figure 7: one panel for the batch, one for the rollouts."""
     figure, pair = axes(2, 11)
-    for axis, letter, title in zip(pair, "BK", ("batch size B (K = 8)", "rollouts a text K (B = 16)")):
+    for axis, letter, title in zip(pair, "BK", ("batch size B (K = 4)", "rollouts a text K (B = 16)")):
         labels = [label for label in found if label.startswith(letter)]
-        x = [int(label.split()[-1]) for label in labels]
+        x = [int(label.split()[2].strip(",")) for label in labels]
         for style, name in enumerate(("ndcg_at_10", "spearman")):
             values = [[r["after"][name] for r in found[label]] for label in labels]
             line(axis, x, np.transpose(values), style, ("held-out nDCG@10", "Spearman of graded pairs")[style])
@@ -163,14 +163,15 @@ def frontier(found, path, knobs):
             rise, value = [], []
             for label in (label for label in labels if label in found):
                 records = found[label]
-                moment = "after_without_rationale" if knob == "contrastive" and name == "ndcg_at_10" else "after"
+                moment = "after_without_rationale" if knob == "InfoNCE as a loss" and name == "ndcg_at_10" else "after"
                 rise.append([r["after"]["text_loss"] - r["before"]["text_loss"] for r in records])
                 value.append([r[moment][name] for r in records])
             (x, dx), (y, dy) = spread(np.transpose(rise)), spread(np.transpose(value))
             colour, dashes, marker = STYLES[style]
             axis.errorbar(x, y, dy, dx, color=colour, ls=dashes, marker=marker, capsize=2, elinewidth=0.8, label=knob)
-            for i, label in enumerate(label for label in labels if label in found):
-                axis.annotate(label.split()[-1], (x[i], y[i]), textcoords="offset points", xytext=(6, -12), fontsize=9)
+            for label, *point in zip([label for label in labels if label in found], x, y):
+                value = label.removeprefix(knob if knob != "learning rate" else "rate").removeprefix("contrastive")
+                axis.annotate(value, point, textcoords="offset points", xytext=(6, -12), fontsize=9)
         axis.set(xlabel="rise of held-out text loss, nats a token", ylabel=title, ylim=(-0.02, 1.05))
         axis.axvline(0, color="black", lw=0.8)
     save(figure, path, pair[0], columns=len(knobs))
