@@ -36,8 +36,11 @@ Where this departs from the paper, each a setting, all undone by `--recipe paper
 1. The reward is InfoNCE instead of Eq. 13 and 15, which cancel in the advantage (reward.py).
 2. The pathwise term.
 3. Queries are rolled out and trained like positives; in Eq. 12 they are fixed anchors.
-4. A light KL term (k3) holds the policy to where it started.
-5. The length penalty is relative (reward.py).
+4. Log-probabilities are summed over tokens, as in Eq. 19, not averaged as in Eq. 8: then c = 1 is the gradient's own weight.
+5. The language-model loss on the texts' own tokens, whose hidden states the update has anyway, is minimised too. It keeps
+   the model a language model (as mixing in pre-training text does, Ouyang et al. 2022), where a KL term on the
+   rationales' tokens would hold them to what an untrained policy writes. `--kl` is still there.
+6. The length penalty is relative (reward.py).
 
 Shapes: B instances, K rollouts a group, M hard negatives, N groups (B a trained role), T tokens,
 D hidden size.

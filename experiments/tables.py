@@ -212,11 +212,15 @@ def budget_lines(found):
 
 def task_lines(found):
     """Real tasks, a row a policy and a way to embed."""
-    names = list(next(iter(found.values()))[0]["tasks"])
+    first = next(iter(found.values()))[0]
+    names = list(first["tasks"])
     lines = ["| | " + " | ".join(names) + " | text loss, rise |", "| --- " + "| ---: " * (len(names) + 1) + "|"]
+    lines.append(
+        "| hashed words, no model | " + " | ".join(f"{100 * first['tasks_words'][name]:.1f}" for name in names) + " | |"
+    )
     for label, records in found.items():
         rise, label = cell(records, "", "text loss"), label.replace("given", records[0]["backbone"])
-        for way, key in (("with rationale", "tasks"), ("prompt alone", "tasks_without_rationale")):
+        for way, key in (("with rationale", "tasks"), ("prompt alone", "tasks_alone")):
             values = [[100 * r[key][name] for r in records] for name in names]
             cells = (f"{np.mean(v):.1f} ({min(v):.1f} to {max(v):.1f})" for v in values)
             lines.append(f"| {label}, {way} | " + " | ".join(cells) + f" | {rise} |")
@@ -375,14 +379,18 @@ EXPERIMENTS = {
             for label, run in some(SUPERVISED, "Base with reasoning", "contrastive fine-tuning", "contrastive with the text term", BEST).items()
         },
         ("ndcg_at_10", "spearman", "text loss", "recall", "precision", "well_formed", "seconds"),
-        tuple(
-            Claim(text, [(f"{a}{note}", f"{b}{note}") for note in ("", ", second world")], column)
-            for text, a, b, column in (
-                ("retrieval is above the loss's", BEST, "contrastive fine-tuning", "ndcg_at_10"),
-                ("so is the correlation with graded similarity", BEST, "contrastive fine-tuning", "spearman"),
-                ("text loss rises less", "contrastive fine-tuning", BEST, "text loss"),
-                ("rationales name more of the text than before", BEST, "Base with reasoning", "recall"),
-            )
+        (
+            *(
+                Claim(text, [(f"{a}{note}", f"{b}{note}") for note in ("", ", second world")], column)
+                for text, a, b, column in (
+                    ("retrieval is above the loss's", BEST, "contrastive fine-tuning", "ndcg_at_10"),
+                    ("so is the correlation with graded similarity", BEST, "contrastive fine-tuning", "spearman"),
+                    ("text loss rises less", "contrastive fine-tuning", BEST, "text loss"),
+                )
+            ),
+            Claim("rationales name more of the text than before", [(BEST, "Base with reasoning")], "recall"),
+            Claim("in the second world they named all of it, and still do",
+                  [(f"{BEST}, second world", "Base with reasoning, second world")], "recall", within=0.02),
         ),
         seeds=(0, 1, 2, 3, 4),
     ),

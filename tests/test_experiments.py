@@ -10,6 +10,7 @@ from algorithms import ALGORITHMS, DAPO, GRPO, DrGRPO, ReinforcePlusPlus, ReMax
 from baselines import Contrastive, SimCSE
 from conftest import TEXTS
 from record import Place, rounded
+from synthetic_tasks import write_all
 from tables import EXPERIMENTS, Claim
 from test_grace import ROWS, config
 
@@ -242,6 +243,14 @@ def test_a_backbone_and_data_of_ones_own(quick, tiny_world, tmp_path):
     files = ["--model", f"{tiny_world}/model", "--data", f"{data}/train.jsonl", "--heldout", f"{data}/heldout.jsonl"]
     run.main(["table5", "--quick", "--jobs", "1", "--out", str(out), *files, "--set", "lr=1e-4", "weight_decay=0"])
     assert "instructions followed" in (out / "results.md").read_text()
+
+
+def test_real_tasks_for_both_backbones(tiny_world, tmp_path):
+    write_all(tmp_path / "tasks")
+    files = ["--model", f"{tiny_world}/model", "--data", f"{tiny_world}/data/train.jsonl", "--data-dir", f"{tmp_path}/tasks"]
+    run.main(["real", "--quick", "--jobs", "1", "--out", str(tmp_path), *files])
+    page = (tmp_path / "results.md").read_text()
+    assert "| hashed words, no model |" in page and page.count("with rationale") == page.count("prompt alone") == 8
 
 
 def test_the_page_is_what_the_records_say():
