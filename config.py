@@ -88,6 +88,7 @@ class Config:
     )
     tokens_per_batch: int = setting(4096, "token budget of a micro-batch; lower it when memory is short", least=1)
     dtype: str = setting("float32", "compute type (weights are always float32)", ("float32", "bfloat16"))
+    kernel: str = setting("auto", "the in-batch similarity in Triton: on CUDA, always, or never", ("auto", "on", "off"))
     device: str = setting(None, "default: cuda where there is one, else cpu")
 
     def __post_init__(self):
@@ -126,7 +127,7 @@ class Config:
 
     def differs(self, other):
         """Names of the settings in which another run, given as a dict, was not this one. Where and how long aside."""
-        free = {"steps", "out", "resume", "save_every", "eval_every", "device", "tokens_per_batch", "sample_tokens"}
+        free = {"steps", "out", "resume", "save_every", "eval_every", "device", "kernel", "tokens_per_batch", "sample_tokens"}
         free -= {"steps"} if self.lr_decay else set()  # the decaying rate depends on it
         return [k for k, v in dataclasses.asdict(self).items() if k not in free and other.get(k) != v]
 

@@ -62,6 +62,7 @@ import transformers
 from tqdm import tqdm
 
 import reward as rewards
+import similarity
 from checkpoint import checkpoints, read_state, restore, save_checkpoint, write_atomically
 from config import parse
 from data import GraceError, load_rows
@@ -134,13 +135,12 @@ def roll_out(policy, texts, config, generator):
     budget = config.sample_tokens
     rollouts = sample_in_parts(policy, policy.prompts(trained), config.rollouts, config.temperature, generator, budget)
     embeddings = dict(zip(config.roles, rollouts.embeddings.split([len(texts[role]) for role in config.roles])))
-    for role in [role for role in texts if role not in embeddings]:
-        if texts[role]:
-            anchors = sample_in_parts(policy, policy.prompts(texts[role]), 1, config.anchor_temperature, generator, budget)
-            embeddings[role] = anchors.embeddings
-            rollouts.cut += anchors.cut
-        else:  # no negatives, M = 0
-            embeddings[role] = rollouts.embeddings[:0, :1]
+    fixed = [role for role in texts if role not in embeddings]
+    embeddings |= {role: rollouts.embeddings[:0, :1] for role in fixed}  # where a role has no texts, M = 0
+    if anchors := [text for role in fixed for text in texts[role]]:
+        drawn = sample_in_parts(policy, policy.prompts(anchors), 1, config.anchor_temperature, generator, budget)
+        embeddings |= dict(zip(fixed, drawn.embeddings.split([len(texts[role]) for role in fixed])))
+        rollouts.cut += drawn.cut
     if "negative" in texts:
         B, (_, K, D) = len(texts["query"]), embeddings["negative"].shape
         embeddings["negative"] = embeddings["negative"].view(B, len(texts["negative"]) // B, K, D)
@@ -174,6 +174,7 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(policy.model.parameters(), config.lr, weight_decay=config.weight_decay)
         self.generator = torch.Generator(policy.device).manual_seed(config.seed)
         self.step_number = 0
+        similarity.kernel = config.kernel
 
     def batch(self):
         """Phase 1. The next B rows of a stream of shuffled passes over the data, a function of seed and step."""

@@ -25,6 +25,7 @@ from dataclasses import dataclass
 import torch
 
 from data import GraceError, first_line
+from decode import PlainDecoder, SharedDecoder
 from pool import POOLS, length_mask
 
 INSTRUCTION = (
@@ -98,6 +99,9 @@ class Policy:
             "sliding" if getattr(text_config, "sliding_window", None) else "full"
         ]
         self.can_share = not any("sliding" in layer or "chunked" in layer for layer in layers)
+        self.keeps_once = model.config._attn_implementation == "sdpa"
+        if self.keeps_once:
+            model.set_attn_implementation("grace")
         self._check()
         self.prefix, self.suffix = self._template()
 
@@ -204,14 +208,14 @@ class Policy:
     def autocast(self):
         """bfloat16 as a compute type where it was asked for; the weights stay float32."""
         if self.dtype == "bfloat16":
-            return torch.autocast(self.device.type, torch.bfloat16)
+            return torch.autocast(self.device.type, torch.bfloat16, cache_enabled=torch.is_grad_enabled())
         return contextlib.nullcontext()
 
-    def forward(self, ids, mask, positions, cache=None):
+    def forward(self, ids, mask, positions, cache=None, **more):
         """One pass of the body: hidden states for the head, those to pool (both `[N, L, D]`), the cache.
 
         Positions are explicit: left padding must not shift them, and a decoding step with a cache
-        would otherwise get them wrong.
+        would otherwise get them wrong. Further arguments reach the attention function (decode.py).
         """
         below = self.reading.pooling == "penultimate"
         with self.autocast():
@@ -222,6 +226,7 @@ class Policy:
                 past_key_values=cache,
                 use_cache=True,
                 output_hidden_states=below,
+                **more,
             )
         last = out.last_hidden_state
         return last, out.hidden_states[-2] if below else last, out.past_key_values
@@ -238,10 +243,16 @@ class Policy:
             cache.batch_repeat_interleave(len(ids))
         return self.forward(ids[:, shared:], mask, positions[:, shared:], cache)
 
+    def decoder(self, cache, mask, K):
+        """What feeds K rationales of each prompt, given the prompts' cache and mask `[N, P]`."""
+        return (SharedDecoder if self.keeps_once else PlainDecoder)(self, cache, mask, K)
+
     def logits(self, hidden):
         """The output head as the model's own forward applies it. `[..., D] -> [..., V]`, float32 or more."""
         with self.autocast():
-            logits = self.head(hidden) * self.logit_scale
+            logits = self.head(hidden)
+        if self.logit_scale != 1:
+            logits = logits * self.logit_scale
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if self.softcap:
             logits = torch.tanh(logits / self.softcap) * self.softcap
@@ -281,6 +292,22 @@ class Policy:
         if not near(left, plain):
             raise GraceError(f"{name}: padding on the left changes what it computes; not supported")
         self.can_share &= near(middle, plain)
+        self.keeps_once = self.keeps_once and self._comes_apart([a, b], c, near)
+        if not self.keeps_once and self.model.config._attn_implementation == "grace":
+            self.model.set_attn_implementation("sdpa")
+
+    @torch.no_grad()
+    def _comes_apart(self, prompt, token, near):
+        """Whether a step over a prompt kept once gives what the library's cache gives."""
+        ids, mask = torch.tensor([prompt], device=self.device), torch.ones(1, len(prompt), dtype=torch.long, device=self.device)
+        token, found = torch.tensor([token] * 2, device=self.device), []
+        for decoder, options in ((PlainDecoder, {}), (SharedDecoder, {"capture": False})):
+            _, _, cache = self.prefill(ids, mask, 0)
+            try:
+                found.append(decoder(self, cache, mask, 2, **options).step(token)[0])
+            except (AttributeError, KeyError, NotImplementedError, RuntimeError, TypeError):
+                return False  # its layers hand attention something else: the library's own way, then
+        return near(*found)
 
 
 def _fitted(reading, config):

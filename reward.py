@@ -29,32 +29,8 @@ Shapes: B instances, K rollouts a group, M hard negatives an instance, D hidden 
 
 import torch
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
 
-# ---------------------------------------------------------------- in-batch similarity
-
-
-def group_similarity(rows, columns, reduce="mean", chunk=1024):
-    """How near each row is to each group of columns. `[N, D], [B, K, D] -> [N, B]`.
-
-    reduce="mean": the mean cosine to the group's K members; the mean of dot products is the dot
-    product with the mean, so the K columns of a group shrink to one before the product.
-    reduce="max": the cosine to the member that comes nearest. All N x B*K cosines have to be
-    looked at, but never at once: rows go in chunks, each chunk's `[chunk, B*K]` cosines are
-    reduced on the spot, and made again in the backward pass instead of being kept.
-
-    This function is the definition; a fused kernel has to return the same.
-    """
-    if reduce == "mean":
-        return rows @ columns.mean(1).T
-    if reduce != "max":
-        raise ValueError(f"reduce must be 'mean' or 'max', not {reduce!r}")
-
-    def nearest(part):  # [chunk, D] -> [chunk, B]
-        return (part @ columns.flatten(0, 1).T).unflatten(1, columns.shape[:2]).amax(2)
-
-    return torch.cat([checkpoint(nearest, part, use_reentrant=False) for part in rows.split(chunk)])
-
+from similarity import group_similarity
 
 # ---------------------------------------------------------------- the paper's components
 
@@ -92,12 +68,7 @@ def hard_negative(query, positive, twins=None):
     twins `[B, B]`, True where two instances share a text: those pairs are left out of the mean.
     An instance with no other to compare with (B = 1) gets 0.
     """
-    B = len(query)
-    others = ~torch.eye(B, dtype=torch.bool, device=query.device)
-    if twins is not None:
-        others = others & ~twins
-    nearest = group_similarity(query, positive, "max")  # [B, B]
-    return -torch.where(others, nearest, 0).sum(1) / others.sum(1).clamp(min=1)
+    return -group_similarity(query, positive, 1.0, twins).hard
 
 
 # ---------------------------------------------------------------- InfoNCE, read as a reward
@@ -118,22 +89,26 @@ def infonce(rows, columns, temperature, negatives=None, twins=None, mined=False,
     Oord et al. 2018 use its negative as a loss. Adding one number to all similarities changes
     nothing, so unlike Eq. 13 it does not pay for an embedding space that shrinks to a cone.
     """
-    B, Kr, _ = rows.shape
-    reduce = "max" if mined else "mean"
+    return infonce_by_mean_and_mined(rows, columns, temperature, negatives, twins, leave_one_out)[mined]
+
+
+def infonce_by_mean_and_mined(rows, columns, temperature, negatives=None, twins=None, leave_one_out=False):
+    """`infonce` with mined False and True, from one pass over the batch. `-> [B, Kr], [B, Kr]`."""
+    shape = rows.shape[:2]
+    found = group_similarity(rows.flatten(0, 1), columns, temperature, twins)
+    own, mean, nearest = (x.view(shape) for x in found[:3])
     if leave_one_out:
         others = columns.sum(1, keepdim=True) - rows  # [B, K, D]
         own = (rows * others).sum(-1) / (columns.shape[1] - 1)  # [B, Kr]
-    else:
-        own = torch.einsum("bkd,bd->bk", rows, columns.mean(1))
-    scores = group_similarity(rows.flatten(0, 1), columns, reduce).unflatten(0, (B, Kr))  # [B, Kr, B]
-    diagonal = torch.eye(B, dtype=torch.bool, device=rows.device)
-    if twins is not None:
-        scores = scores.masked_fill((twins & ~diagonal)[:, None], -torch.inf)
-    scores = torch.where(diagonal[:, None], own[..., None], scores)
-    if negatives is not None and negatives.shape[1]:
-        near = torch.einsum("bkd,bmld->bkml", rows, negatives)
-        scores = torch.cat([scores, near.amax(3) if mined else near.mean(3)], 2)  # [B, Kr, B + M]
-    return own / temperature - (scores / temperature).logsumexp(2)
+
+    def confidence(groups, reduce):  # groups: log-sum-exp over the batch's other groups
+        candidates = [groups, own / temperature]
+        if negatives is not None and negatives.shape[1]:
+            near = reduce(torch.einsum("bkd,bmld->bkml", rows, negatives))  # [B, Kr, M]
+            candidates += (near / temperature).unbind(2)
+        return own / temperature - torch.stack(candidates, 2).logsumexp(2)
+
+    return confidence(mean, lambda x: x.mean(3)), confidence(nearest, lambda x: x.amax(3))
 
 
 def outranked(negative, query, positive, temperature, mined=False):
@@ -196,15 +171,13 @@ def infonce_components(roles, role, temperature, twins=None):
     rollouts of the same text are the own pair, other texts' rollouts the candidates.
     """
     x = roles[role]
-
-    def contrast(mined):
-        if role == "text":
-            return infonce(x, x, temperature, None, twins, mined, leave_one_out=True)
-        if role == "query":
-            return infonce(x, roles["positive"], temperature, roles["negative"], twins, mined)
-        if role == "positive":
-            return infonce(x, roles["query"], temperature, None, twins, mined)
-        return outranked(x, roles["query"], roles["positive"], temperature, mined)
-
+    if role == "text":
+        mean, mined = infonce_by_mean_and_mined(x, x, temperature, None, twins, leave_one_out=True)
+    elif role == "query":
+        mean, mined = infonce_by_mean_and_mined(x, roles["positive"], temperature, roles["negative"], twins)
+    elif role == "positive":
+        mean, mined = infonce_by_mean_and_mined(x, roles["query"], temperature, None, twins)
+    else:
+        mean, mined = (outranked(x, roles["query"], roles["positive"], temperature, how) for how in (False, True))
     groups = x.flatten(0, -3)  # negatives: [B, M, K, D] -> [B*M, K, D]
-    return {"contrastive": contrast(False), "consistency": consistency(groups), "hard": contrast(True)}
+    return {"contrastive": mean, "consistency": consistency(groups), "hard": mined}

@@ -61,73 +61,92 @@ Rollouts.TENSORS = [f.name for f in dataclasses.fields(Rollouts) if f.type is to
 
 def tempered(logits, temperature):
     """Log-probabilities `[..., V]` at a temperature; greedy decoding, temperature 0, is scored at 1."""
-    return torch.log_softmax(logits / (temperature or 1.0), -1)
+    return torch.log_softmax(logits if temperature in (0, 1) else logits / temperature, -1)
 
 
 def draw(logits, temperature, generator=None):
     """One token a row and its log-probability. `[N, V] -> [N], [N]`.
 
-    No top-p and no top-k: what is sampled from must be what is scored.
+    No top-p and no top-k: what is sampled from must be what is scored. Inverse transform sampling needs one
+    random number a row, where `torch.multinomial` draws V of them and, on a GPU, has the host wait for it.
     """
-    logprobs = tempered(logits, temperature)
+    probabilities = tempered(logits, temperature).exp()
     if temperature == 0:
-        token = logits.argmax(-1)
+        token = logits.argmax(-1, keepdim=True)
     else:
-        token = torch.multinomial(logprobs.exp(), 1, generator=generator)[:, 0]
-    return token, logprobs.gather(1, token[:, None])[:, 0]
+        below = probabilities.cumsum(-1)
+        at = torch.rand(len(logits), 1, generator=generator, device=logits.device, dtype=logits.dtype) * below[:, -1:]
+        token = torch.searchsorted(below, at, right=True).clamp(max=logits.shape[1] - 1)
+    return token[:, 0], probabilities.gather(1, token)[:, 0].log()
 
 
 @torch.no_grad()
 def sample(policy, prompts, K=1, temperature=1.0, generator=None):
     """K rationales of each prompt: one prefill a prompt, then one token at a time (Eq. 9 to 12).
 
-    A row that draws an end token is fed that token, pooled, and leaves the batch. A row still
-    writing after `max_new_tokens` stops there, with `finished` False.
+    A row that draws an end token is fed that token and pooled; what it writes after that counts for nothing,
+    until enough rows have ended for the batch to be packed. A row still writing after `max_new_tokens` stops
+    there, with `finished` False.
     """
     N, P = prompts.ids.shape
-    T, how = policy.reading.max_new_tokens, policy.reading.pooling
-    device = prompts.ids.device
+    T, how, device = policy.reading.max_new_tokens, policy.reading.pooling, prompts.ids.device
     hidden, to_pool, cache = policy.prefill(prompts.ids, prompts.mask, prompts.shared)
     state = fold(None, to_pool, prompts.counted[:, prompts.shared :], how).repeat_interleave(K, 0)  # [N*K, D]
-    if K > 1:
-        cache.batch_repeat_interleave(K)
     last = hidden[:, -1].repeat_interleave(K, 0)  # every prompt ends at -1
-    position = prompts.mask.sum(1).repeat_interleave(K)
-    mask = torch.cat([prompts.mask, prompts.mask.new_ones(N, T)], 1).repeat_interleave(K, 0)
+    decoder = policy.decoder(cache, prompts.mask, K)
 
     ids = torch.zeros(N * K, T, dtype=torch.long, device=device)
     logprobs = torch.zeros(N * K, T, device=device, dtype=state.dtype)
     lengths = torch.zeros(N * K, dtype=torch.long, device=device)
     finished = torch.zeros(N * K, dtype=torch.bool, device=device)
     pooled = torch.empty_like(state)
-    rows = torch.arange(N * K, device=device)  # the rows still writing
+    rows = torch.arange(N * K, device=device)  # where the rows of the batch belong
+    writing = torch.ones(N * K, dtype=torch.bool, device=device)  # which of them have not ended
     for t in range(T):
         token, logprob = draw(policy.logits(last), temperature, generator)
-        ids[rows, t], logprobs[rows, t], lengths[rows] = token, logprob, t + 1
-        hidden, to_pool, cache = policy.forward(token[:, None], mask[:, : P + t + 1], position[:, None] + t, cache)
-        state = fold(state, to_pool, torch.ones_like(token)[:, None], how)
-        last, ended = hidden[:, -1], torch.isin(token, policy.end_ids)
-        if t == T - 1 or ended.any():
-            pooled[rows], finished[rows] = state, ended
-            stay = (~ended).nonzero()[:, 0]
-            if len(stay) == 0:
-                break
-            cache.batch_select_indices(stay)
-            rows, state, last, position, mask = (x[stay] for x in (rows, state, last, position, mask))
-    T = int(lengths.max())
+        ids[rows, t], logprobs[rows, t] = token, logprob
+        hidden, to_pool = decoder.step(token)
+        state = fold(state, to_pool, writing[:, None], how)
+        lengths[rows] += writing
+        last = hidden[:, -1]
+        writing = writing & ~torch.isin(token, policy.end_ids)
+        if (t + 1) % decoder.look_every == 0:
+            keep, groups = pack(writing.view(-1, K))
+            if len(keep) <= decoder.pack_below * len(rows):
+                pooled[rows], finished[rows] = state, ~writing
+                if len(keep) == 0:
+                    break
+                decoder.keep(keep, groups)
+                rows, state, last, writing = (x[keep] for x in (rows, state, last, writing))
+                K = len(keep) // len(groups)
+    pooled[rows], finished[rows] = state, ~writing
+    K, T = len(ids) // N, int(lengths.max())
     shape = (N, K, T)
+    mask = length_mask(lengths, T)
     return Rollouts(
         prompts.ids,
         prompts.mask,
         prompts.counted,
-        ids[:, :T].view(shape),
-        length_mask(lengths, T).long().view(shape),
-        logprobs[:, :T].view(shape),
+        ids[:, :T].masked_fill(~mask, 0).view(shape),
+        mask.long().view(shape),
+        logprobs[:, :T].masked_fill(~mask, 0).view(shape),
         unit(pooled).view(N, K, -1),
         finished.view(N, K),
         prompts.shared,
         prompts.cut,
     )
+
+
+def pack(writing):
+    """Which rows go on: groups with a row still writing, as many rows of each as the busiest needs.
+
+    `[N, K] bool -> [N' * K'], [N']`: indices of rows, those still writing first in each group, and of groups.
+    """
+    N, K = writing.shape
+    busiest = int(writing.sum(1).max())
+    groups = writing.any(1).nonzero()[:, 0]
+    order = writing[groups].sort(dim=1, descending=True, stable=True).indices[:, :busiest]  # [N', K']
+    return (groups[:, None] * K + order).flatten(), groups
 
 
 def sample_in_parts(policy, prompts, K, temperature, generator, budget):

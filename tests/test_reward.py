@@ -123,25 +123,6 @@ def test_outranked():
     assert (reward.outranked(n, q, p, t, mined=True) <= reward.outranked(n, q, p, t)).all()
 
 
-@pytest.mark.parametrize("reduce", ["mean", "max"])
-@pytest.mark.parametrize("chunk", [1, 3, 100])
-def test_group_similarity_in_chunks(reduce, chunk):
-    rows, columns = units(7, 5), units(4, 3, 5, seed=1)
-    table = torch.stack([torch.stack([rows[n] @ columns[b].T for b in range(4)]) for n in range(7)])  # [7, 4, 3]
-    expected = table.mean(2) if reduce == "mean" else table.amax(2)
-    torch.testing.assert_close(reward.group_similarity(rows, columns, reduce, chunk), expected)
-    check = lambda r, c: reward.group_similarity(r, c, reduce, chunk)
-    assert torch.autograd.gradcheck(check, (rows.requires_grad_(), columns.requires_grad_()))
-
-
-def test_group_similarity_keeps_no_whole_matrix():
-    """What the backward pass has to keep is the inputs, not the [N, B*K] cosines."""
-    rows, columns, saved = units(64, 4).requires_grad_(), units(32, 8, 4).requires_grad_(), []
-    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.numel()) or x, lambda x: x):
-        reward.group_similarity(rows, columns, "max", chunk=8)
-    assert saved and max(saved) <= columns.numel() < 64 * 32 * 8
-
-
 @pytest.mark.parametrize("function", ["contrastive", "consistency", "hard_negative", "infonce", "outranked"])
 def test_gradients(function):
     q, p, n = units(3, 2, 4), units(3, 2, 4, seed=1), units(3, 1, 2, 4, seed=2)

@@ -1,0 +1,156 @@
+"""The in-batch similarity against the plain table of cosines, and against a reward in Python loops.
+
+    python bench/similarity.py [--rows 4096] [--group 8] [--dim 896]
+
+Peak memory is what a direction allocates beyond inputs and gradients, measured in a process of its own. On CUDA
+the kernel's time stands beside the floor of its counted operations and bytes.
+"""
+
+import argparse
+import statistics
+import subprocess
+import sys
+import time
+
+import torch
+import torch.nn.functional as F
+from common import clock, machine
+
+import reward
+import similarity
+
+
+def example(N, K, D, device="cpu"):
+    """Unit rows `[N, D]` and columns `[N/K, K, D]` that want gradients."""
+    torch.manual_seed(0)
+    unit = lambda *shape: F.normalize(torch.randn(*shape, device=device), dim=-1).requires_grad_()
+    return unit(N, D), unit(N // K, K, D)
+
+
+def plain(rows, columns, t):
+    """The same four numbers as one writes them first: the whole table, and autograd."""
+    B, K, D = columns.shape
+    s = (rows @ columns.view(B * K, D).T).view(len(rows), B, K)
+    mean, nearest = s.mean(2), s.amax(2)
+    own = torch.arange(len(rows), device=rows.device)[:, None] // (len(rows) // B) == torch.arange(B, device=rows.device)
+    return similarity.Similarity(
+        torch.where(own, mean, 0).sum(1),
+        (mean / t).masked_fill(own, -torch.inf).logsumexp(1),
+        (nearest / t).masked_fill(own, -torch.inf).logsumexp(1),
+        nearest.masked_fill(own, 0).sum(1) / (B - 1),
+    )
+
+
+def both_ways(function, rows, columns):
+    """Forward and backward; the gradients."""
+    found = function(rows, columns, 0.05)
+    return torch.autograd.grad(sum(x.sum() for x in found), (rows, columns))
+
+
+def peak(how, args):
+    """Bytes allocated at the worst moment beyond what was there before and what is returned, in a fresh process."""
+    command = [sys.executable, __file__, "--peak", how, "--rows", args.rows, "--group", args.group, "--dim", args.dim]
+    command += ["--device", args.device]
+    return int(subprocess.run([str(x) for x in command], capture_output=True, text=True, check=True).stdout)
+
+
+def measure_peak(function, args):
+    rows, columns = example(args.rows, args.group, args.dim, args.device)
+    if args.device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        found = both_ways(function, rows, columns)
+        return torch.cuda.max_memory_allocated() - before - sum(x.nbytes for x in found)
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        found = both_ways(function, rows, columns)
+    held = worst = 0
+    for event in seen.profiler.kineto_results.events():  # every allocation and release, in order
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            worst = max(worst, held)
+    return worst - sum(x.nbytes for x in found)
+
+
+def loops(query, positive):
+    """Eq. 13 to 15 as loops over the batch, a similarity at a time: how the released reward is written."""
+    B, K, _ = positive.shape
+    cosine = lambda a, b: float(F.cosine_similarity(a, b, dim=0))
+    for i in range(B):
+        for k in range(K):
+            cosine(query[i], positive[i, k])
+            sum(cosine(positive[i, k], positive[i, j]) for j in range(K) if j != k) / (K - 1)
+        sum(max(cosine(query[i], positive[j, l]) for l in range(K)) for j in range(B) if j != i) / (B - 1)
+
+
+def fused(query, positive):
+    """The same three components."""
+    reward.contrastive(query, positive, query[:, None][:, :0])
+    reward.consistency(positive)
+    reward.hard_negative(query, positive)
+
+
+def seconds(function, device, repeats):
+    """Median time of a call."""
+    function()
+    found = []
+    for _ in range(repeats):
+        start = clock(device)
+        function()
+        found.append(clock(device) - start)
+    return statistics.median(found)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=4096, help="N, and as many columns [4096]")
+    parser.add_argument("--group", type=int, default=8, help="K [8]")
+    parser.add_argument("--dim", type=int, default=896, help="D [896]")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--peak", choices=["fused", "plain"], help="print one peak and stop")
+    args = parser.parse_args()
+    forms = {"fused": similarity.group_similarity, "plain": plain}
+    if args.peak:
+        print(measure_peak(forms[args.peak], args))
+        return
+    rows, columns = example(args.rows, args.group, args.dim, args.device)
+    difference = max(
+        float((a - b).abs().max()) for a, b in zip(*(both_ways(form, rows, columns) for form in forms.values()))
+    )  # fmt: skip
+    print(f"{machine(args.device)}; N = {args.rows}, K = {args.group}, D = {args.dim}")
+    print(
+        f"implementation: {'Triton' if similarity.use_kernel(rows) else 'torch in blocks'}; gradients differ by {difference:.1e}"
+    )
+    times = {name: [] for name in forms}
+    for _ in range(args.repeats):  # in turn
+        for name, form in forms.items():
+            times[name].append(seconds(lambda form=form: both_ways(form, rows, columns), args.device, 1))
+    times = {name: statistics.median(x) for name, x in times.items()}
+    peaks = {name: peak(name, args) for name in forms}
+    print(f"{'':8}{'forward + backward, s':>24}{'peak beyond inputs and gradients, MB':>40}")
+    for name in forms:
+        print(f"{name:8}{times[name]:24.4f}{peaks[name] / 2**20:40.1f}")
+    print(f"ratio   {times['fused'] / times['plain']:24.2f}{peaks['fused'] / peaks['plain']:40.3f}")
+    operations = 2 * args.rows**2 * args.dim
+    print(
+        f"operations a forward: {operations / 1e9:.1f} G; rate over both directions {7 * operations / times['fused'] / 1e9:.0f} Gflop/s"
+    )
+    if args.device == "cpu":
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        query, positive = (x.detach() for x in example(512, 8, 1536))
+        query = query[:64].contiguous()
+        start = time.perf_counter()
+        loops(query, positive)
+        slow = time.perf_counter() - start
+        quick = seconds(lambda: fused(query, positive), "cpu", 20)
+        torch.set_num_threads(threads)
+        print(
+            f"Eq. 13-15 at B = 64, K = 8, D = 1536, one thread: loops {slow:.2f} s, here {quick * 1e3:.2f} ms, {slow / quick:.0f} times"
+        )
+
+
+if __name__ == "__main__":
+    main()

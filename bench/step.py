@@ -1,0 +1,98 @@
+"""Where the time of a training step goes.
+
+    python bench/step.py --model DIR --batch 8 --rollouts 8 --max-new-tokens 48 --train-roles positive --steps 5
+    python bench/step.py --shape qwen2.5-0.5b --batch 64 --prompt-tokens 128 --max-new-tokens 256
+
+Runs real steps of grace.py and prints, for each phase, the median seconds, tokens a second, and the peak
+memory by its end; the last line is `step_s X`, the median step after one to warm up. Training text comes
+from --data, else it is made up. Any further flag of grace.py is understood: `--kl 0`, `--recipe paper`.
+"""
+
+import argparse
+import statistics
+
+from common import add_model_flags, clock, load_policy, machine, make_texts
+
+import grace
+from config import parse
+from data import load_rows
+from report import peak_memory_gb
+
+PHASES = ("prefill", "decode", "reward", "update")
+
+
+def watch(owner, name, seconds, phase, device):
+    """Have `owner.name` add the time it takes to seconds[phase]."""
+    inner = getattr(owner, name)
+
+    def timed(*args, **kwargs):
+        start = clock(device)
+        result = inner(*args, **kwargs)
+        seconds[phase] = seconds.get(phase, 0.0) + clock(device) - start
+        return result
+
+    setattr(owner, name, timed)
+
+
+def make_trainer(args, rest):
+    """A trainer as grace.py would build it, over --data or made-up texts."""
+    policy = load_policy(args)
+    flags = ["--batch", args.batch, "--rollouts", args.rollouts, "--train-roles", args.train_roles, "--mode", args.mode]
+    flags += ["--device", args.device, "--dtype", policy.dtype, "--data", args.data or "", *rest]
+    config = parse([str(flag) for flag in flags], __doc__)
+    if args.data:
+        rows = load_rows(config)[0]
+    else:
+        texts = make_texts(3 * 4 * args.batch, policy, args.prompt_tokens)
+        rows = [{"query": q, "positive": p, "negative": [n]} for q, p, n in zip(*[iter(texts)] * 3)]
+        rows = rows if args.mode == "supervised" else [{"text": text} for text in texts]
+    return grace.Trainer(policy, load_policy(args) if config.kl else None, rows, config)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_model_flags(parser)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--rollouts", type=int, default=8)
+    parser.add_argument("--train-roles", default="positive")
+    parser.add_argument("--mode", default="supervised")
+    parser.add_argument("--data", help="training rows (default: made-up texts)")
+    parser.add_argument("--steps", type=int, default=5)
+    args, rest = parser.parse_known_args()
+    trainer, seconds, table = make_trainer(args, rest), {}, []
+    watch(grace, "roll_out", seconds, "decode", args.device)
+    watch(grace, "judge", seconds, "reward", args.device)
+    watch(trainer, "update", seconds, "update", args.device)
+    sampler = trainer.policy
+    watch(sampler, "prefill", seconds, "prefill", args.device)  # called in both phases: told apart below
+    update = trainer.update
+
+    def update_alone(*inputs):  # the update's prefill is the update's
+        sampled = seconds["prefill"]
+        learned = update(*inputs)
+        seconds["prefill"] = sampled
+        return learned
+
+    trainer.update = update_alone
+    for step in range(args.steps + 1):
+        seconds.clear()
+        start = clock(args.device)
+        metrics = trainer.step()
+        total = clock(args.device) - start
+        seconds["decode"] -= seconds["prefill"]
+        if step:
+            table.append({**seconds, "step": total, "length": metrics["length"]})
+    median = {name: statistics.median(row[name] for row in table) for name in table[0]}
+    config = trainer.config
+    written = median["length"] * config.rollouts * config.batch * len(config.roles)
+    print(f"{machine(args.device)}; {sum(p.numel() for p in trainer.policy.model.parameters()) / 1e6:.1f} M parameters")
+    print(f"B = {config.batch}, K = {config.rollouts}, roles {','.join(config.roles)}, {written:.0f} trained tokens a step")
+    print(f"{'phase':10}{'seconds':>10}{'share':>8}{'trained tokens/s':>18}")
+    for phase in PHASES:
+        print(f"{phase:10}{median[phase]:10.4f}{median[phase] / median['step']:8.0%}{written / median[phase]:18.0f}")
+    print(f"peak memory {peak_memory_gb(trainer.policy.device):.2f} GB")
+    print(f"step_s {median['step']:.4f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,201 @@
+"""The decoding step: what `sample` asks of the network once a token, made cheap.
+
+Decoding moves memory, it hardly computes: for one new token a row, all weights and all keys and values
+are read once. So there are two ways to be fast, to keep less and to move it fewer times:
+
+1. A prompt's keys and values are kept once, not once for each of its K rollouts. Attention over
+   [prompt | rationale so far] is a softmax over two stretches of scores; for the first, the queries of
+   all K rollouts stand side by side and meet the same keys in one product (Hydragen, Juravsky et al. 2024):
+
+                      prompt's P positions             rationale's t positions
+       rollout 1   q1 ┌─────────────────────┐          q1 · own keys 1
+       rollout 2   q2 │  [K, d] @ [d, P]    │          q2 · own keys 2        softmax over both,
+          ...         │  one product        │            ...                  side by side: [K, P + t]
+       rollout K   qK └─────────────────────┘          qK · own keys K
+
+2. The rationales' keys and values go into a buffer made once, instead of a longer copy each token.
+3. On CUDA, hundreds of small kernels a token cost more to launch than to run: the step is captured as
+   a graph and replayed. Nothing in it depends on a Python number that changes from token to token.
+
+A model whose attention cannot be taken apart like this (sliding windows, soft-capped scores, position
+biases) gets `PlainDecoder`, the library's own cache repeated K times: `Policy` finds out which by trying.
+
+Shapes: N prompts of P positions, K rollouts each, R = N * K rows, T new tokens, H heads in G queries a
+key-value head, d channels a head.
+"""
+
+import warnings
+
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.cache_utils import Cache, DynamicLayer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+BUCKET = 128  # a captured step attends to this many positions of the buffer, or twice, three times as many
+
+
+def attend(module, query, key, value, attention_mask, scaling=None, shared=None, **kwargs):
+    """Attention over a prompt kept once and the rationales' own keys. Called by the model's layers.
+
+    query           `[R, H, 1, d]`; key, value `[R, H/G, t, d]`: the rationales' own
+    attention_mask  `[N, 1, 1, P]`, True where the prompt has a token
+    shared          the `SharedCache`; where there is none, this is the library's own attention
+    Returns `[R, 1, H, d]`, and None in the place of attention weights.
+    """
+    if shared is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    if strange := [name for name in ("softcap", "sliding_window", "position_bias", "s_aux") if kwargs.get(name) is not None]:
+        raise NotImplementedError(f"attention with {', '.join(strange)}")
+    layer = shared.layers[module.layer_idx]
+    (N, heads, P, d), R = layer.prompt_keys.shape, len(query)
+    K, G = R // N, query.shape[1] // heads
+    query = query * (scaling if scaling is not None else d**-0.5)
+    side_by_side = query.view(N, K, heads, G, d).transpose(1, 2).reshape(N, heads, K * G, d)
+    on_prompt = side_by_side @ layer.prompt_keys.transpose(2, 3)  # [N, heads, K*G, P]
+    on_prompt = on_prompt.masked_fill(~attention_mask, -torch.inf)
+    on_prompt = on_prompt.view(N, heads, K, G, P).transpose(1, 2).reshape(R, heads, G, P)
+    on_own = query.view(R, heads, G, d) @ key.transpose(2, 3)  # [R, heads, G, t]
+    if shared.written is not None:
+        on_own = on_own.masked_fill(~shared.written, -torch.inf)
+    precise = torch.promote_types(query.dtype, torch.float32)
+    weights = torch.cat([on_prompt, on_own], 3).softmax(3, dtype=precise).to(query.dtype)
+    from_prompt, from_own = weights.split([P, key.shape[2]], 3)
+    from_prompt = from_prompt.view(N, K, heads, G, P).transpose(1, 2).reshape(N, heads, K * G, P)
+    mixed = (from_prompt @ layer.prompt_values).view(N, heads, K, G, -1).transpose(1, 2).reshape(R, heads, G, -1)
+    return (mixed + from_own @ value).reshape(R, 1, heads * G, -1), None
+
+
+AttentionInterface.register("grace", attend)
+AttentionMaskInterface.register("grace", sdpa_mask)
+
+
+class SharedLayer(DynamicLayer):
+    """One layer of a SharedCache: the prompts' keys and values once, and a buffer for the rationales'."""
+
+    def __init__(self, layer, K, T, cache):
+        super().__init__()
+        self.prompt_keys, self.prompt_values = layer.keys, layer.values  # [N, H/G, P, d]
+        N, heads, _, d = layer.keys.shape
+        self.keys, self.values = layer.keys.new_zeros(2, N * K, heads, T, d)
+        self.cache, self.is_initialized = cache, True
+
+    def update(self, keys, values, *args, **kwargs):
+        """Put one more token's keys and values at their place, and return what can be attended to."""
+        self.keys.index_copy_(2, self.cache.at, keys.to(self.keys.dtype))
+        self.values.index_copy_(2, self.cache.at, values.to(self.values.dtype))
+        return self.keys[:, :, : self.cache.length], self.values[:, :, : self.cache.length]
+
+    def keep(self, rows, groups, t):
+        """Leave out all but these rows, t tokens of each, and these prompts."""
+        self.prompt_keys, self.prompt_values = self.prompt_keys[groups], self.prompt_values[groups]
+        for name in ("keys", "values"):
+            old = getattr(self, name)
+            new = old.new_zeros(len(rows), *old.shape[1:])
+            new[:, :, :t] = old[rows, :, :t]
+            setattr(self, name, new)
+
+
+class SharedCache(Cache):
+    """Keys and values of N prompts, once, and of the K rationales of each, up to T tokens."""
+
+    def __init__(self, cache, K, T, device):
+        self.at = torch.zeros(1, dtype=torch.long, device=device)  # where the next token's keys go
+        self.length = 0  # how much of the buffer a step attends to
+        self.written = None  # `[length]` bool: which of it holds a token; None: all
+        super().__init__(layers=[SharedLayer(layer, K, T, self) for layer in cache.layers])
+
+
+# ---------------------------------------------------------------- one token for every row
+
+
+class PlainDecoder:
+    """The library's cache, repeated K times. Any attention-only model."""
+
+    look_every, pack_below = 1, 0.9  # look for ended rows after so many tokens; pack if at most this share is needed
+
+    def __init__(self, policy, cache, mask, K):
+        N, self.P = mask.shape
+        self.policy, self.cache, self.t = policy, cache, 0
+        cache.batch_repeat_interleave(K)
+        self.mask = torch.cat([mask, mask.new_ones(N, policy.reading.max_new_tokens)], 1).repeat_interleave(K, 0)
+        self.position = mask.sum(1).repeat_interleave(K)[:, None]
+
+    def step(self, token):
+        """Feed one token a row. `[R] -> [R, 1, D]` twice: states for the head, and states to pool."""
+        self.t += 1
+        mask, position = self.mask[:, : self.P + self.t], self.position + self.t - 1
+        return self.policy.forward(token[:, None], mask, position, self.cache)[:2]
+
+    def keep(self, rows, groups):
+        """Go on with these rows alone, K' for each of these prompts."""
+        self.cache.batch_select_indices(rows)
+        self.mask, self.position = self.mask[rows], self.position[rows]
+
+
+class SharedDecoder:
+    """Prompts once, rationales in a buffer; on CUDA a captured graph. Gives what PlainDecoder gives.
+
+    capture: whether the step is captured; a step that cannot be is run as it is, with a warning.
+    fixed: attend to the buffer by the bucket, with a mask, as a captured step has to.
+    """
+
+    look_every, pack_below = 1, 0.9
+
+    def __init__(self, policy, cache, mask, K, capture=None, fixed=None):
+        self.policy, self.T, self.t = policy, policy.reading.max_new_tokens, 0
+        self.capture = mask.is_cuda if capture is None else capture
+        self.fixed = self.capture if fixed is None else fixed
+        self.cache = SharedCache(cache, K, self.T, mask.device)
+        self.mask = mask.bool()[:, None, None]  # [N, 1, 1, P]
+        self.position = mask.sum(1).repeat_interleave(K)[:, None]
+        self.place = torch.arange(self.T, device=mask.device)
+        self.replay = None
+
+    def _forward(self):
+        """The step itself, over tensors that stay where they are."""
+        if self.fixed:
+            self.cache.written = self.place[: self.cache.length] <= self.cache.at
+        return self.policy.forward(self.token, self.mask, self.position, self.cache, shared=self.cache)[:2]
+
+    def step(self, token):
+        """As PlainDecoder.step. What it returns is overwritten by the next step."""
+        length = min(self.T, -(-(self.t + 1) // BUCKET) * BUCKET) if self.fixed else self.t + 1
+        if length != self.cache.length:
+            self.cache.length, self.replay = length, None
+        if self.replay is None:
+            self.token = token[:, None].clone()
+            self.replay = self._captured() if self.capture else self._forward
+        self.token.copy_(token[:, None])
+        found = self.replay()
+        self.t += 1
+        self.position += 1
+        self.cache.at += 1
+        return found
+
+    def _captured(self):
+        """The step as a CUDA graph: a function that replays it. Where that fails, the step itself."""
+        side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+        side.wait_stream(torch.cuda.current_stream())
+        try:
+            with torch.cuda.stream(side):
+                self._forward()  # libraries set themselves up on the first call; it writes what the replay will write again
+            torch.cuda.current_stream().wait_stream(side)
+            with torch.cuda.graph(graph):
+                found = self._forward()
+        except RuntimeError as error:
+            warnings.warn(f"the decoding step cannot be captured as a CUDA graph, so it is slower ({error})", stacklevel=2)
+            self.capture = False
+            return self._forward
+
+        def replay():
+            graph.replay()
+            return found
+
+        return replay
+
+    def keep(self, rows, groups):
+        """As PlainDecoder.keep."""
+        for layer in self.cache.layers:
+            layer.keep(rows, groups, self.t)
+        self.mask, self.position, self.replay = self.mask[groups], self.position[rows], None

@@ -1,0 +1,174 @@
+"""The fused in-batch similarity: every row against every group of columns, without the table of cosines.
+
+The rewards ask three things of a row x and B groups of K columns: how near it is to its own group, a
+softmax over the other groups, and how near the nearest member of each other group comes (Eq. 13, 15, and
+InfoNCE). All three live in one table of N x B*K cosines, s = x . c:
+
+    own      mean of s over the own group's K members
+    mean     log sum over the other groups of exp(mean of s over the group / t)
+    nearest  log sum over the other groups of exp(max of s over the group / t)
+    hard     mean over the other groups of the max of s over the group                          (Eq. 15)
+
+Written plainly, that table and its gradient are the largest tensors of the reward: at N = B*K = 4,096 a copy
+takes 67 MB, and autograd keeps several. But each of the four is a sum over groups, so the table can be
+visited tile by tile, each tile folded into four numbers a row and forgotten, as flash attention does:
+
+                     groups of K columns, a tile of them at a time
+                  ┌────────┬────────┬────────┬────────┐
+       rows,      │ tile 0 │ tile 1 │ tile 2 │  ...   │     a tile is a product [rows, D] @ [D, columns] that
+       a block    │   ->   │   ->   │   ->   │        │     is reduced to (own, mean, nearest, hard) on the spot
+       at a time  ├────────┼────────┼────────┼────────┤
+                  │  ...   │        │        │        │
+                  └────────┴────────┴────────┴────────┘
+
+The backward pass makes each tile again. With w the gradients of the four numbers, p = exp(mean/t - lse) and
+p' = exp(max/t - lse') the softmax weights of a group, a member's cosine has the gradient
+
+    ds = 1/K [ w_own 1(own group) + w_mean p/t 1(other) ] + 1(is the max) [ w_nearest p'/t + w_hard/count ] 1(other)
+
+(shared evenly where several members tie), and then dx += ds c and dc += ds' x, again tile by tile.
+
+Two implementations of the same four lines stand below: in torch, a block of rows at a time (any device, any
+precision: the definition), and in Triton, for CUDA, where a tile never leaves the chip. `kernel` chooses.
+
+What it costs: 2 N B K D operations forward, and three more times that
+backward in torch (the table again, dx, dc), four in Triton, whose two backward kernels each make it again so
+that every block of the result has one owner and no atomics are needed: the same bits on every run. The floor of
+traffic is reading rows and columns once and writing four numbers a row: 4 (N D + B K D + 4 N) bytes in float32,
+against 2 N B K D operations, which at N = B K = 4,096 and D = 896 is about 1,000 operations a byte: bound by
+arithmetic on any machine, as long as the table stays out of memory. (The plain form moves it there and back a
+dozen times.) In IEEE float32 that floor is 0.5 ms on a GPU of 60 Tflop/s.
+
+Shapes: N rows in B blocks of N/B (block i's own group is group i), K columns a group, D hidden size.
+"""
+
+import importlib.util
+from typing import NamedTuple
+
+import torch
+from torch.autograd.function import once_differentiable
+
+kernel = "auto"  # "auto": Triton on CUDA where it is installed; "on": always (on a CPU, TRITON_INTERPRET=1); "off": never
+TABLE = 2**21  # torch: about so many cosines are held at a time, 8 MB in float32
+
+
+class Similarity(NamedTuple):
+    """Four numbers a row, `[N]` each; see the top of this file."""
+
+    own: torch.Tensor
+    mean: torch.Tensor
+    nearest: torch.Tensor
+    hard: torch.Tensor
+
+
+def group_similarity(rows, columns, temperature, twins=None):
+    """How near each row is to its own and to every other group. `[N, D], [B, K, D] -> Similarity` of `[N]`.
+
+    rows         unit length; N is a multiple of B, and row n belongs to group n // (N / B)
+    columns      unit length; any B, K, D
+    temperature  t of the two log-sum-exps
+    twins        `[B, B]` bool or None: True where two groups share a text; not counted as other groups
+    A row without any other group (B = 1) has mean = nearest = -inf and hard = 0. Computed in at least float32;
+    gradients flow to rows and columns. Raises ValueError for shapes that do not go together.
+    """
+    B = len(columns)
+    if rows.shape[1] != columns.shape[2] or len(rows) % B:
+        raise ValueError(f"rows {tuple(rows.shape)} cannot be told apart into the groups of columns {tuple(columns.shape)}")
+    barred = torch.eye(B, dtype=torch.bool, device=rows.device)
+    barred = barred if twins is None else barred | twins
+    return Similarity(*_GroupSimilarity.apply(rows, columns, barred, temperature, use_kernel(rows)))
+
+
+def use_kernel(rows):
+    """Whether `kernel` says that the Triton kernel computes this."""
+    if kernel == "auto":
+        return rows.is_cuda and rows.dtype != torch.float64 and importlib.util.find_spec("triton") is not None
+    return kernel == "on"
+
+
+class _GroupSimilarity(torch.autograd.Function):
+    """Forward and backward of `group_similarity`, both in tiles; kept between them: the inputs and four numbers a row."""
+
+    @staticmethod
+    def forward(ctx, rows, columns, barred, temperature, fused):
+        module = _triton() if fused else _Torch
+        found = module.forward(rows, columns, barred, temperature)
+        ctx.save_for_backward(rows, columns, barred, *found)
+        ctx.temperature, ctx.module = temperature, module
+        return found
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *weights):
+        rows, columns, barred, _, mean, nearest, _ = ctx.saved_tensors
+        count = (~barred).sum(1).clamp(min=1).repeat_interleave(len(rows) // len(barred))
+        weights = (*weights[:3], weights[3] / count)
+        d_rows, d_columns = ctx.module.backward(rows, columns, barred, ctx.temperature, mean, nearest, *weights)
+        return d_rows.to(rows.dtype), d_columns.to(columns.dtype), None, None, None
+
+
+def _triton():
+    import similarity_triton
+
+    return similarity_triton
+
+
+# ---------------------------------------------------------------- in torch: the definition
+
+
+class _Torch:
+    """A block of rows at a time, so that no more than about `TABLE` cosines exist at once.
+
+    The block's table is `[K, n, B]`, member by member: what is summed or compared over a group's members then
+    lies in whole sheets of memory, and columns are used where they are.
+    """
+
+    @staticmethod
+    def blocks(rows, columns, barred):
+        """For each block of n rows: where they are, their cosines `[K, n, B]`, which groups are own, which other `[n, B]`."""
+        B, K, _ = columns.shape
+        groups = torch.arange(B, device=rows.device)
+        mine = groups.repeat_interleave(len(rows) // B)
+        size = min(len(rows), max(1, TABLE // (B * K)))
+        table = rows.new_empty(K, size, B)
+        for start in range(0, len(rows), size):
+            here = slice(start, min(start + size, len(rows)))
+            s = table[:, : here.stop - start]
+            for k in range(K):
+                torch.mm(rows[here], columns[:, k].T, out=s[k])
+            yield here, s, mine[here, None] == groups, ~barred[mine[here]]
+
+    @staticmethod
+    def forward(rows, columns, barred, temperature):
+        rows, columns = _precise(rows), _precise(columns)
+        found = rows.new_empty(4, len(rows))
+        for here, s, own, other in _Torch.blocks(rows, columns, barred):
+            mean, nearest = s.mean(0), s.amax(0)  # [n, B]
+            found[0, here] = torch.where(own, mean, 0).sum(1)
+            found[1, here] = (mean / temperature).masked_fill(~other, -torch.inf).logsumexp(1)
+            found[2, here] = (nearest / temperature).masked_fill(~other, -torch.inf).logsumexp(1)
+            found[3, here] = torch.where(other, nearest, 0).sum(1) / other.sum(1).clamp(min=1)
+        return tuple(found)
+
+    @staticmethod
+    def backward(rows, columns, barred, temperature, *saved):
+        rows, columns = _precise(rows), _precise(columns)
+        K = columns.shape[1]
+        d_rows, d_columns = torch.zeros_like(rows), torch.zeros_like(columns)
+        for here, s, own, other in _Torch.blocks(rows, columns, barred):
+            lse_mean, lse_nearest, w_own, w_mean, w_nearest, w_hard = (x[here, None] for x in saved)
+            mean, nearest = s.mean(0), s.amax(0)
+            p = torch.where(other, (mean / temperature - lse_mean).exp(), 0)
+            q = torch.where(other, (nearest / temperature - lse_nearest).exp(), 0)
+            every = (own * w_own + p * w_mean / temperature) / K  # [n, B], to each member of a group
+            most = q * w_nearest / temperature + other * w_hard  # [n, B], to its nearest
+            top = torch.eq(s, nearest, out=s)  # 1.0 where nearest
+            ds = top.mul_(most / top.sum(0)).add_(every)
+            for k in range(K):
+                d_rows[here].addmm_(ds[k], columns[:, k])
+                d_columns[:, k].addmm_(ds[k].T, rows[here])
+        return d_rows, d_columns
+
+
+def _precise(x):
+    return x.detach().to(torch.promote_types(x.dtype, torch.float32))
