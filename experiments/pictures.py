@@ -170,7 +170,7 @@ def frontier(found, path, knobs):
             colour, dashes, marker = STYLES[style]
             axis.errorbar(x, y, dy, dx, color=colour, ls=dashes, marker=marker, capsize=2, elinewidth=0.8, label=knob)
             for label, *point in zip([label for label in labels if label in found], x, y):
-                value = label.removeprefix(knob if knob != "learning rate" else "rate").removeprefix("contrastive")
+                value = label.removeprefix(knob).removeprefix("contrastive")
                 axis.annotate(value, point, textcoords="offset points", xytext=(6, -12), fontsize=9)
         axis.set(xlabel="rise of held-out text loss, nats a token", ylabel=title, ylim=(-0.02, 1.05))
         axis.axvline(0, color="black", lw=0.8)

@@ -191,7 +191,9 @@ def test_verdicts_are_counted():
     assert said(("a", "c")) == "**agrees** (2 of 2 comparisons)"
     assert said(("c", "a"), ("c", "b")) == "**disagrees** (0 of 4 comparisons)"
     assert said(("a", "b")) == "**cannot be seen at this size** (1 of 2 comparisons)"
-    assert said(("a", "a"), within=0.1) == "**agrees** (2 of 2 comparisons)" and said(("a", "c"), within=0.1)[2:11] == "disagrees"
+    assert (
+        said(("a", "a"), within=0.1) == "**agrees** (2 of 2 comparisons)" and said(("a", "c"), within=0.1)[2:11] == "disagrees"
+    )
 
 
 def test_claims_name_rows_and_columns_that_exist():
