@@ -37,9 +37,9 @@ Where this departs from the paper, each a setting, all undone by `--recipe paper
 2. The pathwise term.
 3. Queries are rolled out and trained like positives; in Eq. 12 they are fixed anchors.
 4. Log-probabilities are summed over tokens, as in Eq. 19, not averaged as in Eq. 8: then c = 1 is the gradient's own weight.
-5. The language-model loss on the texts' own tokens, whose hidden states the update has anyway, is minimised too. It keeps
-   the model a language model (as mixing in pre-training text does, Ouyang et al. 2022), where a KL term on the
-   rationales' tokens would hold them to what an untrained policy writes. `--kl` is still there.
+5. Two light terms keep the policy what it was. The language-model loss on the texts' own tokens, whose hidden states the
+   update has anyway, keeps it a language model (as mixing in pre-training text does, Ouyang et al. 2022); a KL term (k3)
+   on the rationales' tokens keeps their words what a reader takes them for.
 6. The length penalty is relative (reward.py).
 
 Shapes: B instances, K rollouts a group, M hard negatives, N groups (B a trained role), T tokens,

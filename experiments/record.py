@@ -39,7 +39,7 @@ from rollout import encode, sample, score  # noqa: E402
 from tasks import evaluate_tasks, evaluate_triplets  # noqa: E402
 
 TRAINERS = {"contrastive": Contrastive, "simcse": SimCSE, **ALGORITHMS}
-TOY = dict(batch=32, rollouts=4, lr=1e-3, lr_decay=True, infonce_temperature=0.2)  # train.sh's settings for the embedded worlds
+TOY = dict(batch=32, rollouts=4, lr=5e-4, lr_decay=True, infonce_temperature=0.2)  # train.sh's settings for the embedded worlds
 QUICK_WORLD = dict(train=64, heldout=16, steps=5)  # built in a second
 QUICK = dict(
     batch=4, rollouts=3, steps=1, lr=1e-3, lambda_consistency=0.2, lambda_hard=0.2, pathwise=0.1, kl=0.01, max_new_tokens=6
