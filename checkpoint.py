@@ -1,34 +1,130 @@
-"""Checkpoints to resume from: written beside, then renamed, so that one is there whole or not at all."""
+"""What a run leaves on the disk: checkpoints that are whole or not there, and a result that nothing overwrites.
 
+    OUT/checkpoints/00000050/     the policy as a model folder; trainer.pt: optimizer, step, settings, progress,
+                                  every random state; manifest.json: each file's size and SHA-256
+    OUT/summary.json              written last of all: where it is, the run is finished
+
+A folder is written beside its place, flushed to the disk, and renamed, so that a kill or a power cut leaves the
+old one or the new one. What a disk then does to it is found by the manifest when it is read, and the checkpoint
+before is used. No file is ever unpickled: weights are safetensors, trainer.pt is read with `weights_only=True`.
+
+The data needs no cursor of its own: a step's batch is a function of seed and step (`Trainer.batch`).
+"""
+
+import contextlib
 import dataclasses
-import itertools
+import hashlib
+import json
 import os
+import random
 import shutil
 
+import numpy as np
 import torch
 
-from data import GraceError
+from data import GraceError, first_line
+from report import read_metrics
+
+RESUME = "; then --resume goes on: the checkpoints that were there before are whole"
+
+# ---------------------------------------------------------------- writing
+
+
+def _flush(path):
+    """Wait until a file, or the list of names in a folder, is on the disk and not only on its way."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def _writing(path, beside=None, then=""):
+    """Whatever fails in here is said in one sentence, and `beside`, the half that was written, is removed."""
+    try:
+        yield
+    except Exception as error:  # safetensors, torch and tokenizers each have their own for a full disk
+        if beside and os.path.isdir(beside):
+            shutil.rmtree(beside)
+        elif beside and os.path.lexists(beside):
+            os.remove(beside)
+        why = getattr(error, "strerror", None) or first_line(error)
+        raise GraceError(f"{path}: cannot be written ({why}); make room, or give the right to write there{then}") from error
 
 
 def write_atomically(path, text):
-    """A reader of `path` sees the old file or the new one, never half of one."""
-    with open(f"{path}.tmp", "w") as file:
+    """A reader of `path` sees the old file or the new one, never half of one. Raises GraceError where it cannot be written."""
+    beside = f"{path}.tmp"
+    with _writing(path, beside):
+        with open(beside, "w") as file:
+            file.write(text)
+        _flush(beside)
+        os.replace(beside, path)
+
+
+def append(path, text):
+    """Add to the end of a file. Raises GraceError where that fails; a resumed run takes away a torn line."""
+    with _writing(path, then=RESUME), open(path, "a") as file:
         file.write(text)
-    os.replace(f"{path}.tmp", path)
+
+
+def _flush_folder(folder):
+    for name in os.listdir(folder):
+        _flush(os.path.join(folder, name))
+    _flush(folder)
+
+
+def _sha256(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _empty(folder):
+    """A new, empty folder."""
+    shutil.rmtree(folder, ignore_errors=True)
+    os.makedirs(folder)
 
 
 def save_checkpoint(trainer, out, **progress):
-    """Everything a resumed run needs, in a new folder that appears whole or not at all; the last two stay."""
+    """Everything a resumed run needs, whole or not at all; the last two stay. Raises GraceError where it cannot be written."""
     folder = os.path.join(out, "checkpoints", f"{trainer.step_number:08d}")
-    shutil.rmtree(f"{folder}.tmp", ignore_errors=True)
-    trainer.policy.save(f"{folder}.tmp")
+    beside, metrics = f"{folder}.tmp", os.path.join(out, "metrics.jsonl")
     state = {"step": trainer.step_number, "config": dataclasses.asdict(trainer.config), "progress": progress}
-    state |= {"optimizer": trainer.optimizer.state_dict(), "generator": trainer.generator.get_state()}
-    torch.save(state, os.path.join(f"{folder}.tmp", "trainer.pt"))
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(f"{folder}.tmp", folder)
+    state |= {"optimizer": trainer.optimizer.state_dict(), "random": _random_states(trainer.generator)}
+    with _writing(folder, beside, RESUME):
+        _empty(beside)
+        trainer.policy.save(beside)
+        torch.save(state, os.path.join(beside, "trainer.pt"))
+        files = {name: os.path.join(beside, name) for name in sorted(os.listdir(beside))}
+        manifest = {name: {"size": os.path.getsize(path), "sha256": _sha256(path)} for name, path in files.items()}
+        with open(os.path.join(beside, "manifest.json"), "w") as file:
+            json.dump(manifest, file, indent=1)
+        _flush_folder(beside)
+        if os.path.isfile(metrics):
+            _flush(metrics)  # its lines up to this step belong to the checkpoint
+        shutil.rmtree(folder, ignore_errors=True)  # a damaged one of the same step
+        os.replace(beside, folder)
+        for names in (os.path.dirname(folder), out):
+            _flush(names)
     for old in checkpoints(out)[:-2]:
         shutil.rmtree(old)
+
+
+def save_model(policy, out):
+    """The trained model into --out, each file of it whole. That all are there is what summary.json says, written later."""
+    beside = os.path.join(out, "final.tmp")
+    with _writing(out, beside, RESUME):
+        _empty(beside)
+        policy.save(beside)
+        _flush_folder(beside)
+        for name in sorted(os.listdir(beside)):
+            os.replace(os.path.join(beside, name), os.path.join(out, name))
+        os.rmdir(beside)
+        _flush(out)
+
+
+# ---------------------------------------------------------------- reading
 
 
 def checkpoints(out):
@@ -38,23 +134,96 @@ def checkpoints(out):
     return [os.path.join(folder, n) for n in names]
 
 
-def read_state(folder, config):
-    """The trainer's state in a checkpoint. Raises GraceError if it is of a run with other settings."""
-    state = torch.load(os.path.join(folder, "trainer.pt"), weights_only=True)
-    if changed := config.differs(state["config"]):
-        was = ", ".join(f"{name} was {state['config'].get(name)}" for name in changed)
-        raise GraceError(f"{folder} is of another run ({was}): give its settings, or another --out, or no --resume")
+def damage(folder):
+    """What is wrong with a checkpoint, by its manifest; None where nothing is."""
+    try:
+        with open(os.path.join(folder, "manifest.json")) as file:
+            manifest = json.load(file)
+        for name, was in manifest.items():
+            path = os.path.join(folder, name)
+            if not os.path.isfile(path):
+                return f"{name}: missing"
+            if os.path.getsize(path) != was["size"]:
+                return f"{name}: {os.path.getsize(path)} bytes instead of {was['size']}"
+            if _sha256(path) != was["sha256"]:
+                return f"{name}: wrong checksum"
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        return f"manifest.json: {getattr(error, 'strerror', None) or 'not a list of files'}"
+    return None
+
+
+def newest_whole(out):
+    """The newest checkpoint that is what was written, or None where there is none at all. Each damaged one gets a line.
+
+    Raises GraceError if there are checkpoints, and all of them are damaged: to start anew is for the user to decide.
+    """
+    found = checkpoints(out)
+    for folder in reversed(found):
+        if (problem := damage(folder)) is None:
+            return folder
+        print(f"{folder} is damaged ({problem}): using the one before")
+    if found:
+        raise GraceError(f"{out}: none of its {len(found)} checkpoints is whole; --overwrite starts the run anew")
+    return None
+
+
+def read_state(folder, config, rows):
+    """The trainer's state in a checkpoint. Raises GraceError if it is of a run with other settings or other training rows."""
+    state = torch.load(os.path.join(folder, "trainer.pt"), map_location="cpu", weights_only=True)
+    config.must_match(state["config"], folder)
+    if "data" not in config.changeable and state["progress"]["rows"] != digest(rows):
+        raise GraceError(
+            f"{folder} is of a run on other rows than {config.data} has now: "
+            "give those rows, or let them change: --may-change data"
+        )
     return state
 
 
 def restore(trainer, state, metrics_file):
     """Put a trainer back where a checkpoint left it, and metrics.jsonl too. Returns the run's progress."""
     trainer.optimizer.load_state_dict(state["optimizer"])
-    trainer.generator.set_state(state["generator"])
+    for group in trainer.optimizer.param_groups:  # as --may-change may have them
+        group |= {"lr": trainer.config.lr, "weight_decay": trainer.config.weight_decay}
     trainer.step_number = state["step"]
-    kept = []
-    if os.path.isfile(metrics_file):
-        with open(metrics_file) as file:
-            kept = list(itertools.islice(file, state["step"]))  # a line a step; what follows was not saved, or is torn
+    _set_random_states(state["random"], trainer.generator)
+    kept = [line for line, metrics in read_metrics(metrics_file) if metrics["step"] <= state["step"]]
+    if len(kept) < state["step"]:
+        print(f"{metrics_file} has lost lines: {len(kept)} of {state['step']} are there")
     write_atomically(metrics_file, "".join(kept))
     return state["progress"]
+
+
+# ---------------------------------------------------------------- random states, and the data they were drawn over
+
+
+def _random_states(generator):
+    """Every source of chance, in types that `torch.load(weights_only=True)` reads. Only the sampler's is drawn from
+    here; the others are saved for whatever a model, or an experiment, draws on its own."""
+    name, keys, *more = np.random.get_state()
+    return {
+        "sampler": generator.get_state(),
+        "python": random.getstate(),
+        "numpy": (name, keys.tolist(), *more),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def _set_random_states(states, generator):
+    if len(states["sampler"]) != len(generator.get_state()):
+        raise GraceError("the checkpoint was made on another kind of device, whose random numbers cannot be drawn here")
+    generator.set_state(states["sampler"])
+    random.setstate(states["python"])
+    name, keys, *more = states["numpy"]
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), *more))
+    torch.set_rng_state(states["torch"])
+    if states["cuda"] and torch.cuda.device_count() == len(states["cuda"]):
+        torch.cuda.set_rng_state_all(states["cuda"])
+
+
+def digest(rows):
+    """A fingerprint of the training rows: a file can change under its name."""
+    found = hashlib.sha256()
+    for row in rows:
+        found.update(json.dumps(row, sort_keys=True).encode())
+    return found.hexdigest()[:16]

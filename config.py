@@ -26,6 +26,10 @@ RECIPES = {  # a recipe only sets defaults: any of them can be given on the comm
         lambda_consistency=0.2, lambda_hard=0.2, relative_length_penalty=True, anchor_temperature=1.0,
     ),
 }  # fmt: skip
+HOW_LONG_AND_WHERE = {  # settings that a resumed run may change: none moves its gradients
+    "steps", "out", "resume", "overwrite", "may_change", "on_bad_row", "save_every", "eval_every",
+    "kernel", "recompute", "tokens_per_batch", "sample_tokens",
+}  # fmt: skip
 
 
 def setting(default, help, choices=None, least=None, above=None):
@@ -82,12 +86,18 @@ class Config:
     graded: str = setting(None, "sentence pairs with scores, for a Spearman correlation")
     eval_every: int = setting(50, "evaluate, and add to rationales.md, every so many steps; 0: only before and after", least=0)
     save_every: int = setting(0, "write a checkpoint to resume from every so many steps; 0: only the final model", least=0)
-    resume: bool = setting(False, "go on from the newest checkpoint under --out")
+    resume: bool = setting(False, "go on from the newest whole checkpoint under --out")
+    may_change: str = setting(None, "settings in which a resumed run may differ from what it was: NAME,NAME")
+    overwrite: bool = setting(False, "start anew in an --out that holds a model or checkpoints: they go")
+    on_bad_row: str = setting("error", "a row of the data that cannot be used stops the run, or is listed", ("error", "skip"))
     sample_tokens: int = setting(
         131072, "token budget of the sampler's key-value cache; lower it when memory is short", least=1
     )
     tokens_per_batch: int = setting(4096, "token budget of a micro-batch; lower it when memory is short", least=1)
-    dtype: str = setting("float32", "compute type (weights are always float32)", ("float32", "bfloat16"))
+    recompute: bool = setting(False, "keep no activations inside layers: a third more time in the update, less memory")
+    dtype: str = setting(
+        "float32", "compute type; weights stay float32, rationales come from a copy in it", ("float32", "bfloat16")
+    )
     kernel: str = setting("auto", "the in-batch similarity in Triton: on CUDA, always, or never", ("auto", "on", "off"))
     device: str = setting(None, "default: cuda where there is one, else cpu")
 
@@ -122,14 +132,32 @@ class Config:
             raise GraceError("--batch 1: InfoNCE tells an instance from others of its batch; use 2 or more")
         if self.minibatches > self.batch * len(self.roles):
             raise GraceError(f"--minibatches {self.minibatches}: a batch has only {self.batch * len(self.roles)} groups")
+        if self.resume and self.overwrite:
+            raise GraceError("--resume goes on and --overwrite starts anew: give one of them")
+        if unknown := set(self.changeable) - {field.name for field in dataclasses.fields(self)}:
+            raise GraceError(f"--may-change {','.join(sorted(unknown))}: there is no such setting")
         if self.dtype == "bfloat16" and not self.device.startswith("cuda"):
             raise GraceError("--dtype bfloat16 is a compute type for CUDA; use float32 here")
 
-    def differs(self, other):
-        """Names of the settings in which another run, given as a dict, was not this one. Where and how long aside."""
-        free = {"steps", "out", "resume", "save_every", "eval_every", "device", "kernel", "tokens_per_batch", "sample_tokens"}
-        free -= {"steps"} if self.lr_decay else set()  # the decaying rate depends on it
-        return [k for k, v in dataclasses.asdict(self).items() if k not in free and other.get(k) != v]
+    def must_match(self, other, where):
+        """Raises GraceError, naming them, if settings differ from those of a run that is to be gone on with.
+
+        other: its settings as a dict; where: its folder. Where and how long a run goes is free to change, and how
+        it is split to fit the memory; beyond that, only what --may-change names.
+        """
+        free = HOW_LONG_AND_WHERE - ({"steps"} if self.lr_decay else set())  # the decaying rate depends on it
+        free |= set(self.changeable)
+        if changed := [k for k, v in dataclasses.asdict(self).items() if k not in free and other.get(k) != v]:
+            was = ", ".join(f"{name} was {other.get(name)}" for name in changed)
+            raise GraceError(
+                f"{where} is of another run ({was}): give its settings, or another --out, "
+                f"or let them change: --may-change {','.join(changed)}"
+            )
+
+    @property
+    def changeable(self):
+        """The settings that --may-change names."""
+        return [name.strip().replace("-", "_") for name in (self.may_change or "").split(",") if name.strip()]
 
     @property
     def roles(self):

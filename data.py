@@ -4,11 +4,19 @@ A dataset is a .jsonl, .csv, .parquet or .txt file, a folder that `datasets.load
 a hub id (`id` or `id:config`). Supervised rows hold a query, a positive and, optionally, negatives
 (a string or a list); unsupervised rows hold a text; graded pairs hold two sentences and a score.
 The names that other public sets use for the same thing are understood (`COLUMNS`).
+
+jsonl, csv and txt are read here, so that a broken row is named by its line; parquet, folders and the hub
+by `datasets`, by the row. Files are UTF-8, with or without a byte order mark, and lines end in LF or CRLF.
+A row that cannot be used stops the reading, or is listed in `skipped` where the caller brings such a list.
+A row that is there twice stays there twice: instances that share a text are no negatives of each other.
 """
 
+import csv
+import json
 import math
 import os
 import random
+import reprlib
 import tempfile
 
 COLUMNS = {  # what we call it: what it may be called in a file, first match wins
@@ -47,7 +55,6 @@ def load_folder(path, config=None, **options):
 def open_dataset(source, split="train"):
     """Any source to a `datasets.Dataset`. Raises GraceError if it is not there or cannot be read."""
     from datasets import load_dataset
-    from datasets.exceptions import DatasetGenerationError
 
     source = str(source)
     suffix = os.path.splitext(source)[1].lower()
@@ -67,107 +74,210 @@ def open_dataset(source, split="train"):
         return load_dataset(name, config or None, split=split)
     except GraceError:
         raise
-    except (DatasetGenerationError, ValueError, OSError) as error:
+    except Exception as error:  # pyarrow and datasets each have their own for a broken file; to a user they mean the same
         raise GraceError(
             f"{source}: cannot be read as a dataset ({first_line(error.__cause__ or error)}). "
             "A hub id needs a network; offline, give a local file or folder."
         ) from error
 
 
-def _column(dataset, name, source, required=True):
-    found = next((c for c in COLUMNS[name] if c in dataset.column_names), None)
-    if found is None and required:
-        raise GraceError(
-            f"{source}: no column {name!r} (also looked for: {', '.join(COLUMNS[name][1:]) or 'nothing else'}); "
-            f"it has {', '.join(dataset.column_names)}"
-        )
-    return found
+# ---------------------------------------------------------------- lines to rows
 
 
-def _text(value, source, row, name):
+class _BadRow(GraceError):
+    """What is wrong with one row; whoever catches it knows which row that is."""
+
+
+def _lines(path):
+    """`(number, line)` of a UTF-8 file. A byte that is not UTF-8 becomes a lone surrogate, which `_text` refuses."""
+    with open(path, "rb") as file:
+        start = file.read(3)
+        if start[:2] in (b"\xff\xfe", b"\xfe\xff"):
+            raise GraceError(f"{path}: is UTF-16; convert it to UTF-8 (iconv -f UTF-16 -t UTF-8)")
+        file.seek(3 if start == b"\xef\xbb\xbf" else 0)
+        for number, line in enumerate(file, 1):
+            yield number, line.decode("utf-8", "surrogateescape")
+
+
+def _json(text):
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise _BadRow(f"cannot be read as JSON ({first_line(error)})") from None
+
+
+def _read_jsonl(path):
+    """An object a line; blank lines are passed over. A .json file may be one array of objects instead."""
+    lines = list(_lines(path))
+    if path.lower().endswith(".json") and lines and lines[0][1].lstrip().startswith("["):
+        try:
+            for number, row in enumerate(_json("".join(line for _, line in lines)), 1):
+                yield f"row {number}", row
+            return
+        except _BadRow as error:
+            raise GraceError(f"{path}: {error}") from None
+    for number, line in lines:
+        if line.strip():
+            try:
+                yield f"line {number}", _json(line)
+            except _BadRow as error:
+                yield f"line {number}", error
+
+
+def _read_txt(path):
+    """A text a line; blank lines separate paragraphs and are passed over."""
+    for number, line in _lines(path):
+        if line.strip():
+            yield f"line {number}", {"text": line.rstrip("\r\n")}
+
+
+def _read_csv(path):
+    """Comma-separated, with a header. A row is named by the line it starts in: a quoted field may hold line ends."""
+    csv.field_size_limit(2**31 - 1)
+    reader, names, row = csv.reader((line for _, line in _lines(path)), strict=True), None, []
+    while row is not None:
+        where = f"line {reader.line_num + 1}"
+        try:
+            row = next(reader, None)
+        except csv.Error as error:
+            if names is None or "end of data" in str(error):  # a quote that is never closed swallows all rows after it
+                raise GraceError(f"{path}, {where}: cannot be read as csv ({error})") from None
+            yield where, _BadRow(f"cannot be read as csv ({error})")
+            continue
+        if row and names is None:
+            names = row
+            if len(set(names)) < len(names):
+                raise GraceError(f"{path}, {where}: two columns have one name ({', '.join(names)})")
+        elif row:
+            wrong = len(row) != len(names)
+            yield where, _BadRow(f"has {len(row)} fields, the header {len(names)}") if wrong else dict(zip(names, row))
+
+
+READERS = {".jsonl": _read_jsonl, ".json": _read_jsonl, ".csv": _read_csv, ".txt": _read_txt}
+
+
+def _raw_rows(source, split):
+    """`(column names, [(where, row)])`: where is "line 3" or "row 3", a row a dict, or the _BadRow that it is."""
+    source = str(source)
+    reader = READERS.get(os.path.splitext(source)[1].lower())
+    if not (reader and os.path.isfile(source)):
+        dataset = open_dataset(source, split)
+        return dataset.column_names, ((f"row {i}", row) for i, row in enumerate(dataset, 1))
+    try:
+        rows = list(reader(source))
+    except OSError as error:
+        raise GraceError(f"{source}: cannot be read ({error.strerror})") from error
+    if not rows:
+        raise GraceError(f"{source}: no rows, the file is empty")
+    names = dict.fromkeys(name for _, row in rows if isinstance(row, dict) for name in row)
+    return list(names), rows
+
+
+def _rows(source, split, make, required, optional=(), skipped=None):
+    """Every row of a source as `make` has it, from a dict by our names, None where a value is missing.
+
+    Raises GraceError, with file and line, at the first row that `make` refuses; or, given a list `skipped`, adds
+    `{"file", "where", "why"}` to it and goes on.
+    """
+    names, raw_rows = _raw_rows(source, split)
+    columns = {name: next((c for c in COLUMNS[name] if c in names), None) for name in (*required, *optional)}
+    first_bad, rows, bad = None, [], 0
+    for where, raw in raw_rows:
+        try:
+            if isinstance(raw, _BadRow):
+                raise raw
+            if not isinstance(raw, dict):
+                raise _BadRow(f"is {reprlib.repr(raw)}, not an object with names")
+            if missing := next((name for name in required if columns[name] is None), None):
+                also = ", ".join(COLUMNS[missing][1:]) or "nothing else"
+                raise GraceError(f"{source}: no column {missing!r} (also looked for: {also}); it has {', '.join(names)}")
+            rows.append(make({name: raw.get(column) for name, column in columns.items()}))
+        except _BadRow as error:
+            if skipped is None:
+                raise GraceError(f"{source}, {where}: {error}") from None
+            first_bad, bad = first_bad or f"{where}: {error}", bad + 1
+            skipped.append({"file": str(source), "where": where, "why": str(error)})
+    if not rows:
+        raise GraceError(f"{source}: no rows" + (f" are left, all {bad} were skipped; {first_bad}" if bad else ""))
+    return rows
+
+
+def _text(value, name):
+    """A text that can be tokenized and written back, or _BadRow."""
     if not isinstance(value, str) or not value.strip():
-        raise GraceError(f"{source}, row {row}: {name} is {'empty' if value in ('', None) else repr(value)[:60]}, not a text")
+        raise _BadRow(f"{name} is {'empty' if value in ('', None) else reprlib.repr(value)}, not a text")
+    if "\0" in value:
+        raise _BadRow(f"{name} holds a NUL character: is this a text file?")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise _BadRow(f"{name} is not UTF-8, from its character {error.start + 1} on") from None
     return value
 
 
-def read_triplets(source, negatives=None, split="train"):
+# ---------------------------------------------------------------- what is read
+
+
+def read_triplets(source, negatives=None, split="train", skipped=None):
     """Supervised rows as `[{"query": str, "positive": str, "negative": [str] * M}]`.
 
     M is the same for all rows: `negatives` if given, else the most that every row has (so 0 where
     one row has none). Raises GraceError for a missing column, an empty field, too few negatives,
-    or a negative that equals its own query or positive; rows are counted from 1.
+    or a negative that equals its own query or positive; `skipped`: see `_rows`.
     """
-    dataset = open_dataset(source, split)
-    q, p = (_column(dataset, name, source) for name in ("query", "positive"))
-    n = _column(dataset, "negative", source, required=bool(negatives))
-    rows = []
-    for i, raw in enumerate(dataset, 1):
-        row = {"query": _text(raw[q], source, i, "query"), "positive": _text(raw[p], source, i, "positive")}
-        given = (raw[n] if n else None) or []  # a missing value is no negative; an empty text is an error
-        given = [given] if isinstance(given, str) else given
-        row["negative"] = [_text(x, source, i, "negative") for x in given]
-        if n and raw[n] == "":
-            raise GraceError(f"{source}, row {i}: negative is empty, not a text")
+
+    def make(raw):
+        row = {name: _text(raw[name], name) for name in ("query", "positive")}
+        given = [] if raw["negative"] is None else raw["negative"]  # a missing value is no negative; an empty text is an error
+        row["negative"] = [_text(x, "negative") for x in (given if isinstance(given, list) else [given])]
         if {row["query"], row["positive"]} & set(row["negative"]):
-            raise GraceError(f"{source}, row {i}: a negative equals the row's own query or positive")
+            raise _BadRow("a negative equals the row's own query or positive")
         if negatives is not None and len(row["negative"]) < negatives:
-            raise GraceError(f"{source}, row {i}: has {len(row['negative'])} negatives, --negatives asks for {negatives}")
-        rows.append(row)
-    if not rows:
-        raise GraceError(f"{source}: no rows")
+            raise _BadRow(f"has {len(row['negative'])} negatives, --negatives asks for {negatives}")
+        return row
+
+    needed = ("query", "positive", "negative") if negatives else ("query", "positive")
+    rows = _rows(source, split, make, needed, ("negative",), skipped)
     M = min(len(row["negative"]) for row in rows) if negatives is None else negatives
     return [{**row, "negative": row["negative"][:M]} for row in rows]
 
 
-def read_texts(source, split="train"):
-    """Unsupervised rows as `[{"text": str}]`. Raises GraceError for a missing column or an empty text.
+def read_texts(source, split="train", skipped=None):
+    """Unsupervised rows as `[{"text": str}]`. Raises GraceError for a missing column or an empty text; `skipped`: see `_rows`.
 
     Blank lines of a .txt file separate paragraphs and are passed over.
     """
-    dataset = open_dataset(source, split)
-    column = _column(dataset, "text", source)
-    lines = str(source).lower().endswith(".txt")
-    rows = [
-        {"text": _text(raw[column], source, i, "text")}
-        for i, raw in enumerate(dataset, 1)
-        if not (lines and not raw[column].strip())
-    ]
-    if not rows:
-        raise GraceError(f"{source}: no rows")
-    return rows
+    return _rows(source, split, lambda raw: {"text": _text(raw["text"], "text")}, ("text",), skipped=skipped)
 
 
-def read_pairs(source, split="test"):
+def read_pairs(source, split="test", skipped=None):
     """Graded pairs as `(sentences1, sentences2, scores)`. Raises GraceError as `read_texts` does."""
-    dataset = open_dataset(source, split)
-    names = [_column(dataset, name, source) for name in ("sentence1", "sentence2", "score")]
-    if not len(dataset):
-        raise GraceError(f"{source}: no rows")
-    one, two, scores = [], [], []
-    for i, raw in enumerate(dataset, 1):
-        one.append(_text(raw[names[0]], source, i, "sentence1"))
-        two.append(_text(raw[names[1]], source, i, "sentence2"))
+
+    def make(raw):
+        one, two = (_text(raw[name], name) for name in ("sentence1", "sentence2"))
         try:
-            scores.append(float(raw[names[2]]))
-        except (TypeError, ValueError):
-            scores.append(math.nan)
-        if not math.isfinite(scores[-1]):
-            raise GraceError(f"{source}, row {i}: score is {raw[names[2]]!r:.40}, not a finite number")
-    return one, two, scores
+            score = float(raw["score"])
+        except (TypeError, ValueError, OverflowError):
+            score = math.nan
+        if not math.isfinite(score):
+            raise _BadRow(f"score is {reprlib.repr(raw['score'])}, not a finite number")
+        return one, two, score
+
+    return tuple(map(list, zip(*_rows(source, split, make, ("sentence1", "sentence2", "score"), skipped=skipped))))
 
 
-def load_rows(config):
-    """What a run reads: training rows, held-out triplets (or none), graded pairs (or None).
+def load_rows(config, skipped=None):
+    """What a run reads: training rows, held-out triplets (or none), graded pairs (or None); `skipped`: see `_rows`.
 
     Without --heldout one supervised row in ten is held out, at most 256. No training row shares a
     query or positive with a held-out one. Raises GraceError if fewer rows than a batch remain.
     """
-    graded = read_pairs(config.graded, split="train") if config.graded else None
-    heldout = read_triplets(config.heldout) if config.heldout else []
+    graded = read_pairs(config.graded, "train", skipped) if config.graded else None
+    heldout = read_triplets(config.heldout, skipped=skipped) if config.heldout else []
     if config.mode == "unsupervised":
-        rows = read_texts(config.data)
+        rows = read_texts(config.data, skipped=skipped)
     else:
-        rows = read_triplets(config.data, config.negatives)
+        rows = read_triplets(config.data, config.negatives, skipped=skipped)
         if not heldout:
             rows = random.Random(config.seed).sample(rows, len(rows))
             size = min(256, len(rows) // 10)

@@ -112,13 +112,17 @@ class SharedCache(Cache):
 class PlainDecoder:
     """The library's cache, repeated K times. Any attention-only model."""
 
-    look_every, pack_below = 1, 0.9  # look for ended rows after so many tokens; pack if at most this share is needed
+    # Look for ended rows after so many tokens, and pack the batch if at most this share is needed. On CUDA a look
+    # has the host wait and packing a new capture; on a CPU both are cheap.
+    look_every, pack_below = 1, 0.9
 
     def __init__(self, policy, cache, mask, K):
         N, self.P = mask.shape
         self.policy, self.cache, self.t = policy, cache, 0
         cache.batch_repeat_interleave(K)
         self.mask = torch.cat([mask, mask.new_ones(N, policy.reading.max_new_tokens)], 1).repeat_interleave(K, 0)
+        if mask.is_cuda:
+            self.look_every, self.pack_below = 16, 0.5
         self.position = mask.sum(1).repeat_interleave(K)[:, None]
 
     def step(self, token):
@@ -151,6 +155,8 @@ class SharedDecoder:
         self.position = mask.sum(1).repeat_interleave(K)[:, None]
         self.place = torch.arange(self.T, device=mask.device)
         self.replay = None
+        if mask.is_cuda:
+            self.look_every, self.pack_below = 16, 0.5
 
     def _forward(self):
         """The step itself, over tensors that stay where they are."""

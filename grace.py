@@ -6,6 +6,7 @@ wrong ones is not a loss but the *reward* of the rationales, and a clipped GRPO 
 policy. One training step is Algorithm 1, in five numbered phases: see `Trainer.step`.
 
     python grace.py --model DIR_OR_HUB_ID --data FILE_OR_HUB_ID --out DIR      train
+    python grace.py status DIR                                                 how a run is doing
     python grace.py explain --model DIR_OR_HUB_ID "text a" "text b"            read two rationales
 
 Both halves of the gradient. The objective is the expected reward of what the policy writes,
@@ -46,12 +47,9 @@ Shapes: B instances, K rollouts a group, M hard negatives, N groups (B a trained
 D hidden size.
 """
 
-import argparse
 import dataclasses
-import itertools
 import json
 import os
-import shutil
 import sys
 import time
 
@@ -63,11 +61,14 @@ from tqdm import tqdm
 
 import reward as rewards
 import similarity
-from checkpoint import checkpoints, read_state, restore, save_checkpoint, write_atomically
+from checkpoint import append, digest, read_state, restore, save_checkpoint, save_model, write_atomically
 from config import parse
-from data import GraceError, load_rows
+from data import GraceError, first_line, load_rows
+from guard import Signals, claim, clear, finished, finite, inspected, within_memory
+from look import explain, status
 from policy import Policy
-from report import describe, peak_memory_gb, show_rationales, show_summary, tensorboard
+from recompute import recompute_layers
+from report import describe, peak_memory_gb, show_rationales, show_skipped, show_summary, tensorboard
 from rollout import encode, sample_in_parts, score, text_loss
 from tasks import evaluate_triplets
 
@@ -171,10 +172,13 @@ class Trainer:
 
     def __init__(self, policy, reference, rows, config):
         self.policy, self.reference, self.rows, self.config = policy, reference, rows, config
-        self.optimizer = torch.optim.AdamW(policy.model.parameters(), config.lr, weight_decay=config.weight_decay)
+        self.sampler = policy.twin() if config.dtype == "bfloat16" else policy
+        self.optimizer = torch.optim.AdamW(policy.model.parameters(), config.lr, weight_decay=config.weight_decay, fused=True)
         self.generator = torch.Generator(policy.device).manual_seed(config.seed)
         self.step_number = 0
         similarity.kernel = config.kernel
+        if config.recompute:
+            recompute_layers(policy)
 
     def batch(self):
         """Phase 1. The next B rows of a stream of shuffled passes over the data, a function of seed and step."""
@@ -190,7 +194,8 @@ class Trainer:
         texts, twins = batch_roles(self.batch(), anchored=config.reward == "paper")
         twins = twins.to(policy.device)
         # 2. Rationales from the current policy, and the embeddings that come with them (Eq. 9 to 12).
-        rollouts, embeddings = roll_out(policy, texts, config, self.generator)
+        least, drawn = config.rollouts * policy.reading.max_new_tokens, self.generator.get_state()
+        rollouts, embeddings = within_memory(self, "sample_tokens", least, self.sample, texts, drawn)
         sampled = time.perf_counter()
         # 3. What each rationale is worth (Eq. 13 to 17), and the reward's gradient at its embedding.
         R, components, g = judge(embeddings, rollouts.finished, twins, config)
@@ -200,13 +205,22 @@ class Trainer:
         if config.lr_decay:
             for group in self.optimizer.param_groups:
                 group["lr"] = config.lr * (1 - self.step_number / config.steps)
-        learned = self.update(rollouts, A, g)
+        with inspected(self, texts, rollouts, reward=R, advantage=A, **components):
+            finite("a reward or its gradient", R, g)
+            learned = self.update(rollouts, A, g)
         self.step_number += 1
         done = time.perf_counter()
         metrics = {"step": self.step_number, **describe(rollouts, R, components), **learned}
         metrics |= {"lr": self.optimizer.param_groups[0]["lr"], "sample_s": sampled - start, "step_s": done - start}
         metrics |= {"tokens_per_s": rollouts.mask.sum() / (sampled - start), "peak_memory_gb": peak_memory_gb(policy.device)}
         return {name: float(x) for name, x in metrics.items()}
+
+    def sample(self, texts, drawn):
+        """Phase 2, from a given state of the generator on."""
+        self.generator.set_state(drawn)
+        if self.sampler is not self.policy:
+            self.sampler.follow(self.policy)
+        return roll_out(self.sampler, texts, self.config, self.generator)
 
     def advantage(self, R, rollouts, texts, embeddings, twins):
         """`[N, K] -> [N, K]`: Eq. 18. What else it could be, and from what: experiments/algorithms.py."""
@@ -241,7 +255,8 @@ class Trainer:
         """Phase 5. One or more optimizer steps over one batch of N groups of rollouts.
 
         Every loss is a sum over rollouts divided by one number, the rollouts in the minibatch, so how a
-        minibatch is split into micro-batches cannot change the gradient.
+        minibatch is split into micro-batches cannot change the gradient: not even when it has to be split
+        again, because the memory was too small.
         """
         config, parameters = self.config, list(self.policy.model.parameters())
         N, K = A.shape
@@ -249,26 +264,38 @@ class Trainer:
         for _ in range(config.epochs):
             order = torch.randperm(N, generator=self.generator, device=A.device)
             for minibatch in order.tensor_split(config.minibatches):
-                for micro in self.micro_batches(minibatch, rollouts):
-                    value, seen = self.objective(rollouts[micro], A[micro], g[micro])
-                    (-value.sum() / (len(minibatch) * K)).backward()
-                    ratio_off = float(seen.pop("ratio_off").max())
-                    first_ratio_off = first_ratio_off if norms else max(first_ratio_off, ratio_off)
-                    for name, x in seen.items():
-                        sums[name] = sums.get(name, 0.0) + float(x.sum())
+                least, work = int(self.tokens(rollouts)[minibatch].max()), (minibatch, rollouts, A, g)
+                seen, ratio_off = within_memory(self, "tokens_per_batch", least, self.backward, *work)
+                first_ratio_off = first_ratio_off if norms else ratio_off
+                for name, total in seen.items():
+                    sums[name] = sums.get(name, 0.0) + total
                 norms.append(float(torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)))
-                if not np.isfinite(norms[-1]):
-                    raise GraceError(f"step {self.step_number + 1}: the gradient is not finite; lower --lr or look at the data")
+                finite("the gradient", torch.tensor(norms))
                 self.optimizer.step()
                 self.optimizer.zero_grad(set_to_none=True)
         means = {name: total / (N * K * config.epochs) for name, total in sums.items()}
         return {**means, "first_ratio_off": first_ratio_off, "grad_norm": float(np.mean(norms))}
 
+    def backward(self, minibatch, rollouts, A, g):
+        """The gradient of one minibatch, from nothing. Returns sums of what is worth logging, and the largest `ratio_off`."""
+        self.optimizer.zero_grad(set_to_none=True)
+        sums, ratio_off = {}, 0.0
+        for micro in self.micro_batches(minibatch, rollouts):
+            value, seen = self.objective(rollouts[micro], A[micro], g[micro])
+            finite("the loss", value)
+            (-value.sum() / (len(minibatch) * A.shape[1])).backward()
+            ratio_off = max(ratio_off, float(seen.pop("ratio_off").max()))
+            for name, x in seen.items():
+                sums[name] = sums.get(name, 0.0) + float(x.sum())
+        return sums, ratio_off
+
+    def tokens(self, rollouts):
+        """What each group costs in an update, in padded tokens: its prompt once, and K rationales. `-> [N]`."""
+        return rollouts.prompt_mask.sum(1) - rollouts.shared + rollouts.ids.shape[1] * rollouts.mask.sum(-1).amax(1)
+
     def micro_batches(self, groups, rollouts):
         """Groups by length, in micro-batches whose padded tokens stay within the budget; at least one a batch."""
-        K = rollouts.ids.shape[1]
-        read = rollouts.prompt_mask.sum(1) - rollouts.shared  # [N], once a prompt
-        cost = read + K * rollouts.mask.sum(-1).amax(1)  # [N], and K rationales
+        cost = self.tokens(rollouts)
         groups = groups[cost[groups].argsort()]
         first = 0
         for last in range(1, len(groups) + 1):
@@ -285,33 +312,35 @@ def train(config, make_trainer=Trainer):
     for name in ("model", "data", "out"):
         if not getattr(config, name):
             raise GraceError(f"--{name} is missing")
-    rows, heldout, graded = load_rows(config)
-    try:
-        os.makedirs(config.out, exist_ok=True)
-    except OSError as error:
-        raise GraceError(f"--out {config.out}: cannot be written to ({error.strerror})") from error
+    if done := finished(config):
+        print(f"{config.out}: finished, after {done['config']['steps']} steps\n\n{show_summary(done)}")
+        return done
+    found = claim(config)
+    skipped = [] if config.on_bad_row == "skip" else None
+    rows, heldout, graded = load_rows(config, skipped)
     reading = {f: getattr(config, f) for f in ("instruction", "max_prompt_tokens", "max_new_tokens", "pooling")}
-    metrics_file, saved = os.path.join(config.out, "metrics.jsonl"), checkpoints(config.out) if config.resume else []
-    state = read_state(saved[-1], config) if saved else None
-    policy = Policy.load(saved[-1] if saved else config.model, config.device, config.dtype, **reading)
+    metrics_file, progress = os.path.join(config.out, "metrics.jsonl"), {"before": None, "history": [], "seconds": 0.0}
+    state = read_state(found, config, rows) if found else None
+    policy = Policy.load(found or config.model, config.device, config.dtype, **reading)
     reference = Policy.load(config.model, config.device, config.dtype, **reading) if config.kl else None
     trainer = make_trainer(policy, reference, rows, config)
-    progress = {"before": None, "history": [], "seconds": 0.0}
-    if saved:
+    if found:
         progress = restore(trainer, state, metrics_file)
-        print(f"resumed from {saved[-1]}")
-    else:
-        if config.resume:
-            print(f"no checkpoint under {config.out} to resume from: starting at step 0")
-        shutil.rmtree(os.path.join(config.out, "checkpoints"), ignore_errors=True)  # of an earlier run
-        write_atomically(metrics_file, "")
+        print(f"resumed from {found}")
+    elif config.resume:
+        print(f"no checkpoint under {config.out} to resume from: starting at step 0")
+    clear(config.out, found)
+    if skipped:
+        write_atomically(os.path.join(config.out, "skipped_rows.json"), json.dumps(skipped, indent=1))
+        print(show_skipped(skipped, config.out))
+    progress["rows"] = digest(rows)
     M = len(rows[0].get("negative", []))
     print(
         f"{len(rows)} training rows ({M} negatives each), {len(heldout)} held-out, "
         f"{sum(p.numel() for p in policy.model.parameters()) / 1e6:.2f} M parameters on {policy.device}"
     )
     shown = [row.get("query") or row["text"] for row in (heldout or rows)[:6]]
-    board = tensorboard(config.out)
+    board = tensorboard(config.out, trainer.step_number)
 
     def look():  # where the policy stands, for the terminal, rationales.md and summary.json
         progress["history"].append((trainer.step_number, encode(policy, shown).rationales))
@@ -321,33 +350,39 @@ def train(config, make_trainer=Trainer):
         return result
 
     progress["before"] = progress["before"] or look()
+    run = {"before": progress["before"], "config": dataclasses.asdict(config), "max_new_tokens": policy.reading.max_new_tokens}
+    write_atomically(os.path.join(config.out, "run.json"), json.dumps(run, indent=2))
     bar = tqdm(total=config.steps, initial=trainer.step_number, unit="step", dynamic_ncols=True)
     before_now, trained_from = progress["seconds"], time.time()
-    while trainer.step_number < config.steps:
-        metrics = trainer.step()
-        step = trainer.step_number
-        bar.set_postfix({name: f"{metrics[name]:.2f}" for name in ("reward", "length", "distinct")})
-        bar.update()
-        if config.eval_every and step % config.eval_every == 0 and step < config.steps:
-            metrics |= {f"heldout_{k}": v for k, v in look().items()}
-        with open(metrics_file, "a") as file:
-            file.write(json.dumps(metrics) + "\n")
-        if board:
-            for name, value in metrics.items():
-                board.add_scalar(name, value, step)
-        if config.save_every and step % config.save_every == 0 and step < config.steps:
-            save_checkpoint(trainer, config.out, **{**progress, "seconds": before_now + time.time() - trained_from})
+    with Signals() as signals:
+        while trainer.step_number < config.steps:
+            metrics = trainer.step()
+            step = trainer.step_number
+            bar.set_postfix({name: f"{metrics[name]:.2f}" for name in ("reward", "length", "distinct")})
+            bar.update()
+            if config.eval_every and step % config.eval_every == 0 and step < config.steps:
+                metrics |= {f"heldout_{k}": v for k, v in look().items()}
+            append(metrics_file, json.dumps(metrics) + "\n")
+            if board:
+                for name, value in metrics.items():
+                    board.add_scalar(name, value, step)
+            progress["seconds"], stop = before_now + time.time() - trained_from, signals.asked
+            if stop or (config.save_every and (step % config.save_every == 0 or step == config.steps)):
+                save_checkpoint(trainer, config.out, **progress)
+            if stop:
+                bar.close()
+                print(f"stopped after step {step}, with a checkpoint: the same command with --resume goes on")
+                sys.exit(128 + stop)
     bar.close()
-    seconds = before_now + time.time() - trained_from
+    save_model(policy, config.out)  # before a long evaluation, in which a run may still be stopped
     after = look()
     summary = {"before": progress["before"], "after": after}
     if heldout:  # the same checkpoint, with nothing written
         summary["after_without_rationale"] = evaluate_triplets(policy, heldout, graded, rationale=False)
-    policy.save(config.out)
     summary |= {
-        "seconds": seconds,
+        "seconds": progress["seconds"],
         "seed": config.seed,
-        "config": dataclasses.asdict(config),
+        "config": dataclasses.asdict(trainer.config),
         "reading": dataclasses.asdict(policy.reading),
         "versions": {"python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__},
     }
@@ -359,28 +394,21 @@ def train(config, make_trainer=Trainer):
 # ---------------------------------------------------------------- the command line
 
 
-def explain(arguments):
-    """What the policy writes about each text, and the cosine of every pair of embeddings."""
-    parser = argparse.ArgumentParser("grace.py explain", description=explain.__doc__)
-    parser.add_argument("--model", required=True, help="checkpoint folder or hub id")
-    parser.add_argument("--max-new-tokens", type=int, help="the longest rationale")
-    parser.add_argument("texts", nargs="+", help="two or more texts")
-    args = parser.parse_args(arguments)
-    policy = Policy.load(args.model, max_new_tokens=args.max_new_tokens)
-    read = encode(policy, args.texts)
-    for i, (text, rationale) in enumerate(zip(args.texts, read.rationales), 1):
-        print(f"{i}. {text}\n   -> {rationale or '(nothing)'}")
-    for (i, a), (j, b) in itertools.combinations(enumerate(read.vectors, 1), 2):
-        print(f"cosine of {i} and {j}: {a @ b:.3f}")
-
-
 def main(arguments):
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
+    commands = {"explain": explain, "status": status}
     try:
-        explain(arguments[1:]) if arguments[:1] == ["explain"] else train(parse(arguments, __doc__))
+        if arguments[:1] and arguments[0] in commands:
+            commands[arguments[0]](arguments[1:])
+        else:
+            train(parse(arguments, __doc__))
     except GraceError as error:
         sys.exit(f"grace.py: {error}")
+    except torch.OutOfMemoryError as error:
+        sys.exit(f"grace.py: out of memory beside the update and the sampler ({first_line(error)})")
+    except KeyboardInterrupt:  # before or after the training steps: nothing to save
+        sys.exit(130)
 
 
 if __name__ == "__main__":

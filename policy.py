@@ -16,6 +16,7 @@ Shapes: N prompts, P prompt positions, L positions, D hidden size, V vocabulary.
 
 import bisect
 import contextlib
+import copy
 import dataclasses
 import json
 import os
@@ -116,15 +117,23 @@ class Policy:
 
         settings, path = {}, os.path.join(source, SETTINGS)
         try:
-            tokenizer = AutoTokenizer.from_pretrained(source)
-            model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, use_safetensors=True)
+            safe = dict(trust_remote_code=False)  # left out, the library would ask at the terminal
+            tokenizer = AutoTokenizer.from_pretrained(source, **safe)
+            model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, use_safetensors=True, **safe)
             if os.path.isfile(path):
                 with open(path) as file:
                     settings = dict(json.load(file))
         except Exception as error:  # each kind of damage raises its own; to a user they mean the same
+            advice = "Give a folder written by save_pretrained, or, with a network, a hub id."
+            if "trust_remote_code" in str(error):
+                advice = "Code that comes with a model is not run here: give a model that transformers knows by itself."
+            elif "no file named model.safetensors" in str(error):
+                advice = (
+                    "Other formats are pickles, which can run code, and are not read. If you trust this one, convert it once: "
+                    "AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(FOLDER)"
+                )
             raise GraceError(
-                f"{source}: cannot be loaded as a causal language model ({first_line(error)}). "
-                "Give a folder written by save_pretrained, or, with a network, a hub id."
+                f"{source}: cannot be loaded as a causal language model ({first_line(error)}). {advice}"
             ) from error
         if unknown := settings.keys() - {f.name for f in dataclasses.fields(Reading)}:
             raise GraceError(f"{path}: unknown setting {', '.join(sorted(unknown))}")
@@ -137,6 +146,20 @@ class Policy:
         self.tokenizer.save_pretrained(folder)
         with open(os.path.join(folder, SETTINGS), "w") as file:
             json.dump(dataclasses.asdict(self.reading), file, indent=2)
+
+    def twin(self):
+        """A copy with bfloat16 weights, to sample from: each token reads half the bytes. The float32 weights stay."""
+        twin = copy.copy(self)
+        twin.model, twin.dtype = copy.deepcopy(self.model).requires_grad_(False), "as the weights"
+        for parameter in twin.model.parameters():  # not the buffers: positions need float32
+            parameter.data = parameter.data.to(torch.bfloat16)
+        twin.base, twin.head = twin.model.base_model, twin.model.get_output_embeddings()
+        return twin
+
+    def follow(self, policy):
+        """Take over another policy's weights, rounded to this one's type."""
+        with torch.no_grad():
+            torch._foreach_copy_(list(self.model.parameters()), list(policy.model.parameters()))
 
     # ------------------------------------------------------------ P(x)
 

@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+from guard import finite
 from pool import fold, length_mask, unit
 
 
@@ -92,6 +93,7 @@ def sample(policy, prompts, K=1, temperature=1.0, generator=None):
     T, how, device = policy.reading.max_new_tokens, policy.reading.pooling, prompts.ids.device
     hidden, to_pool, cache = policy.prefill(prompts.ids, prompts.mask, prompts.shared)
     state = fold(None, to_pool, prompts.counted[:, prompts.shared :], how).repeat_interleave(K, 0)  # [N*K, D]
+    finite("what the policy computes from a prompt", hidden[:, -1])  # nothing could be drawn from that
     last = hidden[:, -1].repeat_interleave(K, 0)  # every prompt ends at -1
     decoder = policy.decoder(cache, prompts.mask, K)
 

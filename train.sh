@@ -54,7 +54,7 @@ fi
 # shellcheck disable=SC2086
 "$PYTHON" grace.py $recipe --model "$world/model" --data "$world/data/train.jsonl" \
   --heldout "$world/data/heldout.jsonl" --graded "$world/data/graded.jsonl" --out "$out" \
-  --batch 32 --rollouts 4 --lr 5e-4 --eval-every 50 --seed "$SEED"
+  --batch 32 --rollouts 4 --lr 5e-4 --eval-every 50 --seed "$SEED" --overwrite
 
 # 5. The same held-out sets through the evaluator that runs the paper's 16 MTEB tasks.
 echo

@@ -3,7 +3,6 @@
 import os
 import platform
 import random
-import resource
 import sys
 import time
 
@@ -45,6 +44,7 @@ def add_model_flags(parser, shape="6.6m"):
     parser.add_argument("--model", help="checkpoint folder or hub id (default: random weights of --shape)")
     parser.add_argument("--shape", default=shape, choices=SHAPES, help=f"which random weights [{shape}]")
     parser.add_argument("--vocab", type=int, help="another vocabulary size for --shape")
+    parser.add_argument("--hidden", type=int, help="another hidden size for --shape, the MLP in proportion")
     parser.add_argument("--max-new-tokens", type=int, default=48, help="the longest rationale, T [48]")
     parser.add_argument("--prompt-tokens", type=int, default=200, help="about how long a made-up prompt is [200]")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -72,6 +72,8 @@ def load_policy(args):
     if args.model:
         return Policy.load(args.model, args.device, dtype, max_new_tokens=args.max_new_tokens)
     settings = SHAPES[args.shape] | ({"vocab_size": args.vocab} if args.vocab else {})
+    if args.hidden:
+        settings |= {"hidden_size": args.hidden, "intermediate_size": 3 * args.hidden}
     tokenizer = word_tokenizer(settings["vocab_size"])
     torch.manual_seed(0)
     config = transformers.Qwen2Config(
@@ -100,8 +102,3 @@ def clock(device="cpu"):
     if str(device).startswith("cuda"):
         torch.cuda.synchronize()
     return time.perf_counter()
-
-
-def peak_mb():
-    """The largest resident size of this process so far, in MB. For one figure a process: it never falls."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

@@ -63,8 +63,7 @@ def main():
     watch(grace, "roll_out", seconds, "decode", args.device)
     watch(grace, "judge", seconds, "reward", args.device)
     watch(trainer, "update", seconds, "update", args.device)
-    sampler = trainer.policy
-    watch(sampler, "prefill", seconds, "prefill", args.device)  # called in both phases: told apart below
+    watch(trainer.sampler, "prefill", seconds, "prefill", args.device)  # called in both phases: told apart below
     update = trainer.update
 
     def update_alone(*inputs):  # the update's prefill is the update's
@@ -74,6 +73,7 @@ def main():
         return learned
 
     trainer.update = update_alone
+    before = peak_memory_gb(trainer.policy.device)
     for step in range(args.steps + 1):
         seconds.clear()
         start = clock(args.device)
@@ -90,7 +90,7 @@ def main():
     print(f"{'phase':10}{'seconds':>10}{'share':>8}{'trained tokens/s':>18}")
     for phase in PHASES:
         print(f"{phase:10}{median[phase]:10.4f}{median[phase] / median['step']:8.0%}{written / median[phase]:18.0f}")
-    print(f"peak memory {peak_memory_gb(trainer.policy.device):.2f} GB")
+    print(f"peak memory {peak_memory_gb(trainer.policy.device):.3f} GB, before the first step {before:.3f} GB")
     print(f"step_s {median['step']:.4f}")
 
 

@@ -65,7 +65,7 @@ def one_run(rung, seed, folder, steps, world_size):
         files = dict(
             data=f"{world}/data/train.jsonl", heldout=f"{world}/data/heldout.jsonl", graded=f"{world}/data/graded.jsonl"
         )
-        given = {**COMMON, **settings, **files, "eval_every": max(1, steps // 4)}
+        given = {**COMMON, **settings, **files, "eval_every": max(1, steps // 4), "overwrite": True}
         grace.train(Config(model=f"{world}/model", out=out, seed=seed, steps=steps, **given))
     with open(os.path.join(out, "summary.json")) as file:
         summary = json.load(file)

@@ -416,34 +416,6 @@ def test_a_run_writes_what_it_promises(tiny_world, tmp_path, capsys):
     assert "1. the old doctor sold the boat\n   ->" in printed and "cosine of 1 and 2: " in printed
 
 
-def test_a_resumed_run_is_the_run_never_stopped(tiny_world, tmp_path):
-    straight, stopped = tmp_path / "straight", tmp_path / "stopped"
-    more = ["--save-every", "2", "--lr-decay", "--minibatches", "2"]
-    grace.main(command(tiny_world, straight, *more))
-    grace.main(command(tiny_world, stopped, *more))
-    (stopped / "model.safetensors").unlink()  # as if it had been stopped after step 2 ...
-    with open(stopped / "metrics.jsonl", "a") as file:
-        file.write(json.dumps({"step": 4.0}) + "\n")  # ... with a line more than its checkpoint
-    grace.main(command(tiny_world, stopped, *more, "--resume"))
-    one, two = (transformers.AutoModelForCausalLM.from_pretrained(x).state_dict() for x in (straight, stopped))
-    assert all(torch.equal(one[name], two[name]) for name in one)
-    timeless = lambda line: {k: v for k, v in json.loads(line).items() if not k.endswith(("_s", "_gb"))}
-    one, two = ([timeless(x) for x in open(folder / "metrics.jsonl")] for folder in (straight, stopped))
-    assert one == two
-
-
-def test_a_run_is_not_resumed_under_other_settings(tiny_world, tmp_path):
-    grace.main(command(tiny_world, tmp_path, "--save-every", "2"))
-    with pytest.raises(SystemExit, match=r"is of another run \(lr was 0.001\)"):
-        grace.main(command(tiny_world, tmp_path, "--resume", "--lr", "0.5"))
-    grace.main(command(tiny_world, tmp_path, "--save-every", "1"))  # a new run: nothing is left of the old one's checkpoints
-    assert sorted(os.listdir(tmp_path / "checkpoints")) == ["00000001", "00000002"]
-    with open(tmp_path / "metrics.jsonl", "a") as file:
-        file.write('{"step": 4.0, "rew')  # torn
-    grace.main(command(tiny_world, tmp_path, "--resume"))
-    assert [json.loads(line)["step"] for line in open(tmp_path / "metrics.jsonl")] == [1, 2, 3]
-
-
 def test_few_rows_and_one_instance(tiny_world, tmp_path):
     """Nothing to hold out, and a batch of one: documented, finite, and valid JSON."""
     data = tmp_path / "few.jsonl"

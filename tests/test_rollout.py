@@ -4,11 +4,13 @@ import pytest
 import torch
 from conftest import ARCHITECTURES, SMALL, TEXTS, build
 
+import decode
 import toy
 from data import GraceError
 from policy import Policy, Reading
 from pool import POOLS, unit
-from rollout import batches, draw, embed_prompts, encode, sample, sample_in_parts, score, text_loss, token_logprobs
+from recompute import recompute_layers
+from rollout import batches, draw, embed_prompts, encode, pack, sample, sample_in_parts, score, text_loss, token_logprobs
 
 
 def by_full_forward(policy, rollouts, n, k, temperature=1.0):
@@ -370,3 +372,123 @@ def test_without_rationale_it_is_the_prompt_pooled(make_policy):
         states = policy.model.base_model(input_ids=x.ids).last_hidden_state[0][x.counted[0].bool()]
     torch.testing.assert_close(embed_prompts(policy, x)[0], unit(states.mean(0)), rtol=1e-5, atol=1e-5)
     assert encode(policy, TEXTS[:1], rationale=False).rationales == [""]
+
+
+# ---------------------------------------------------------------- decoding, made cheap
+
+
+@pytest.mark.parametrize("architecture", [a for a in SMALL if a != "Gemma2"])
+def test_a_prompt_kept_once_decodes_as_the_library_s_cache_does(make_policy, architecture, monkeypatch):
+    """Token by token, rows and prompts left out on the way; as it is, and by the bucket as a captured step reads."""
+    monkeypatch.setattr(decode, "BUCKET", 2)
+    policy = make_policy(architecture, double=True)
+    assert policy.keeps_once
+    x, K = policy.prompts(TEXTS), 3
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(6, 150, (6, 9), generator=generator)
+    keep, groups = torch.tensor([3, 5, 8, 6]), torch.tensor([1, 2])  # two rows of the second prompt, two of the third
+    seen = []
+    for make in (decode.PlainDecoder, decode.SharedDecoder, lambda *a: decode.SharedDecoder(*a, fixed=True)):
+        with torch.no_grad():
+            decoder = make(policy, policy.prefill(x.ids, x.mask, x.shared)[2], x.mask, K)
+            steps = [decoder.step(tokens[t])[0].clone() for t in range(3)]
+            decoder.keep(keep, groups)
+            steps += [decoder.step(tokens[t][keep])[0].clone() for t in range(3, 6)]
+        seen.append(steps)
+    for plain, shared, fixed in zip(*seen):
+        torch.testing.assert_close(shared, plain, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(fixed, shared, rtol=1e-9, atol=1e-9)
+
+
+def test_attention_that_does_not_come_apart_uses_the_library_s_cache(make_policy):
+    policy = make_policy("Gemma2")  # soft-capped scores, sliding windows
+    assert not policy.keeps_once and isinstance(policy.decoder(*cache_of(policy), 2), decode.PlainDecoder)
+
+
+def cache_of(policy):
+    x = policy.prompts(TEXTS)
+    with torch.no_grad():
+        return policy.prefill(x.ids, x.mask, x.shared)[2], x.mask
+
+
+def test_when_ended_rows_leave_does_not_matter(make_policy, monkeypatch):
+    """Greedy rationales, log-probabilities and embeddings, whether the batch is packed each token, rarely or never."""
+    policy, found = make_policy(max_new_tokens=14, eos_token_id=list(range(5, 150, 12))), []
+    texts = [f"{a} {b}" for a in TEXTS for b in ("somebody sold the boat", "the lamp", "around noon .")]
+    for every, share in ((1, 1.0), (1, 0.5), (4, 0.9), (100, 1.0)):
+        monkeypatch.setattr(decode.SharedDecoder, "look_every", every)
+        monkeypatch.setattr(decode.SharedDecoder, "pack_below", share)
+        found.append(sample(policy, policy.prompts(texts), 1, temperature=0.0))
+    assert found[0].mask.sum(2).unique().numel() > 2  # they end at different times
+    for other in found[1:]:
+        assert torch.equal(other.ids, found[0].ids) and torch.equal(other.finished, found[0].finished)
+        torch.testing.assert_close(other.logprobs, found[0].logprobs, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(other.embeddings, found[0].embeddings, rtol=1e-4, atol=1e-5)
+
+
+def test_pack():
+    writing = torch.tensor([[0, 1, 0], [0, 0, 0], [1, 0, 1]], dtype=torch.bool)
+    rows, groups = pack(writing)
+    assert groups.tolist() == [0, 2]
+    assert rows.tolist() == [1, 0, 6, 8]  # as many rows a group as the busiest needs; those still writing first
+    rows, groups = pack(torch.zeros(2, 3, dtype=torch.bool))
+    assert len(rows) == len(groups) == 0
+
+
+def test_draw_follows_the_probabilities():
+    logits = torch.tensor([[0.0, 1.0, 2.0, -torch.inf, 0.5]]).expand(200_000, 5)
+    token, logprob = draw(logits, 0.7, torch.Generator().manual_seed(0))
+    p = torch.softmax(logits[0].double() / 0.7, 0)
+    share = torch.bincount(token, minlength=5) / len(token)
+    assert share[3] == 0
+    assert (share - p).abs().max() < 4 * (0.25 / len(token)) ** 0.5
+    torch.testing.assert_close(logprob.double(), p[token].log(), rtol=1e-5, atol=1e-6)
+
+
+# ---------------------------------------------------------------- memory and types
+
+
+@pytest.mark.parametrize("architecture", ["Qwen2", "Qwen3", "Llama", "Gemma", "Cohere"])
+def test_recomputed_layers_give_the_same_gradient_and_keep_less(make_policy, architecture):
+    found = []
+    for recompute in (False, True):
+        policy = make_policy(architecture, double=True)
+        rollouts = rolled(policy, K=3)
+        if recompute:
+            recompute_layers(policy)
+        kept = {}
+        keep = lambda x: (kept.setdefault(x.data_ptr(), x.numel()), x)[1]  # noqa: B023
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            logprobs, h = score(policy, rollouts)
+        (logprobs.sum() + h[..., :5].sum()).backward()
+        found.append((torch.cat([p.grad.flatten() for p in policy.model.parameters()]), sum(kept.values())))
+    (plain, kept_plain), (recomputed, kept_less) = found
+    torch.testing.assert_close(recomputed, plain, rtol=1e-9, atol=1e-9 * float(plain.abs().max()))
+    assert kept_less < 0.7 * kept_plain
+
+
+@pytest.mark.parametrize("architecture", ["Gemma2", "GPT2"])
+def test_layers_that_cannot_be_recomputed_are_refused(make_policy, architecture):
+    with pytest.raises(GraceError, match="leave out --recompute"):
+        recompute_layers(make_policy(architecture))
+
+
+def test_a_bfloat16_twin_samples_and_the_masters_stay(make_policy):
+    policy = make_policy("Qwen2", tie_word_embeddings=True)
+    before = [p.clone() for p in policy.model.parameters()]
+    twin = policy.twin()
+    rollouts = rolled(twin, K=4)
+    assert {p.dtype for p in twin.model.parameters()} == {torch.bfloat16}
+    assert twin.head.weight is twin.base.embed_tokens.weight  # tied still
+    assert all(torch.equal(p, q) and p.dtype == torch.float32 for p, q in zip(policy.model.parameters(), before))
+    assert rollouts.embeddings.dtype == rollouts.logprobs.dtype == torch.float32
+    with torch.no_grad():
+        logprobs, h = score(policy, rollouts)
+    gap = ((logprobs - rollouts.logprobs) * rollouts.mask).abs()
+    assert 0 < gap.max() < 0.5 and gap.mean() < 0.05  # near, and not the same: the probability ratio accounts for it
+    assert (h * rollouts.embeddings).sum(-1).min() > 0.99
+    with torch.no_grad():
+        for p in policy.model.parameters():
+            p.add_(0.1)
+    twin.follow(policy)
+    assert torch.equal(next(twin.model.parameters()), next(policy.model.parameters()).bfloat16())
