@@ -18,11 +18,11 @@ from pool import POOLS
 
 RECIPES = {  # a recipe only sets defaults: any of them can be given on the command line
     "paper": dict(
-        reward="paper", train_roles="positive", pathwise=0.0, kl=0.0, tau=0.1,
+        reward="paper", train_roles="positive", pathwise=0.0, length_normalize=True, kl=0.0, text_weight=0.0, tau=0.1,
         lambda_consistency=0.2, lambda_hard=0.2, relative_length_penalty=False, anchor_temperature=0.5,
     ),
     "full": dict(
-        reward="infonce", train_roles="query,positive", pathwise=0.1, kl=0.02, tau=1.0,
+        reward="infonce", train_roles="query,positive", pathwise=1.0, length_normalize=False, kl=0.01, text_weight=1.0, tau=1.0,
         lambda_consistency=0.2, lambda_hard=0.2, relative_length_penalty=True, anchor_temperature=1.0,
     ),
 }  # fmt: skip
@@ -59,8 +59,9 @@ class Config:
     # What is learned from it
     pathwise: float = setting(None, "(recipe) weight c of the pathwise term; 0: Eq. 19 alone", least=0)
     kl: float = setting(None, "(recipe) weight of the KL term to the starting policy", least=0)
+    text_weight: float = setting(None, "(recipe) weight of the language-model loss on the texts themselves", least=0)
     normalize: bool = setting(False, "divide advantages by the group's standard deviation, Eq. 7")
-    length_normalize: bool = setting(True, "mean over a rationale's tokens (Eq. 8) instead of their sum (Eq. 19)")
+    length_normalize: bool = setting(None, "(recipe) mean over a rationale's tokens (Eq. 8) instead of their sum (Eq. 19)")
     clip_eps: float = setting(0.2, "the probability ratio is clipped to 1 +- this, Eq. 8", above=0)
     minibatches: int = setting(1, "optimizer steps over one batch of rollouts (the released code: 4)", least=1)
     epochs: int = setting(1, "passes over one batch of rollouts", least=1)

@@ -37,8 +37,11 @@ Where this departs from the paper, each a setting, all undone by `--recipe paper
 1. The reward is InfoNCE instead of Eq. 13 and 15, which cancel in the advantage (reward.py).
 2. The pathwise term.
 3. Queries are rolled out and trained like positives; in Eq. 12 they are fixed anchors.
-4. A light KL term (k3) holds the policy to where it started.
-5. The length penalty is relative (reward.py).
+4. Log-probabilities are summed over tokens, as in Eq. 19, not averaged as in Eq. 8: then c = 1 is the gradient's own weight.
+5. Two light terms keep the policy what it was. The language-model loss on the texts' own tokens, whose hidden states the
+   update has anyway, keeps it a language model (as mixing in pre-training text does, Ouyang et al. 2022); a KL term (k3)
+   on the rationales' tokens keeps their words what a reader takes them for.
+6. The length penalty is relative (reward.py).
 
 Shapes: B instances, K rollouts a group, M hard negatives, N groups (B a trained role), T tokens,
 D hidden size.
@@ -197,7 +200,7 @@ class Trainer:
         # 3. What each rationale is worth (Eq. 13 to 17), and the reward's gradient at its embedding.
         R, components, g = judge(embeddings, rollouts.finished, twins, config)
         # 4. Better or worse than the other rationales of the same text (Eq. 18).
-        A = advantages(R, config.normalize)
+        A = self.advantage(R, rollouts, texts, embeddings, twins)
         # 5. The clipped update (Eq. 8, 19), with the pathwise term.
         if config.lr_decay:
             for group in self.optimizer.param_groups:
@@ -219,18 +222,26 @@ class Trainer:
             self.sampler.follow(self.policy)
         return roll_out(self.sampler, texts, self.config, self.generator)
 
+    def advantage(self, R, rollouts, texts, embeddings, twins):
+        """`[N, K] -> [N, K]`: Eq. 18. What else it could be, and from what: experiments/algorithms.py."""
+        return advantages(R, self.config.normalize)
+
+    def surrogate(self, logprobs, part, A):
+        """Eq. 8. `[n, K, T], part of the rollouts, [n, K] -> [n, K]`."""
+        return clipped_objective(logprobs, part.logprobs, A, part.mask, self.config.clip_eps, self.config.length_normalize)
+
     def objective(self, part, A, g):
         """What the update maximises, a number a rollout `[n, K]`, and what is worth logging, by name.
 
         part: some groups of rollouts; A `[n, K]` their advantages; g `[n, K, D]` the reward's gradient at
-        their captured embeddings, a constant. Eq. 8, plus c times g . h(theta), less the KL term.
+        their captured embeddings, a constant. Eq. 8, plus c times g . h(theta) and the text term, less the KL term.
         """
         config, mask = self.config, part.mask
-        logprobs, h = score(self.policy, part, config.temperature)
-        value = clipped_objective(logprobs, part.logprobs, A, mask, config.clip_eps, config.length_normalize)
+        logprobs, h, text = score(self.policy, part, config.temperature, text=True)
+        value = self.surrogate(logprobs, part, A) + config.text_weight * text[:, None]
         if config.pathwise:
             value = value + config.pathwise * (g * h).sum(-1)
-        seen = {"approx_kl": kl_k3(part.logprobs, logprobs, mask)}
+        seen = {"approx_kl": kl_k3(part.logprobs, logprobs, mask), "text_loss": -text[:, None].expand_as(value)}
         if config.kl:
             with torch.no_grad():
                 at_start, _ = score(self.reference, part, config.temperature)
@@ -296,7 +307,7 @@ class Trainer:
 # ---------------------------------------------------------------- a run
 
 
-def train(config):
+def train(config, make_trainer=Trainer):
     """A whole run: evaluate, train, evaluate, save. Returns the summary that summary.json holds."""
     for name in ("model", "data", "out"):
         if not getattr(config, name):
@@ -312,7 +323,7 @@ def train(config):
     state = read_state(found, config, rows) if found else None
     policy = Policy.load(found or config.model, config.device, config.dtype, **reading)
     reference = Policy.load(config.model, config.device, config.dtype, **reading) if config.kl else None
-    trainer = Trainer(policy, reference, rows, config)
+    trainer = make_trainer(policy, reference, rows, config)
     if found:
         progress = restore(trainer, state, metrics_file)
         print(f"resumed from {found}")

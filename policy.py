@@ -100,7 +100,7 @@ class Policy:
             "sliding" if getattr(text_config, "sliding_window", None) else "full"
         ]
         self.can_share = not any("sliding" in layer or "chunked" in layer for layer in layers)
-        self.keeps_once = model.config._attn_implementation == "sdpa"
+        self.keeps_once = model.config._attn_implementation in ("sdpa", "grace")  # grace: in another Policy already
         if self.keeps_once:
             model.set_attn_implementation("grace")
         self._check()

@@ -190,17 +190,29 @@ def token_logprobs(policy, hidden, ids, temperature=1.0, chunk=None):
     return torch.cat([checkpoint(one, h, i, use_reentrant=False) for h, i in parts])
 
 
-def score(policy, rollouts, temperature=1.0):
+def text_logprobs(policy, hidden, ids, counted):
+    """Mean log-probability of a prompt's own tokens, from a prefill's states. `[N, L, D], [N, L] x 2 -> [N]`.
+
+    Of the tokens that count, text and template, each but the first: what comes before it may have been read elsewhere.
+    """
+    known = (counted[:, :-1] * counted[:, 1:]).bool()  # states that count, of the token before one that counts
+    found = token_logprobs(policy, hidden[:, :-1][known], ids[:, 1:][known])
+    return found.new_zeros(known.shape).masked_scatter(known, found).sum(1) / known.sum(1).clamp(min=1)
+
+
+def score(policy, rollouts, temperature=1.0, text=False):
     """Log-probabilities `[N, K, T]` and embeddings `[N, K, D]` of given rationales, with gradients.
 
     The update's forward pass. As in `sample`, a prompt is read once and its cache repeated K times;
-    the gradients of the K copies add up in that one prefill.
+    the gradients of the K copies add up in that one prefill. With `text`, a third value: `text_logprobs`.
     """
     N, K, T = rollouts.ids.shape
     how = policy.reading.pooling
     ids, mask = rollouts.ids.view(N * K, T), rollouts.mask.view(N * K, T)
     hidden, to_pool, cache = policy.prefill(rollouts.prompt_ids, rollouts.prompt_mask, rollouts.shared)
-    state = fold(None, to_pool, rollouts.counted[:, rollouts.shared :], how).repeat_interleave(K, 0)  # [N*K, D]
+    counted = rollouts.counted[:, rollouts.shared :]
+    state = fold(None, to_pool, counted, how).repeat_interleave(K, 0)  # [N*K, D]
+    said = text_logprobs(policy, hidden, rollouts.prompt_ids[:, rollouts.shared :], counted) if text else None
     last = hidden[:, -1:].repeat_interleave(K, 0)
     cache.batch_repeat_interleave(K)
     positions = rollouts.prompt_mask.sum(1).repeat_interleave(K)[:, None] + torch.arange(T, device=ids.device)
@@ -211,7 +223,8 @@ def score(policy, rollouts, temperature=1.0):
     keep = mask.bool()
     found = token_logprobs(policy, before[keep], ids[keep], temperature)
     logprobs = found.new_zeros(N * K, T).masked_scatter(keep, found)
-    return logprobs.view(N, K, T), embeddings.view(N, K, -1)
+    scored = logprobs.view(N, K, T), embeddings.view(N, K, -1)
+    return (*scored, said) if text else scored
 
 
 # ---------------------------------------------------------------- texts in, vectors out

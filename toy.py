@@ -27,105 +27,160 @@ import time
 import torch
 import torch.nn.functional as F
 
-WORLD = {  # slot: eight concepts of three synonyms
-    "attribute": "old elderly aged|young youthful juvenile|tall lanky towering|rich wealthy affluent|"
-    "happy cheerful merry|angry furious irate|quiet silent hushed|clever smart bright",
-    "agent": "doctor physician medic|child kid youngster|thief robber burglar|teacher instructor tutor|"
-    "soldier trooper warrior|farmer grower rancher|sailor seaman mariner|singer vocalist crooner",
-    "act": "bought purchased acquired|sold traded vended|wrecked smashed shattered|mended repaired fixed|"
-    "buried concealed stashed|found discovered located|painted coloured decorated|carried hauled lugged",
-    "object": "car automobile vehicle|boat ship vessel|coat jacket parka|lamp lantern torch|"
-    "knife blade dagger|bicycle bike cycle|sofa couch settee|picture portrait canvas",
-    "place": "forest woods woodland|street road avenue|shop store boutique|church chapel cathedral|"
-    "beach shore coast|prison jail dungeon|school academy college|inn hotel hostel",
-    "time": "morning daybreak sunrise|noon midday lunchtime|afternoon teatime siesta|evening dusk sunset|"
-    "night midnight nighttime|winter wintertime snowtime|summer summertime midsummer|autumn fall harvest",
-}
-FORMS = (
-    "the {attribute} {agent} {act} the {object} near the {place} around {time} .",
-    "around {time} , near the {place} , the {attribute} {agent} {act} the {object} .",
-    "it was near the {place} that the {attribute} {agent} {act} the {object} around {time} .",
-    "around {time} the {object} was {act} by the {attribute} {agent} near the {place} .",
-    "somebody {act} the {object} near the {place} around {time} : the {attribute} {agent} .",
-    "near the {place} the {agent} , who was {attribute} , {act} the {object} around {time} .",
-)
-EMPTY_TALK = ("something happened somewhere", "it was the usual", "somebody was there")
-INSTRUCTION = "name what happened"
 TEMPLATE = (  # ChatML in small: one special token opens each message
     "{% for m in messages %}{{ '<' + m.role + '> ' + m.content + ' ' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
 )
 SPECIAL = ("<pad>", "<unk>", "<system>", "<user>", "<assistant>", "<end>")
-SLOTS = {slot: [c.split() for c in concepts.split("|")] for slot, concepts in WORLD.items()}
-CONCEPT = {w: (slot, i) for slot, concepts in SLOTS.items() for i, words in enumerate(concepts) for w in words}
 
 
-# ---------------------------------------------------------------- the world
+# ---------------------------------------------------------------- the worlds
 
 
-def tell(event, rng, form=None, avoid=()):
-    """An event as a sentence. Words in `avoid` are passed over with probability 0.7. `-> (text, words)`."""
-    words = {}
-    for slot, concept in event.items():
-        fresh = [w for w in SLOTS[slot][concept] if w not in avoid]
-        words[slot] = rng.choice(fresh if rng.random() < 0.7 else SLOTS[slot][concept])
-    return (form or rng.choice(FORMS)).format(**words), words
+class World:
+    """Slots, the words for their concepts, and the sentence forms they are told in.
+
+    slots    {slot: concepts}, a concept its synonyms, as in "old elderly|young youthful"
+    forms    sentences with every slot in them
+    phrases  {slot: how a rationale names it}, in the rationale's order
+    talk     what an answer says that names nothing
+    """
+
+    def __init__(self, instruction, slots, forms, phrases, talk):
+        self.instruction, self.forms, self.phrases, self.talk = instruction, forms, phrases, talk
+        self.slots = {slot: [c.split() for c in concepts.split("|")] for slot, concepts in slots.items()}
+        self.concept = {w: (s, i) for s, concepts in self.slots.items() for i, words in enumerate(concepts) for w in words}
+
+    def event(self, rng):
+        """A concept for every slot, by number."""
+        return {slot: rng.randrange(len(concepts)) for slot, concepts in self.slots.items()}
+
+    def changed(self, event, slot, rng):
+        """The event with another concept in one slot."""
+        return {**event, slot: rng.choice([c for c in range(len(self.slots[slot])) if c != event[slot]])}
+
+    def tell(self, event, rng, form=None, avoid=()):
+        """An event as a sentence. Words in `avoid` are passed over with probability 0.7. `-> (text, words)`."""
+        words = {}
+        for slot, concept in event.items():
+            fresh = [w for w in self.slots[slot][concept] if w not in avoid]
+            words[slot] = rng.choice(fresh if rng.random() < 0.7 else self.slots[slot][concept])
+        return (form or rng.choice(self.forms)).format(**words), words
+
+    def triplet(self, event, rng):
+        """A query, its positive, and a negative that copies the query's words but for one slot."""
+        form, other = rng.sample(self.forms, 2)
+        query, words = self.tell(event, rng, form)
+        positive, _ = self.tell(event, rng, other, avoid=set(words.values()))
+        slot = rng.choice(list(self.slots))
+        wrong = rng.choice(self.slots[slot][self.changed(event, slot, rng)[slot]])
+        negative = rng.choice([f for f in self.forms if f != form]).format(**{**words, slot: wrong})
+        return {"query": query, "positive": positive, "negative": negative}
+
+    def graded_pair(self, event, rng):
+        """Two sentences that agree in none, some or all of the slots; the score is how many."""
+        S = len(self.slots)
+        differ, other = rng.sample(list(self.slots), rng.randint(0, S)), dict(event)
+        for slot in differ:
+            other = self.changed(other, slot, rng)
+        one, two = self.tell(event, rng), self.tell(other, rng)
+        return {"sentence1": one[0], "sentence2": two[0], "score": float(S - len(differ))}
+
+    def rationale(self, event, rng, keep=1.0, wrong=0.0):
+        """The slots of an event, one phrase each, in order; a slot may be left out or wrong."""
+        said = []
+        for slot, phrase in self.phrases.items():
+            luck = rng.random()
+            if luck < keep:
+                said.append(phrase.format(rng.choice(self.slots[slot][event[slot]])))
+            elif luck < keep + wrong:
+                said.append(phrase.format(rng.choice(self.slots[slot][self.changed(event, slot, rng)[slot]])))
+        return " ".join(said)
+
+    def named(self, written, text):
+        """How much of a text its rationale names: `(recall over the slots, precision of what is named)`."""
+        told = {self.concept[w] for w in text.split() if w in self.concept}
+        claims = {self.concept[w] for w in written.split() if w in self.concept}
+        return len(told & claims) / len(told), len(told & claims) / max(len(claims), 1)
+
+    def well_formed(self, written):
+        """Whether a rationale is what the warm start was taught to write: phrases in order, each slot at most once."""
+        named = [w for w in written.split() if w in self.concept]
+        slots = [self.concept[w][0] for w in named]
+        in_order = [slot for slot in self.phrases if slot in slots]
+        return slots == in_order != [] and written == " ".join(self.phrases[s].format(w) for s, w in zip(slots, named))
 
 
-def changed(event, slot, rng):
-    """The event with another concept in one slot."""
-    return {**event, slot: rng.choice([c for c in range(8) if c != event[slot]])}
-
-
-def triplet(event, rng):
-    """A query, its positive, and a negative that copies the query's words but for one slot."""
-    form, other = rng.sample(FORMS, 2)
-    query, words = tell(event, rng, form)
-    positive, _ = tell(event, rng, other, avoid=set(words.values()))
-    slot = rng.choice(list(SLOTS))
-    wrong = rng.choice(SLOTS[slot][changed(event, slot, rng)[slot]])
-    negative = rng.choice([f for f in FORMS if f != form]).format(**{**words, slot: wrong})
-    return {"query": query, "positive": positive, "negative": negative}
-
-
-def graded_pair(event, rng):
-    """Two sentences that agree in 0 to 6 slots; the score is how many."""
-    differ, other = rng.sample(list(SLOTS), rng.randint(0, 6)), dict(event)
-    for slot in differ:
-        other = changed(other, slot, rng)
-    one, two = tell(event, rng), tell(other, rng)
-    return {"sentence1": one[0], "sentence2": two[0], "score": float(6 - len(differ))}
-
-
-def rationale(event, rng, keep=1.0, wrong=0.0):
-    """The slots of an event, one word each, in order; a slot may be left out or wrong."""
-    words = []
-    for slot, concept in event.items():
-        luck = rng.random()
-        if luck < keep:
-            words.append(rng.choice(SLOTS[slot][concept]))
-        elif luck < keep + wrong:
-            words.append(rng.choice(SLOTS[slot][changed(event, slot, rng)[slot]]))
-    return " ".join(words)
-
-
-def named(written, text):
-    """How much of a text its rationale names: `(recall over the six slots, precision of what is named)`."""
-    told = {CONCEPT[w] for w in text.split() if w in CONCEPT}
-    claims = {CONCEPT[w] for w in written.split() if w in CONCEPT}
-    return len(told & claims) / len(told), len(told & claims) / max(len(claims), 1)
+INSTRUCTION = "name what happened"
+EVENTS = World(
+    INSTRUCTION,
+    {  # six slots of eight concepts of three synonyms
+        "attribute": "old elderly aged|young youthful juvenile|tall lanky towering|rich wealthy affluent|"
+        "happy cheerful merry|angry furious irate|quiet silent hushed|clever smart bright",
+        "agent": "doctor physician medic|child kid youngster|thief robber burglar|teacher instructor tutor|"
+        "soldier trooper warrior|farmer grower rancher|sailor seaman mariner|singer vocalist crooner",
+        "act": "bought purchased acquired|sold traded vended|wrecked smashed shattered|mended repaired fixed|"
+        "buried concealed stashed|found discovered located|painted coloured decorated|carried hauled lugged",
+        "object": "car automobile vehicle|boat ship vessel|coat jacket parka|lamp lantern torch|"
+        "knife blade dagger|bicycle bike cycle|sofa couch settee|picture portrait canvas",
+        "place": "forest woods woodland|street road avenue|shop store boutique|church chapel cathedral|"
+        "beach shore coast|prison jail dungeon|school academy college|inn hotel hostel",
+        "time": "morning daybreak sunrise|noon midday lunchtime|afternoon teatime siesta|evening dusk sunset|"
+        "night midnight nighttime|winter wintertime snowtime|summer summertime midsummer|autumn fall harvest",
+    },
+    (
+        "the {attribute} {agent} {act} the {object} near the {place} around {time} .",
+        "around {time} , near the {place} , the {attribute} {agent} {act} the {object} .",
+        "it was near the {place} that the {attribute} {agent} {act} the {object} around {time} .",
+        "around {time} the {object} was {act} by the {attribute} {agent} near the {place} .",
+        "somebody {act} the {object} near the {place} around {time} : the {attribute} {agent} .",
+        "near the {place} the {agent} , who was {attribute} , {act} the {object} around {time} .",
+    ),
+    {slot: "{}" for slot in ("attribute", "agent", "act", "object", "place", "time")},
+    ("something happened somewhere", "it was the usual", "somebody was there"),
+)
+MEALS = World(  # nothing is tuned on this one: seven slots, six concepts, two synonyms, and rationales with small words
+    "say who had what",
+    {
+        "weather": "rain drizzle|snow sleet|fog mist|storm gale|heat swelter|frost ice",
+        "mood": "calm serene|nervous anxious|proud haughty|tired weary|curious inquisitive|grumpy sullen",
+        "guest": "nurse caregiver|lawyer attorney|painter artist|pilot aviator|monk friar|clown jester",
+        "deed": "ordered requested|tasted sampled|spilled dropped|praised lauded|cooked prepared|refused declined",
+        "dish": "soup broth|cake tart|bread loaf|fish trout|stew casserole|salad greens",
+        "drink": "coffee espresso|tea infusion|wine claret|beer ale|juice nectar|milk cream",
+        "venue": "kitchen galley|garden orchard|tavern pub|train railcar|balcony terrace|cellar basement",
+    },
+    (
+        "in the {venue} , despite {weather} , a {mood} {guest} {deed} some {dish} with {drink} .",
+        "{dish} and {drink} were {deed} by one {guest} , rather {mood} , in our {venue} during {weather} .",
+        "they say a {guest} {deed} {dish} , {drink} beside it , while {weather} ruled outside the {venue} ; how {mood} !",
+        "{weather} again : {mood} as ever , the {guest} of the {venue} {deed} her {drink} and her {dish} .",
+        "was it {dish} or {drink} that the {guest} {deed} , {mood} about the {weather} , back at the {venue} ?",
+    ),
+    {
+        "guest": "{}",
+        "deed": "who {}",
+        "dish": "some {}",
+        "drink": "with {}",
+        "venue": "at the {}",
+        "weather": "in {}",
+        "mood": "and felt {}",
+    },
+    ("nothing worth noting", "people were busy", "such is life"),
+)
+WORLDS = {"events": EVENTS, "meals": MEALS}
 
 
 # ---------------------------------------------------------------- tokenizer, network, warm start
 
 
-def build_tokenizer():
-    """A word-level tokenizer over the world's words, with a chat template and an end token."""
+def build_tokenizer(world=EVENTS):
+    """A word-level tokenizer over a world's words, with a chat template and an end token."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    plain = " ".join((*FORMS, *EMPTY_TALK, INSTRUCTION)).split()
-    words = dict.fromkeys([*SPECIAL, *sorted({w for w in plain if "{" not in w} | set(CONCEPT))])
+    plain = " ".join((*world.forms, *world.phrases.values(), *world.talk, world.instruction)).split()
+    words = dict.fromkeys([*SPECIAL, *sorted({w for w in plain if "{" not in w} | set(world.concept))])
     core = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(
@@ -163,7 +218,7 @@ def build_model(tokenizer, seed):
     )
 
 
-def warm_up(model, tokenizer, draw_event, rng, steps=600, B=96, lr=3e-3):
+def warm_up(model, tokenizer, world, draw_event, rng, steps=800, B=96, lr=3e-3):
     """Language modelling on chats: complete rationales for the first half of the steps, then noisy ones."""
     optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=0.01)
     for step in range(steps):
@@ -171,12 +226,12 @@ def warm_up(model, tokenizer, draw_event, rng, steps=600, B=96, lr=3e-3):
         for _ in range(B):
             event = draw_event()
             if step < steps // 2:
-                answer = rationale(event, rng)
+                answer = world.rationale(event, rng)
             elif rng.random() < 0.15:
-                answer = rng.choice(EMPTY_TALK)
+                answer = rng.choice(world.talk)
             else:
-                answer = rationale(event, rng, keep=0.5, wrong=0.2)
-            chats.append(f"<system> {INSTRUCTION} <user> {tell(event, rng)[0]} <assistant> {answer} <end>")
+                answer = world.rationale(event, rng, keep=0.5, wrong=0.2)
+            chats.append(f"<system> {world.instruction} <user> {world.tell(event, rng)[0]} <assistant> {answer} <end>")
         batch = tokenizer(chats, padding=True, padding_side="right", return_tensors="pt", add_special_tokens=False)
         labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
         logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
@@ -215,7 +270,7 @@ def write_tasks(folder, heldout, graded):
     write_rows(os.path.join(folder, "ToyPairs", "test.jsonl"), graded)
 
 
-def build(out, seed=0, train=4096, heldout=256, steps=600):
+def build(out, seed=0, train=4096, heldout=256, steps=800, world=EVENTS):
     """Write the world's data and the warmed-up model under `out`. The same seed gives the same files."""
     rng = random.Random(seed)
     # One event in eight is held out, by its slots alone, so train and held-out never share one.
@@ -223,26 +278,26 @@ def build(out, seed=0, train=4096, heldout=256, steps=600):
 
     def draw_event(held=False):
         while True:  # one draw in eight is held out: a miss a hundred times over is a bug, not bad luck
-            event = {slot: rng.randrange(8) for slot in SLOTS}
+            event = world.event(rng)
             if reserved(event) == held:
                 return event
 
     files = {
-        "train": [triplet(draw_event(), rng) for _ in range(train)],
-        "texts": [{"text": tell(draw_event(), rng)[0]} for _ in range(train)],
-        "heldout": [triplet(draw_event(True), rng) for _ in range(heldout)],
-        "graded": [graded_pair(draw_event(True), rng) for _ in range(2 * heldout)],
+        "train": [world.triplet(draw_event(), rng) for _ in range(train)],
+        "texts": [{"text": world.tell(draw_event(), rng)[0]} for _ in range(train)],
+        "heldout": [world.triplet(draw_event(True), rng) for _ in range(heldout)],
+        "graded": [world.graded_pair(draw_event(True), rng) for _ in range(2 * heldout)],
     }
     for name, rows in files.items():
         write_rows(os.path.join(out, "data", f"{name}.jsonl"), rows)
     write_tasks(os.path.join(out, "tasks"), files["heldout"], files["graded"])
-    tokenizer = build_tokenizer()
-    model = warm_up(build_model(tokenizer, seed), tokenizer, draw_event, rng, steps)
+    tokenizer = build_tokenizer(world)
+    model = warm_up(build_model(tokenizer, seed), tokenizer, world, draw_event, rng, steps)
     folder = os.path.join(out, "model")
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     with open(os.path.join(folder, "grace_config.json"), "w") as file:
-        json.dump({"instruction": INSTRUCTION, "max_prompt_tokens": 64, "max_new_tokens": 20}, file, indent=2)
+        json.dump({"instruction": world.instruction, "max_prompt_tokens": 64, "max_new_tokens": 20}, file, indent=2)
     return folder
 
 
@@ -250,10 +305,11 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default="runs/toy", help="folder to write model/ and data/ into")
     parser.add_argument("--seed", type=int, default=0, help="of the world's data and of the warm start")
-    parser.add_argument("--steps", type=int, default=600, help="warm-up steps (fewer: a worse start, for tests)")
+    parser.add_argument("--steps", type=int, default=800, help="warm-up steps (fewer: a worse start, for tests)")
+    parser.add_argument("--world", default="events", choices=tuple(WORLDS), help="what the texts are about")
     args = parser.parse_args()
     start = time.time()
-    print(f"wrote {build(args.out, args.seed, steps=args.steps)} in {time.time() - start:.0f} s")
+    print(f"wrote {build(args.out, args.seed, steps=args.steps, world=WORLDS[args.world])} in {time.time() - start:.0f} s")
 
 
 if __name__ == "__main__":

@@ -46,15 +46,15 @@ fi
 #    of step 0. The paper's recipe keeps its constant learning rate; see what becomes of `distinct`.
 if [ "$what" = full ]; then
   out=runs/toy
-  recipe="--recipe full --lr-decay --steps 200"
+  recipe="--recipe full --lr-decay --steps 250 --infonce-temperature 0.2"
 else
   out=runs/toy-paper
-  recipe="--recipe paper --steps 240"
+  recipe="--recipe paper --steps 250"
 fi
 # shellcheck disable=SC2086
 "$PYTHON" grace.py $recipe --model "$world/model" --data "$world/data/train.jsonl" \
   --heldout "$world/data/heldout.jsonl" --graded "$world/data/graded.jsonl" --out "$out" \
-  --batch 16 --rollouts 8 --lr 5e-4 --eval-every 40 --seed "$SEED" --overwrite
+  --batch 32 --rollouts 4 --lr 5e-4 --eval-every 50 --seed "$SEED" --overwrite
 
 # 5. The same held-out sets through the evaluator that runs the paper's 16 MTEB tasks.
 echo

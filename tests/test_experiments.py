@@ -1,15 +1,276 @@
-"""The experiment's smoke run: every rung trains, and the page and picture come out."""
+"""The experiments: other algorithms and baselines against loops, verdicts, and every name's smoke run."""
 
-import runpy
-import sys
+import math
+import os
 
 import pytest
+import run
+import torch
+from algorithms import ALGORITHMS, DAPO, GRPO, DrGRPO, ReinforcePlusPlus, ReMax
+from baselines import Contrastive, SimCSE
+from conftest import TEXTS
+from record import Place, rounded
+from synthetic_tasks import write_all
+from tables import EXPERIMENTS, Claim
+from test_grace import ROWS, config
+
+from data import GraceError
+from grace import batch_roles, roll_out
+from rollout import sample
+
+# ---------------------------------------------------------------- algorithms
 
 
-def test_repairs_quick(tmp_path, monkeypatch, capsys):
+def prepared(policy, algorithm, **settings):
+    """A trainer of an algorithm, and a batch's rollouts as its `advantage` sees them."""
+    trainer = algorithm(policy, None, ROWS, config(**settings))
+    texts, twins = batch_roles(ROWS)
+    rollouts, embeddings = roll_out(policy, texts, trainer.config, torch.Generator().manual_seed(1))
+    R = torch.randn(rollouts.finished.shape, generator=torch.Generator().manual_seed(2))
+    return trainer, R, rollouts, texts, embeddings, twins
+
+
+def test_grpo_divides_by_the_groups_deviation(make_policy):
+    trainer, R, *rest = prepared(make_policy(), GRPO)
+    A = trainer.advantage(R, *rest)
+    for rewards, found in zip(R.tolist(), A.tolist()):
+        mean = sum(rewards) / len(rewards)
+        std = math.sqrt(sum((r - mean) ** 2 for r in rewards) / len(rewards))
+        assert found == pytest.approx([(r - mean) / std for r in rewards], rel=1e-4)
+
+
+def test_reinforce_plus_plus_looks_at_the_whole_batch(make_policy):
+    trainer, R, *rest = prepared(make_policy(), ReinforcePlusPlus)
+    flat = R.flatten().tolist()
+    mean = sum(flat) / len(flat)
+    std = math.sqrt(sum((r - mean) ** 2 for r in flat) / (len(flat) - 1))
+    expected = [(r - mean) / std for r in flat]
+    assert trainer.advantage(R, *rest).flatten().tolist() == pytest.approx(expected, rel=1e-4)
+
+
+def test_dapo_drops_groups_without_spread_and_taxes_length(make_policy):
+    trainer, R, rollouts, *rest = prepared(make_policy(), DAPO, gamma=3.0)
+    R[1] = 0.7  # and equal lengths: a group without spread
+    rollouts.mask[:] = torch.arange(rollouts.mask.shape[2]) < torch.randint(1, 7, (*R.shape, 1))
+    rollouts.mask[1] = rollouts.mask[1, :1]
+    rollouts.finished[:] = True
+    rollouts.finished[0, 0] = False
+    R[0, 0] -= 3.0  # what judge took for not ending
+    A, limit = trainer.advantage(R, rollouts, *rest), 6
+    for n, group in enumerate(R.tolist()):
+        lengths = rollouts.mask[n].sum(-1).tolist()
+        taxed = [r - min(max((length - 0.8 * limit) / (0.2 * limit), 0), 1) for r, length in zip(group, lengths)]
+        taxed[0] += 3.0 if n == 0 else 0
+        mean = sum(taxed) / len(taxed)
+        std = math.sqrt(sum((r - mean) ** 2 for r in taxed) / len(taxed))
+        N = len(R)
+        expected = [0.0] * len(group) if n == 1 else [(r - mean) / std * N / (N - 1) for r in taxed]
+        assert A[n].tolist() == pytest.approx(expected, rel=1e-3, abs=1e-6)
+
+
+@pytest.mark.parametrize("algorithm, low, high", [(DAPO, 0.2, 0.28), (DrGRPO, 0.2, 0.2)])
+def test_the_other_surrogates_token_by_token(make_policy, algorithm, low, high):
+    trainer, R, rollouts, *rest = prepared(make_policy(), algorithm)
+    A = trainer.advantage(R, rollouts, *rest)
+    new = rollouts.logprobs + 0.4 * torch.randn(rollouts.logprobs.shape, generator=torch.Generator().manual_seed(3))
+    found, clipped = trainer.surrogate(new, rollouts, A), [0, 0]
+    lengths = rollouts.mask.sum(-1)
+    scale = float(lengths.float().mean()) if algorithm is DAPO else trainer.policy.reading.max_new_tokens
+    for n in range(R.shape[0]):
+        for k in range(R.shape[1]):
+            total = 0.0
+            for t in range(int(lengths[n, k])):
+                ratio, a = math.exp(float(new[n, k, t] - rollouts.logprobs[n, k, t])), float(A[n, k])
+                total += min(ratio * a, min(max(ratio, 1 - low), 1 + high) * a)
+                clipped = [clipped[0] + (ratio < 1 - low), clipped[1] + (1 + low < ratio < 1.28)]
+            assert float(found[n, k]) == pytest.approx(total / scale, rel=1e-4, abs=1e-6)
+    assert min(clipped) > 0  # both sides are at work, and so is the difference between them
+
+
+def test_remax_subtracts_the_greedy_rationales_reward(make_policy):
+    """Its reward written out in loops: InfoNCE, consistency, and InfoNCE against the nearest rollouts."""
+    policy = make_policy().__class__(make_policy().model.double(), make_policy().tokenizer, make_policy().reading)
+    trainer, R, rollouts, texts, embeddings, twins = prepared(policy, ReMax, infonce_temperature=0.3)
+    c, B = trainer.config, len(ROWS)
+    found = R - trainer.advantage(R, rollouts, texts, embeddings, twins)
+    q, p, n = (embeddings[role].tolist() for role in ("query", "positive", "negative"))
+    dot = lambda a, b: sum(x * y for x, y in zip(a, b))
+    mean = lambda values: sum(values) / len(values)
+    expected = []
+    for role, mine, other in (("query", q, p), ("positive", p, q)):
+        for i, text in enumerate(texts[role]):
+            greedy = sample(policy, policy.prompts([text]), 1, 0.0)
+            h, reward = greedy.embeddings[0, 0].tolist(), 0.0
+            own = mean([dot(h, x) for x in other[i]])
+            for reduce, weight in ((mean, 1.0), (max, c.lambda_hard)):
+                scores = [own if j == i else reduce([dot(h, x) for x in other[j]]) for j in range(B)]
+                scores += [reduce([dot(h, x) for x in group]) for group in n[i]] if role == "query" else []
+                top = math.log(sum(math.exp(s / c.infonce_temperature) for s in scores))
+                reward += weight * (own / c.infonce_temperature - top)
+            reward += c.lambda_consistency * mean([dot(h, x) for x in mine[i]])
+            expected.append(reward / c.tau - (0.0 if bool(greedy.finished) else c.gamma))
+    for row, value in zip(found.tolist(), expected):
+        assert row == pytest.approx([value] * len(row), abs=1e-5)
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_every_algorithm_takes_its_steps(make_policy, name):
+    trainer = ALGORITHMS[name](make_policy(), None, ROWS, config(pathwise=0.0, kl=0.0, minibatches=2))
+    before = trainer.policy.head.weight.clone()
+    assert all(math.isfinite(value) for value in trainer.step().values())
+    assert not torch.equal(before, trainer.policy.head.weight)
+
+
+# ---------------------------------------------------------------- baselines
+
+
+def embedded(policy, text):
+    """One text, read alone: the mean of the states that count, and the log-probability of the tokens between them."""
+    x = policy.prompts([text])
+    out, counted = policy.model(input_ids=x.ids, output_hidden_states=True), x.counted[0].bool()
+    h = out.hidden_states[-1][0][counted].mean(0)
+    at = counted.nonzero()[1:, 0]
+    said = torch.log_softmax(out.logits[0].double(), -1)[at - 1, x.ids[0, at]].mean()
+    return h / h.norm(), said
+
+
+@pytest.mark.parametrize("text_weight", [0.0, 2.0])
+def test_the_contrastive_loss_and_its_gradient(make_policy, text_weight):
+    policy = make_policy(double=True)
+    trainer = Contrastive(policy, None, ROWS, config(text_weight=text_weight, infonce_temperature=0.3))
+    texts, twins = batch_roles(ROWS)
+    read = {role: [embedded(policy, text) for text in texts[role]] for role in texts}
+    q, p, n = ([h for h, _ in read[role]] for role in ("query", "positive", "negative"))
+    terms = []
+    for i in range(len(ROWS)):
+        forth = torch.stack([q[i] @ x for x in p] + [q[i] @ n[i]]) / 0.3
+        back = torch.stack([p[i] @ x for x in q]) / 0.3
+        terms += [forth[i] - forth.exp().sum().log(), back[i] - back.exp().sum().log()]
+    expected = -torch.stack(terms).mean() - text_weight * torch.stack([said for r in read.values() for _, said in r]).mean()
+    found = trainer.loss(texts, twins)
+    assert found.item() == pytest.approx(expected.item(), rel=1e-9)
+    weight = policy.model.model.layers[0].mlp.down_proj.weight
+    mine, theirs = (torch.autograd.grad(x, weight)[0] for x in (found, expected))
+    torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-8)  # norms and rotations are float32 inside
+
+
+def test_simcse_drops_out_only_in_its_own_reading(make_policy):
+    policy = make_policy(double=True)
+    trainer = SimCSE(policy, None, [{"text": t} for t in TEXTS], config(mode="unsupervised", batch=2, text_weight=0.0))
+    views, read = [], trainer.read
+    trainer.read = lambda texts, share: views.append(read(texts, share)) or views[-1]
+    texts, twins = batch_roles([{"text": t} for t in TEXTS])
+    loss = trainer.loss(texts, twins)
+    (one, _), (two, _) = views
+    scores = (one @ two.T) / trainer.config.infonce_temperature
+    assert loss.item() == pytest.approx((-(scores.diagonal() - scores.exp().sum(1).log()).mean()).item(), rel=1e-9)
+    plain = torch.stack([embedded(policy, text)[0] for text in TEXTS])
+    assert (one - two).abs().max() > 1e-3 and (one - plain).abs().max() > 1e-3
+    torch.testing.assert_close(read(TEXTS)[0], plain)  # the hook is gone
+    dropped = trainer.drop(None, None, torch.ones(200, 100))
+    assert dropped.unique().tolist() == pytest.approx([0.0, 1 / 0.9]) and 0.08 < (dropped == 0).float().mean() < 0.12
+
+
+@pytest.mark.parametrize("trainer", [Contrastive, SimCSE])
+def test_a_loss_falls(make_policy, trainer):
+    rows = ROWS if trainer is Contrastive else [{"text": row["query"]} for row in ROWS]
+    mode = "supervised" if trainer is Contrastive else "unsupervised"
+    trained = trainer(make_policy(), None, rows, config(mode=mode, lr_decay=True, steps=20, lr=1e-3))
+    losses = [trained.step()["loss"] for _ in range(20)]
+    assert sum(losses[-4:]) < 0.8 * sum(losses[:4])
+    assert trained.optimizer.param_groups[0]["lr"] == pytest.approx(1e-3 / 20)
+
+
+# ---------------------------------------------------------------- claims, records, the runner
+
+
+def test_verdicts_are_counted():
+    record = lambda score: {"after": {"recall": score}}
+    found = {"a": [record(0.9), record(0.8)], "b": [record(0.5), record(0.85)], "c": [record(0.1), record(0.2)]}
+    said = lambda *pairs, **more: Claim("", list(pairs), "recall", **more).verdict(found)
+    assert said(("a", "c")) == "**agrees** (2 of 2 comparisons)"
+    assert said(("c", "a"), ("c", "b")) == "**disagrees** (0 of 4 comparisons)"
+    assert said(("a", "b")) == "**cannot be seen at this size** (1 of 2 comparisons)"
+    assert (
+        said(("a", "a"), within=0.1) == "**agrees** (2 of 2 comparisons)" and said(("a", "c"), within=0.1)[2:11] == "disagrees"
+    )
+
+
+def test_claims_name_rows_and_columns_that_exist():
+    for experiment in EXPERIMENTS.values():
+        named = {label for claim in experiment.claims for pair in claim.pairs for label in pair}
+        assert named <= set(experiment.rows)
+
+
+def test_a_run_is_found_by_its_settings():
+    place = Place()
+    base = dict(trainer="GRACE", recipe="full", seed=0)
+    assert place.path(base) == place.path({**base, "clip_eps": 0.2, "world": None})  # a default is no difference
+    others = [dict(seed=1), dict(steps=7), dict(trainer="GRPO"), dict(recipe="paper"), dict(world="meals"), dict(probe="tasks")]
+    assert len({place.path(base), *(place.path(base | other) for other in others)}) == 7
+    assert place.path(base) != Place(quick=True).path(base) != Place(data="x").path(base)
+
+
+def test_rounding_keeps_integers_and_strings():
+    assert rounded({"a": [1, 0.123456789, "x", None, True]}) == {"a": [1, 0.12346, "x", None, True]}
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory):
+    """Every experiment once, one step a run, all in this process."""
     pytest.importorskip("matplotlib", reason="the pictures need the extra `plot`")
-    monkeypatch.setattr(sys, "argv", ["repairs.py", "--quick", "--out", str(tmp_path)])
-    runpy.run_path("experiments/repairs.py", run_name="__main__")
-    page = (tmp_path / "quick" / "repairs.md").read_text()
-    assert page.count("| + ") == 3 and "| paper (constant rate, as published) |" in page and "nan" not in page
-    assert (tmp_path / "quick" / "repairs.png").stat().st_size > 10_000
+    out = tmp_path_factory.mktemp("experiments")
+    run.main(["all", "--quick", "--jobs", "1", "--out", str(out)])
+    return out
+
+
+@pytest.mark.parametrize("name", [name for name in EXPERIMENTS if name != "real"])
+def test_quick(quick, name):
+    page = (quick / "results.md").read_text()
+    assert f"## {EXPERIMENTS[name].title}\n" in page and f"run.py {name}`" in page and "nan" not in page
+    if EXPERIMENTS[name].figure:
+        assert (quick / f"{name}.png").stat().st_size > 10_000
+
+
+def test_a_second_call_makes_no_run_and_the_same_page(quick, capsys):
+    page, records = (quick / "results.md").read_text(), sorted(os.listdir(quick / "results"))
+    times = [os.stat(quick / "results" / name).st_mtime_ns for name in records]
+    run.main(["table5", "--quick", "--jobs", "1", "--out", str(quick)])
+    assert (quick / "results.md").read_text() == page
+    assert [os.stat(quick / "results" / name).st_mtime_ns for name in records] == times
+
+
+def test_a_backbone_and_data_of_ones_own(quick, tiny_world, tmp_path):
+    data, out = tiny_world / "data", tmp_path / "mine"
+    files = ["--model", f"{tiny_world}/model", "--data", f"{data}/train.jsonl", "--heldout", f"{data}/heldout.jsonl"]
+    run.main(["table5", "--quick", "--jobs", "1", "--out", str(out), *files, "--set", "lr=1e-4", "weight_decay=0"])
+    assert "instructions followed" in (out / "results.md").read_text()
+
+
+def test_real_tasks_for_both_backbones(tiny_world, tmp_path):
+    write_all(tmp_path / "tasks")
+    files = ["--model", f"{tiny_world}/model", "--data", f"{tiny_world}/data/train.jsonl", "--data-dir", f"{tmp_path}/tasks"]
+    run.main(["real", "--quick", "--jobs", "1", "--out", str(tmp_path), *files])
+    page = (tmp_path / "results.md").read_text()
+    assert "| hashed words, no model |" in page and page.count("with rationale") == page.count("prompt alone") == 8
+
+
+def test_the_page_is_what_the_records_say():
+    with open(os.path.join("docs", "results.md")) as file:
+        assert file.read() == run.page(Place())
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["table3"], "unknown experiment 'table3'"),
+        ([], "name an experiment"),
+        (["real", "--data", "x"], "real needs --model"),
+        (["table1", "--data", "x"], "give --out"),
+        (["table1", "--model", "x", "--out", "y"], "--model needs --data"),
+        (["table1", "--set", "learning_rate=1"], "no setting 'learning_rate'"),
+    ],
+)
+def test_bad_arguments(arguments, message):
+    with pytest.raises(GraceError, match=message):
+        run.main(arguments)

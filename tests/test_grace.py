@@ -196,7 +196,7 @@ def test_the_full_gradient_is_exact(enumerable, reward):
     torch.manual_seed(0)
     anchors = torch.nn.functional.normalize(torch.randn(3, D, dtype=torch.float64), dim=-1)
     given = config(
-        reward=reward, train_roles="positive", pathwise=(K - 1) / K, kl=0.0, tau=0.5, length_normalize=False,
+        reward=reward, train_roles="positive", pathwise=(K - 1) / K, kl=0.0, text_weight=0.0, tau=0.5, length_normalize=False,
         lambda_consistency=0.0, lambda_hard=0.0, infonce_temperature=0.3, relative_length_penalty=True,
     )  # fmt: skip
 
@@ -244,9 +244,9 @@ def prepared(policy, **settings):
 
 
 def test_gradient_of_the_loss_against_finite_differences(make_policy):
-    """With clip, KL and pathwise terms all active, off policy."""
+    """With clip, KL, pathwise and text terms all active, off policy."""
     policy = make_policy("GPT2", double=True)
-    trainer, rollouts, A, g = prepared(policy, kl=0.5, pathwise=0.7, clip_eps=0.05)
+    trainer, rollouts, A, g = prepared(policy, kl=0.5, pathwise=0.7, clip_eps=0.05, text_weight=0.3)
     with torch.no_grad():  # away from the sampler's weights, so that ratios leave the clip range
         torch.manual_seed(3)
         for p in policy.model.parameters():
@@ -267,6 +267,22 @@ def test_gradient_of_the_loss_against_finite_differences(make_policy):
         assert (sides[0] - sides[1]) / (2 * step) == pytest.approx(float(p.grad.view(-1)[at]), rel=1e-4, abs=1e-7)
         checked += 1
     assert checked > 20
+
+
+def test_the_text_term_is_the_language_models_loss_on_the_texts(make_policy):
+    """One text at a time, in a forward pass of its own: all its tokens after the first, and the template's."""
+    policy = make_policy(double=True)
+    trainer, rollouts, A, g = prepared(policy, text_weight=0.7)
+    with_text, seen = trainer.objective(rollouts, A, g)
+    trainer.config.text_weight = 0.0
+    without, _ = trainer.objective(rollouts, A, g)
+    for n, text in enumerate([row[role] for role in ("query", "positive") for row in trainer.batch()]):
+        x = policy.prompts([text])
+        said = torch.log_softmax(policy.model(input_ids=x.ids).logits[0], -1)
+        at = x.counted[0].nonzero()[1:, 0]
+        expected = said[at - 1, x.ids[0, at]].mean().item()
+        assert len(at) >= 3 and (with_text - without)[n].tolist() == pytest.approx([0.7 * expected] * A.shape[1], rel=1e-5)
+        assert seen["text_loss"][n].tolist() == pytest.approx([-expected] * A.shape[1], rel=1e-5)
 
 
 @pytest.mark.parametrize("minibatches", [1, 3])
@@ -307,7 +323,7 @@ def test_the_first_ratio_is_one_and_later_ones_are_not(make_policy):
 def test_a_step_pushes_better_rationales_up(make_policy):
     """With one rollout clearly better than its group, its log-probability rises and the others' falls."""
     policy = make_policy()
-    trainer, rollouts, A, g = prepared(policy, pathwise=0.0, kl=0.0, lr=1e-2)
+    trainer, rollouts, A, g = prepared(policy, pathwise=0.0, kl=0.0, text_weight=0.0, lr=1e-2)
     A = torch.zeros_like(A)
     A[0] = torch.tensor([2.0, -1.0, -1.0])
     trainer.update(rollouts, A, g)

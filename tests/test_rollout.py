@@ -95,11 +95,19 @@ def test_score_and_its_gradient_equal_full_rows(make_policy, architecture):
         value.backward()
         return torch.cat([p.grad.flatten() for p in policy.model.parameters()])
 
-    logprobs, h = score(policy, rollouts)
+    logprobs, h, text = score(policy, rollouts, text=True)
     T, D = logprobs.shape[2], 16
-    shared = gradient((logprobs * weight[0, :, :, :T]).sum() + (h[..., :D] * weight[1]).sum())
+    shared = gradient(
+        (logprobs * weight[0, :, :, :T]).sum() + (h[..., :D] * weight[1]).sum() + (text * weight[0, :, 0, 0]).sum()
+    )
     total = 0
     for n in range(3):
+        at = rollouts.counted[n].nonzero()[1:, 0]  # tokens whose predecessor counts too
+        ids = rollouts.prompt_ids[n][rollouts.prompt_mask[n].bool()]
+        at = at - (rollouts.prompt_mask[n] == 0).sum()
+        said = torch.log_softmax(policy.model(input_ids=ids[None]).logits[0], -1)[at - 1, ids[at]].mean()
+        torch.testing.assert_close(text[n], said, rtol=1e-6, atol=1e-6)
+        total = total + said * weight[0, n, 0, 0]
         for k in range(2):
             lp, e = by_full_forward(policy, rollouts, n, k)
             torch.testing.assert_close(logprobs[n, k, : len(lp)], lp, rtol=1e-9, atol=1e-9)

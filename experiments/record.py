@@ -1,0 +1,261 @@
+"""One run of an experiment: settings in, a small JSON record out, made once and found again by its settings.
+
+A run is a flat dict: `trainer` (which of TRAINERS, or "none"), `world`, `seed`, `probe`, `backbone` ("toy" or "given",
+where one experiment has both), and any settings of config.py.
+Its record holds all of it, the evaluations before and after (and after without a rationale), what the rationales are
+like, the course of the training, versions, wall time and the git revision. Weights are not kept.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import zlib
+
+import numpy as np
+import torch
+import transformers
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path[:0] = [path for path in (ROOT, os.path.join(ROOT, "experiments")) if path not in sys.path]
+
+from algorithms import ALGORITHMS  # noqa: E402
+from baselines import Contrastive, SimCSE  # noqa: E402
+
+import grace  # noqa: E402
+import toy  # noqa: E402
+from checkpoint import write_atomically  # noqa: E402
+from config import Config  # noqa: E402
+from data import load_rows  # noqa: E402
+from encoder import GraceEncoder  # noqa: E402
+from policy import Policy  # noqa: E402
+from rollout import encode, sample, score  # noqa: E402
+from tasks import evaluate_tasks, evaluate_triplets  # noqa: E402
+
+TRAINERS = {"contrastive": Contrastive, "simcse": SimCSE, **ALGORITHMS}
+TOY = dict(batch=32, rollouts=4, lr=5e-4, lr_decay=True, infonce_temperature=0.2)  # train.sh's settings for the embedded worlds
+QUICK_WORLD = dict(train=64, heldout=16, steps=5)  # built in a second
+QUICK = dict(
+    batch=4, rollouts=3, steps=1, lr=1e-3, lambda_consistency=0.2, lambda_hard=0.2, pathwise=0.1, kl=0.01, max_new_tokens=6
+)  # not varied
+REAL_TASKS = ["STSBenchmark", "STS17", "SICK-R", "Banking77Classification"]
+FOLLOW = {  # instructions that a program can check, for backbones that were taught to follow any
+    "Answer with the single word yes.": lambda said: said.strip(" .!\n").lower() == "yes",
+    "Which number comes after 41? Answer with digits only.": lambda said: said.strip(" .\n") == "42",
+    "Repeat this word three times, with spaces between: stone": lambda said: said.lower().split() == ["stone"] * 3,
+    "Write the word HARBOUR in lower case and nothing else.": lambda said: said.strip(" .\n") == "harbour",
+    "List three colours, separated by commas.": lambda said: said.count(",") == 2,
+    "Write one sentence that ends with a question mark.": lambda said: said.strip().endswith("?"),
+    "What is the capital of France? Answer in one word.": lambda said: said.strip(" .\n").lower() == "paris",
+    "Translate into German, one word only: water": lambda said: said.strip(" .\n").lower() == "wasser",
+}
+
+
+@dataclasses.dataclass
+class Place:
+    """Where runs happen: on the embedded worlds, or on a model and data of one's own."""
+
+    results: str = os.path.join(ROOT, "experiments", "results")
+    worlds: str = os.path.join(ROOT, "runs")
+    model: str = None
+    data: str = None
+    heldout: str = None
+    graded: str = None
+    data_dir: str = None
+    settings: dict = dataclasses.field(default_factory=dict)  # on top of an experiment's own
+    quick: bool = False
+
+    def on_toy(self, run):
+        """Whether a run starts from the embedded model."""
+        return not self.model or run.get("backbone") == "toy"
+
+    def config(self, run):
+        """The Config of a run, its paths aside."""
+        fields = {f.name for f in dataclasses.fields(Config)}
+        given = {**({} if self.model else TOY), **{k: v for k, v in run.items() if k in fields}, **self.settings}
+        return Config(**(given | QUICK if self.quick else given))
+
+    def path(self, run):
+        """Where the record of a run is: named by whatever could change it, defaults aside."""
+        defaults = {f.name: f.default for f in dataclasses.fields(Config)} | {"device": None}
+        settings = {k: v for k, v in dataclasses.asdict(self.config(run)).items() if v != defaults[k] and k != "device"}
+        about = {k: run.get(k) for k in ("trainer", "world", "probe", "backbone")}
+        about |= {"settings": settings, "quick": self.quick}
+        if "backbone" not in run:
+            about |= {k: getattr(self, k) for k in ("model", "data", "heldout", "graded") if getattr(self, k)}
+        name = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:10]
+        kind = "".join(c if c.isalnum() else "-" for c in run.get("trainer", "none").lower()).strip("-")
+        return os.path.join(self.results, f"{kind}-{run['seed']}-{name}.json")
+
+    def world(self, run):
+        """The folder of a run's world, built if need be."""
+        name = "" if run.get("world", "events") == "events" else f"-{run['world']}"
+        out = os.path.join(self.worlds, f"{'quick' if self.quick else 'toy'}-world{name}-{run['seed']}")
+        if not os.path.isfile(os.path.join(out, "model", "grace_config.json")):
+            toy.build(out, run["seed"], world=toy.WORLDS[run.get("world", "events")], **(QUICK_WORLD if self.quick else {}))
+        return out
+
+    def read(self, run):
+        """The record of a run, or None if there is none yet."""
+        if not os.path.isfile(path := self.path(run)):
+            return None
+        with open(path) as file:
+            record = json.load(file)
+        return record if self.on_toy(run) or record["backbone"] == backbone(self.model) else None
+
+
+def backbone(model):
+    """What a model is called in a table."""
+    return os.path.basename(model.rstrip("/"))
+
+
+def describe(policy, start, texts, world, instructed):
+    """What the policy's greedy rationales about some texts are like. `-> {name: number}`."""
+    written = encode(policy, texts).rationales
+    seen = {"distinct": len(set(written)) / len(set(texts)), "start_logprob": start_logprob(policy, start, texts)}
+    if world:
+        recall, precision = np.mean([world.named(w, text) for w, text in zip(written, texts)], 0)
+        seen |= {"recall": recall, "precision": precision, "well_formed": np.mean([world.well_formed(w) for w in written])}
+    if instructed:
+        reading = dataclasses.replace(policy.reading, instruction="You are a helpful assistant.", max_new_tokens=32)
+        said = encode(Policy(policy.model, policy.tokenizer, reading, policy.dtype), list(FOLLOW)).rationales
+        seen["follows"] = np.mean([check(answer) for check, answer in zip(FOLLOW.values(), said)])
+    return {name: float(x) for name, x in seen.items()}
+
+
+@torch.no_grad()
+def start_logprob(policy, start, texts):
+    """How likely the start policy finds what the policy writes, greedily: the mean log-probability a token."""
+    total = count = 0
+    for i in range(0, len(texts), 64):
+        written = sample(policy, policy.prompts(texts[i : i + 64]), 1, 0.0)
+        total += float((score(start, written)[0] * written.mask).sum())
+        count += int(written.mask.sum())
+    return total / count
+
+
+def budgets(policy, heldout, limits=(1, 2, 3, 4, 6, 8, 12, 20)):
+    """Figure 4: held-out retrieval and milliseconds a text, by the longest rationale allowed; and where time goes."""
+    texts, found = [row["query"] for row in heldout], []
+    for limit in (0, *limits):
+        short = Policy(
+            policy.model, policy.tokenizer, dataclasses.replace(policy.reading, max_new_tokens=limit or 1), policy.dtype
+        )
+        scores = evaluate_triplets(short, heldout, rationale=limit > 0)
+        start = time.perf_counter()
+        encode(short, texts, rationale=limit > 0)
+        ms = 1000 * (time.perf_counter() - start) / len(set(texts))
+        found.append({"limit": limit, "ndcg_at_10": scores["ndcg_at_10"], "finished": scores.get("finished"), "ms": ms})
+    return found
+
+
+def hashed_words(texts, D=512):
+    """Counts of words, each hashed to one of D places: what needs no model at all. `-> [n, D]`."""
+    vectors = np.full((len(texts), D), 1e-3, np.float32)
+    for row, text in zip(vectors, texts):
+        for word in text.lower().split():
+            row[zlib.crc32(word.encode()) % D] += 1
+    return vectors
+
+
+def real_tasks(encode, place):
+    """Main scores of real tasks. `-> {task: score}`."""
+    names = REAL_TASKS[:2] if place.quick else REAL_TASKS
+    return {task: scores["main_score"] for task, scores in evaluate_tasks(encode, names, place.data_dir).items()}
+
+
+@functools.cache
+def revision():
+    """The git revision, with a + if the working tree differs from it."""
+    git = lambda *command: subprocess.run(["git", *command], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--", "*.py") else "")
+
+
+def make(run, place):
+    """Train and measure one run, and write its record. Returns the record's path and the seconds it took."""
+    began, path = time.time(), place.path(run)
+    on_toy = place.on_toy(run)
+    folder = place.world(run) if on_toy else None
+    model = f"{folder}/model" if on_toy else place.model
+    files = dict(model=model, data=place.data, heldout=place.heldout, graded=place.graded)
+    if not place.data:
+        names = {"data": "texts" if run.get("mode") == "unsupervised" else "train", "heldout": "heldout", "graded": "graded"}
+        files |= {name: f"{folder}/data/{file}.jsonl" for name, file in names.items()}
+    config = dataclasses.replace(place.config(run), **files)
+    with tempfile.TemporaryDirectory() as out, open(os.path.join(out, "log.txt"), "w") as log:
+        config = dataclasses.replace(config, out=os.path.join(out, "run"))
+        rows, heldout, graded = load_rows(config)
+        reading = {f: getattr(config, f) for f in ("instruction", "max_prompt_tokens", "max_new_tokens", "pooling")}
+        start = Policy.load(config.model, config.device, config.dtype, **reading)
+        if run["trainer"] == "none":
+            policy, summary = start, {"before": evaluate_triplets(start, heldout, graded), "seconds": 0.0}
+            summary |= {"after": summary["before"], "after_without_rationale": evaluate_triplets(start, heldout, graded, False)}
+        else:
+            with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+                summary = grace.train(config, TRAINERS[run["trainer"]])
+            policy = Policy.load(config.out, config.device, config.dtype)
+        record = {
+            "run": run,
+            "backbone": "toy" if on_toy else backbone(place.model),
+            "config": {k: v for k, v in dataclasses.asdict(config).items() if k not in (*files, "out")},
+            **{name: summary[name] for name in ("before", "after", "after_without_rationale")},
+            **course(config),
+        }
+        texts = [row["query"] for row in heldout]
+        world = toy.WORLDS[run.get("world", "events")] if on_toy and not place.data else None
+        for moment, which in (("before", start), ("after", policy)):
+            record[moment] = record[moment] | describe(which, start, texts, world, instructed=not on_toy)
+        if run.get("probe") == "budgets":
+            record["budgets"] = budgets(policy, heldout, (1, 2, 20) if place.quick else (1, 2, 3, 4, 6, 8, 12, 20))
+        if run.get("probe") == "tasks":
+            with_and_without = (GraceEncoder(policy, rationale=rationale).encode for rationale in (True, False))
+            record["tasks"], record["tasks_alone"] = (real_tasks(embed, place) for embed in with_and_without)
+            record["tasks_words"] = real_tasks(hashed_words, place) if run["trainer"] == "none" else None
+    record |= {"train_seconds": summary["seconds"], "seconds": time.time() - began, "revision": revision()}
+    record["versions"] = {
+        "python": sys.version.split()[0],
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+    os.makedirs(place.results, exist_ok=True)
+    write_atomically(path, json.dumps(rounded(record), indent=1))
+    return path, record["seconds"]
+
+
+def course(config):
+    """From a run's files: held-out figures along the training, a trace of its metrics, and three texts' rationales."""
+    if not os.path.isdir(config.out):
+        return {"curve": [], "trace": [], "rationales": []}
+    with open(os.path.join(config.out, "metrics.jsonl")) as file:
+        metrics = [json.loads(line) for line in file]
+    every = max(1, config.steps // 12)
+    curve = [{k.removeprefix("heldout_"): v for k, v in m.items() if k == "step" or k.startswith("heldout_")} for m in metrics]
+    kept = ("step", "reward", "length", "distinct", "cosine", "effective_rank", "loss", "grad_norm", "sample_s", "step_s")
+    trace = [
+        {k: v for k, v in m.items() if k in kept or k.endswith("_std")}
+        for m in metrics
+        if m["step"] == 1 or m["step"] % every == 0
+    ]
+    with open(os.path.join(config.out, "rationales.md")) as file:
+        blocks = file.read().split("\n**")[1:4]
+    written = []
+    for block in blocks:
+        text, _, table = block.partition("**\n")
+        cells = [line.strip("| ").split(" | ", 1) for line in table.splitlines() if line.startswith("| ")][2:]
+        written.append({"text": text, "written": [[int(cell[0]), cell[1] if len(cell) > 1 else ""] for cell in cells]})
+    return {"curve": [c for c in curve if len(c) > 1], "trace": trace, "rationales": written}
+
+
+def rounded(x, digits=5):
+    """Every float to so many significant digits, so that records stay small and readable."""
+    if isinstance(x, dict):
+        return {k: rounded(v, digits) for k, v in x.items()}
+    if isinstance(x, list):
+        return [rounded(v, digits) for v in x]
+    return float(f"{x:.{digits}g}") if isinstance(x, float) else x

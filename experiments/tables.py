@@ -1,0 +1,405 @@
+"""Every table and figure: which runs it needs, what it shows of them, and what it holds against the paper.
+
+An Experiment is a dict of rows (a label and a run's settings), columns, and claims. A claim names orderings between
+rows; its verdict is counted over seeds, never typed (`verdict`). `run.py` makes the runs and writes docs/results.md.
+"""
+
+import functools
+from dataclasses import dataclass
+
+import numpy as np
+import pictures
+from algorithms import ALGORITHMS
+
+# ---------------------------------------------------------------- rows, columns, claims
+
+ALONE = ("Base", "contrastive", "SimCSE")  # rows whose embedding is the prompt's alone, no rationale
+
+
+def seen(record, label, name):
+    """One figure of a record. Retrieval is with the rationale, or without for the rows that have none."""
+    if name == "text loss":
+        return record["after"]["text_loss"] - record["before"]["text_loss"]
+    if name == "seconds":
+        return record["train_seconds"]
+    alone = "with reasoning" not in label and label.startswith(ALONE)
+    if name in ("ndcg_at_10", "top1", "spearman") and alone:
+        return record["after_without_rationale"].get(name)
+    if name == "without":
+        return None if alone else record["after_without_rationale"]["ndcg_at_10"]
+    return record["after"].get(name)
+
+
+COLUMNS = {  # what it is called in a record: in a table, and digits
+    "ndcg_at_10": ("nDCG@10", 3), "spearman": ("Spearman", 3), "without": ("nDCG@10 without rationale", 2),
+    "text loss": ("text loss, rise", 2), "recall": ("slots named", 2), "precision": ("of those right", 2),
+    "distinct": ("distinct", 2), "well_formed": ("well formed", 2), "start_logprob": ("log p under the start", 2),
+    "follows": ("instructions followed", 2), "words": ("words", 1), "finished": ("ended", 2), "seconds": ("seconds", 0),
+}  # fmt: skip
+
+
+@dataclass
+class Claim:
+    """`text` holds if, by `column`, the first row of each pair is above the second; `within`: about equal instead."""
+
+    text: str
+    pairs: list
+    column: str = "ndcg_at_10"
+    within: float = None
+
+    def verdict(self, found):
+        """What the figures say, and how many of the comparisons (pairs times seeds) say so."""
+        figures = [
+            (seen(a, above, self.column), seen(b, below, self.column))
+            for above, below in self.pairs
+            for a, b in zip(found[above], found[below])
+        ]
+        if any(value is None for pair in figures for value in pair):
+            return "not measured on these data"
+        apart = [a - b for a, b in figures]
+        holds = sum(abs(x) <= self.within if self.within is not None else x > 0 for x in apart)
+        word = "agrees" if holds == len(apart) else "disagrees" if holds == 0 else "cannot be seen at this size"
+        return f"**{word}** ({holds} of {len(apart)} comparisons)"
+
+
+@dataclass
+class Experiment:
+    """What stands in docs/results.md under one name."""
+
+    title: str
+    paper: str  # what the paper says
+    rows: dict  # label: settings of its runs, or of none of its own ("same as" another experiment's)
+    columns: tuple = ("ndcg_at_10", "spearman", "text loss", "recall", "precision")
+    claims: tuple = ()
+    note: str = ""
+    seeds: tuple = (0, 1, 2)
+    figure: object = None  # function(found, path)
+    lines: object = None  # function(found) -> more lines of the page
+
+    def runs(self, seeds=None):
+        """Every run, `[(label, run)]`."""
+        return [(label, {**run, "seed": seed}) for label, run in self.rows.items() for seed in seeds or self.seeds]
+
+
+def cell(records, label, name):
+    """Mean over seeds, and the lowest and highest."""
+    values = [seen(r, label, name) for r in records]
+    if any(v is None or v != v for v in values):
+        return ""
+    digits = COLUMNS[name][1]
+    low, high, mean = (f"{f(values):.{digits}f}" for f in (min, max, np.mean))
+    return mean if low == high else f"{mean} ({low} to {high})"
+
+
+def table(found, columns):
+    """The rows as a markdown table; columns that no row fills are left out."""
+    cells = {label: [cell(records, label, name) for name in columns] for label, records in found.items()}
+    kept = [i for i in range(len(columns)) if any(row[i] for row in cells.values())]
+    lines = ["| | " + " | ".join(COLUMNS[columns[i]][0] for i in kept) + " |", "| --- " + "| ---: " * len(kept) + "|"]
+    return lines + [f"| {label} | " + " | ".join(row[i] for i in kept) + " |" for label, row in cells.items()]
+
+
+# ---------------------------------------------------------------- the runs
+
+LONG, SHORT, GRID = dict(steps=250, eval_every=50), dict(steps=100, eval_every=0), dict(steps=40, eval_every=0)
+PAPER = dict(trainer="GRACE", recipe="paper", lr_decay=False)
+FULL = dict(trainer="GRACE", recipe="full")
+START = dict(trainer="none")
+CONTRASTIVE = dict(trainer="contrastive", text_weight=0.0, batch=64, lr=1e-3, steps=200, infonce_temperature=0.05)  # its best
+UNLABELLED = dict(mode="unsupervised")
+
+REAL = dict(steps=100, eval_every=0, batch=32, rollouts=4, lr=5e-4, lr_decay=True, infonce_temperature=0.2)
+
+LADDER = {
+    "GRACE, the paper's recipe": PAPER,
+    "the same, rate falling to 0": PAPER | dict(lr_decay=True),
+    "+ InfoNCE as the reward": FULL | dict(train_roles="positive", pathwise=0.0, text_weight=0.0, kl=0.0),
+    "+ queries trained too": FULL | dict(pathwise=0.0, text_weight=0.0, kl=0.0),
+    "+ the pathwise term": FULL | dict(text_weight=0.0, kl=0.0),
+    "+ the text term": FULL | dict(kl=0.0),
+    "+ a light KL term (= full)": FULL,
+}
+PAPERS, BEST = list(LADDER)[0], list(LADDER)[-1]
+SUPERVISED = {
+    "Base": START,
+    "Base with reasoning": START,
+    "contrastive fine-tuning": CONTRASTIVE,
+    "contrastive with the text term": CONTRASTIVE | dict(text_weight=1.0),
+    **LADDER,
+}
+UNSUPERVISED = {
+    "Base": START,
+    "Base with reasoning": START,
+    "SimCSE": UNLABELLED | CONTRASTIVE | dict(trainer="simcse"),
+    "GRACE, the paper's recipe": UNLABELLED | PAPER,
+    "full, without the pathwise term": UNLABELLED | FULL | dict(pathwise=0.0),
+    "full: two rationales as two views": UNLABELLED | FULL,
+}
+
+
+def over(rows, **settings):
+    """Rows with these settings added (a row's own win); rows that train nothing stay as they are."""
+    return {label: run if run["trainer"] == "none" else {**settings, **run} for label, run in rows.items()}
+
+
+def some(rows, *labels):
+    return {label: rows[label] for label in labels}
+
+
+SUPERVISED, UNSUPERVISED = over(SUPERVISED, **LONG), over(UNSUPERVISED, **SHORT)
+GRID_WEIGHTS = (0.0, 0.5, 1.0)
+
+
+def grid():
+    """Figure 3's runs: both rewards, each pair of weights."""
+    return {
+        f"{name} {a:g} {b:g}": {**GRID, **recipe, "lambda_consistency": a, "lambda_hard": b}
+        for name, recipe in (("paper", PAPER | dict(lr_decay=True)), ("infonce", FULL))
+        for a in GRID_WEIGHTS
+        for b in GRID_WEIGHTS
+    }
+
+
+def grid_lines(found):
+    """Figure 3 as two small tables of nDCG@10."""
+    lines = []
+    for name, title in (("paper", "the paper's reward"), ("infonce", "InfoNCE as the reward")):
+        lines += [f"nDCG@10 under {title}:\n", "| λ1 \\ λ2 | " + " | ".join(f"{b:g}" for b in GRID_WEIGHTS) + " |"]
+        lines += ["| --- " + "| ---: " * len(GRID_WEIGHTS) + "|"]
+        for a in GRID_WEIGHTS:
+            cells = (cell(found[f"{name} {a:g} {b:g}"], "", "ndcg_at_10") for b in GRID_WEIGHTS)
+            lines.append(f"| {a:g} | " + " | ".join(cells) + " |")
+        lines.append("")
+    return lines
+
+
+def along(found, texts=2):
+    """Table 6: the same held-out texts' rationales along the training, first seed."""
+    lines = []
+    for label, records in found.items():
+        for entry in records[0]["rationales"][:texts]:
+            lines += [f"{label}: *{entry['text']}*\n", "| step | rationale |", "| ---: | --- |"]
+            lines += [f"| {step} | {said} |" for step, said in entry["written"]] + [""]
+    return lines
+
+
+def traces(found):
+    """What a group's rewards spread over, along the training, first seed."""
+    columns = {
+        "step": "step", "reward": "reward", "contrastive_std": "contrastive std", "consistency_std": "consistency std",
+        "hard_std": "hard std", "distinct": "distinct", "cosine": "cosine between texts",
+        "effective_rank": "effective rank", "length": "length",
+    }  # fmt: skip
+    lines = []
+    for label, records in found.items():
+        lines += [f"{label}:\n", "| " + " | ".join(columns.values()) + " |", "| ---: " * len(columns) + "|"]
+        for m in records[0]["trace"]:
+            lines.append("| " + " | ".join(f"{m[c]:.4f}" if c.endswith("_std") else f"{m[c]:.4g}" for c in columns) + " |")
+        lines.append("")
+    return lines
+
+
+def budget_lines(found):
+    """Figure 4 as a table, and the update's and the sampler's share of a training step."""
+    records = found[BEST]
+    lines = ["| longest rationale, tokens | nDCG@10 | ended | ms a text |", "| ---: " * 4 + "|"]
+    for rows in zip(*(r["budgets"] for r in records)):
+        limit, ended = rows[0]["limit"], [row["finished"] for row in rows]
+        ndcg, ms = (np.mean([row[name] for row in rows]) for name in ("ndcg_at_10", "ms"))
+        lines.append(f"| {limit or 'none'} | {ndcg:.3f} | {f'{np.mean(ended):.2f}' if limit else ''} | {ms:.2f} |")
+    sampling, whole = (np.mean([m[name] for r in records for m in r["trace"]]) for name in ("sample_s", "step_s"))
+    return lines + [f"\nA training step takes {whole:.2f} s, of which sampling {sampling:.2f} s.\n"]
+
+
+def task_lines(found):
+    """Real tasks, a row a policy and a way to embed."""
+    first = next(iter(found.values()))[0]
+    names = list(first["tasks"])
+    lines = ["| | " + " | ".join(names) + " | text loss, rise |", "| --- " + "| ---: " * (len(names) + 1) + "|"]
+    lines.append(
+        "| hashed words, no model | " + " | ".join(f"{100 * first['tasks_words'][name]:.1f}" for name in names) + " | |"
+    )
+    for label, records in found.items():
+        rise, label = cell(records, "", "text loss"), label.replace("given", records[0]["backbone"])
+        for way, key in (("with rationale", "tasks"), ("prompt alone", "tasks_alone")):
+            values = [[100 * r[key][name] for r in records] for name in names]
+            cells = (f"{np.mean(v):.1f} ({min(v):.1f} to {max(v):.1f})" for v in values)
+            lines.append(f"| {label}, {way} | " + " | ".join(cells) + f" | {rise} |")
+    return lines
+
+
+BRIEF = FULL | SHORT
+KNOBS = {  # the frontier: one knob at a time; the last three from the full recipe, with both terms that hold
+    "KL": {f"KL {x:g}": BRIEF | dict(text_weight=0.0, kl=x) for x in (0.0, 0.01, 0.03, 0.1)},
+    "text term": {f"text term {x:g}": BRIEF | dict(text_weight=x, kl=0.0) for x in (0.03, 0.3, 1.0)},
+    "text term 1 and KL": {f"text term 1 and KL {x:g}": BRIEF | dict(kl=x) for x in (0.01, 0.03)},
+    "pathwise": {f"pathwise {x:g}": BRIEF | dict(pathwise=x) for x in (0.0, 0.3, 3.0)},
+    "rate": {f"rate {x:g}": BRIEF | dict(lr=x) for x in (2e-4, 1e-3)},
+    "steps": {f"steps {x}": BRIEF | dict(steps=x) for x in (30, 250)},
+    "InfoNCE as a loss": {"contrastive": CONTRASTIVE, "contrastive + text term": CONTRASTIVE | dict(text_weight=1.0)},
+}
+SIZES = {
+    **{f"B = {b}, K = 4": FULL | SHORT | dict(batch=b) for b in (4, 8, 16, 32)},
+    **{f"K = {k}, B = 16": FULL | SHORT | dict(rollouts=k, batch=16) for k in (2, 4, 8)},
+}
+POOLINGS = {how: FULL | SHORT | dict(pooling=how) for how in ("mean", "penultimate", "eos", "max")}
+RIVALS = {
+    name: dict(trainer=name, recipe="full", pathwise=0.0, length_normalize=True, minibatches=4, **SHORT) for name in ALGORITHMS
+}
+chain = lambda labels: list(zip(labels[1:], labels))  # each above the one before
+
+EXPERIMENTS = {
+    "table1": Experiment(
+        "Table 1: supervised", "On every backbone: base < base with reasoning < contrastive fine-tuning < GRACE.",
+        SUPERVISED, ("ndcg_at_10", "spearman", "without", "text loss", "recall", "precision", "distinct", "seconds"),
+        (
+            Claim("reasoning helps the untrained policy", [("Base with reasoning", "Base")]),
+            Claim("contrastive fine-tuning is above the base with reasoning", [("contrastive fine-tuning", "Base with reasoning")]),
+            Claim("GRACE by the paper's recipe is above contrastive fine-tuning", [(PAPERS, "contrastive fine-tuning")]),
+            Claim("GRACE by the full recipe is above contrastive fine-tuning", [(BEST, "contrastive fine-tuning")]),
+            Claim("the same, by the graded pairs", [(BEST, "contrastive fine-tuning")], "spearman"),
+            Claim("each repair is above the step before it", chain(list(LADDER)[1:5])),
+        ),
+        figure=functools.partial(pictures.courses, labels=[PAPERS, *list(LADDER)[2:5], BEST]),
+    ),
+    "table2": Experiment(
+        "Table 2: unsupervised", "On every backbone: base < base with reasoning < SimCSE < GRACE.",
+        UNSUPERVISED, ("ndcg_at_10", "spearman", "without", "text loss", "recall", "precision", "distinct", "seconds"),
+        (
+            Claim("SimCSE is above the base with reasoning", [("SimCSE", "Base with reasoning")]),
+            Claim("GRACE by the paper's recipe is above SimCSE", [("GRACE, the paper's recipe", "SimCSE")]),
+            Claim("GRACE by the full recipe is above SimCSE", [("full: two rationales as two views", "SimCSE")]),
+        ),
+    ),
+    "table4": Experiment(
+        "Table 4: algorithms", "GRPO 55.9, DAPO 55.8, REINFORCE++ 54.6, ReMax 53.4 (its GRPO is mean-centred).",
+        RIVALS, ("ndcg_at_10", "spearman", "text loss", "recall", "precision", "distinct", "words", "seconds"),
+        (
+            Claim("mean-centred GRPO and DAPO are about equal", [("GRACE", "DAPO")], within=0.02),
+            Claim("DAPO is above REINFORCE++", [("DAPO", "REINFORCE++")]),
+            Claim("REINFORCE++ is above ReMax", [("REINFORCE++", "ReMax")]),
+            Claim("no division by the standard deviation is better than division (Eq. 18 against 7)", [("GRACE", "GRPO")]),
+        ),
+        note="The InfoNCE reward, no pathwise term, four optimizer steps a batch, so that clips act.",
+    ),
+    "table5": Experiment(
+        "Table 5: does generation survive", "Contrastive fine-tuning takes general abilities to 0, GRACE keeps them (± 0.4).",
+        over(some(SUPERVISED, "Base with reasoning", "contrastive fine-tuning", "contrastive with the text term", PAPERS,
+                  "+ the pathwise term", "+ the text term", BEST)),
+        ("text loss", "start_logprob", "well_formed", "finished", "recall", "precision", "distinct", "follows"),
+        (
+            Claim("the full recipe takes less from the language model than contrastive fine-tuning", [("contrastive fine-tuning", BEST)], "text loss"),
+            Claim("so does the paper's recipe", [("contrastive fine-tuning", PAPERS)], "text loss"),
+            Claim("more of its rationales are well formed", [(BEST, "contrastive fine-tuning")], "well_formed"),
+            Claim("its rationales name more of the text than before training", [(BEST, "Base with reasoning")], "recall"),
+        ),
+    ),
+    "table6": Experiment(
+        "Table 6: rationales along the training, supervised", "Rationales grow from loose remarks to structured readings of the text.",
+        some(SUPERVISED, PAPERS, BEST), (), lines=along,
+    ),
+    "table7": Experiment(
+        "Table 7: rationales along the training, unsupervised", "The same without labels.",
+        over(some(UNSUPERVISED, "full: two rationales as two views")), (), lines=along,
+    ),
+    "figure3": Experiment(
+        "Figure 3: the weights of consistency (λ1) and hard negatives (λ2)",
+        "A grid over both weights; each matters somewhat, and the best lie inside.",
+        grid(), (),
+        (
+            Claim("under the paper's reward λ2 changes nothing: Eq. 15 cancels in the advantage",
+                  [(f"paper {a:g} 1", f"paper {a:g} 0") for a in GRID_WEIGHTS], within=0.01),
+            Claim("under InfoNCE the mined candidates help (λ2 = 1 above 0)",
+                  [(f"infonce {a:g} 1", f"infonce {a:g} 0") for a in GRID_WEIGHTS]),
+            Claim("under InfoNCE consistency helps (λ1 = 1 above 0)",
+                  [(f"infonce 1 {b:g}", f"infonce 0 {b:g}") for b in GRID_WEIGHTS]),
+        ),
+        lines=grid_lines, figure=pictures.grid, note="40 steps.",
+    ),
+    "figure4": Experiment(
+        "Figure 4: latency, and quality against the length allowed", "Quality rises with the number of new tokens up to a knee (256 tokens there).",
+        {BEST: {**FULL, **LONG, "probe": "budgets"}}, (), lines=budget_lines, figure=pictures.budgets,
+    ),
+    "figure5": Experiment(
+        "Figure 5: score and length along the training", "The score rises and responses grow, from 480 to 1,050 tokens in 1,000 steps.",
+        some(SUPERVISED, "Base with reasoning", PAPERS, BEST), ("ndcg_at_10", "words"),
+        (
+            Claim("the full recipe's score rises", [(BEST, "Base with reasoning")]),
+            Claim("the full recipe's rationales grow", [(BEST, "Base with reasoning")], "words"),
+            Claim("the paper's recipe's score rises", [(PAPERS, "Base with reasoning")]),
+            Claim("the paper's recipe's rationales grow", [(PAPERS, "Base with reasoning")], "words"),
+        ),
+        figure=functools.partial(pictures.score_and_length, labels=[PAPERS, BEST]),
+    ),
+    "figure6": Experiment(
+        "Figure 6: pooling", "The mean of the last layer and of the one below are about equal; end token and maximum clearly worse.",
+        POOLINGS, ("ndcg_at_10", "spearman", "text loss", "recall"),
+        (
+            Claim("mean and penultimate are about equal", [("mean", "penultimate")], within=0.02),
+            Claim("the end token is worse", [("mean", "eos")]),
+            Claim("the maximum is worse", [("mean", "max")]),
+        ),
+        figure=pictures.bars,
+    ),
+    "figure7": Experiment(
+        "Figure 7: batch size and number of rollouts", "Monotone gains over B = 1 to 64 and over K = 2, 4, 8.",
+        SIZES, ("ndcg_at_10", "spearman", "text loss", "recall", "seconds"),
+        (
+            Claim("larger batches are better, each step", chain([label for label in SIZES if label.startswith("B")])),
+            Claim("more rollouts are better, each step", chain([label for label in SIZES if label.startswith("K")])),
+        ),
+        figure=pictures.sizes,
+    ),
+    "collapse": Experiment(
+        "Why the original collapses", "(Ours.) Under Eq. 18 the negatives and Eq. 15 cancel; what is left pays for being alike.",
+        some(SUPERVISED, PAPERS, BEST), ("ndcg_at_10", "distinct", "precision"),
+        (
+            Claim("rationales of different texts become alike under the paper's reward, not under the full recipe", [(BEST, PAPERS)], "distinct"),
+            Claim("and wrong", [(BEST, PAPERS)], "precision"),
+        ),
+        lines=traces, figure=functools.partial(pictures.collapse, labels=[PAPERS, BEST]),
+        note="*std*: the mean standard deviation within a group, all that an advantage can see.",
+    ),
+    "frontier": Experiment(
+        "The frontier of retrieval against retention", "(Ours; nobody has drawn it.) One knob at a time.",
+        {label: run for rows in KNOBS.values() for label, run in rows.items()},
+        ("ndcg_at_10", "spearman", "text loss", "recall", "precision"),
+        (
+            Claim("the text term holds the language model better than KL 0.1", [("KL 0.1", "text term 1")], "text loss"),
+            Claim("and retrieves better", [("text term 1", "KL 0.1")]),
+        ),
+        figure=functools.partial(pictures.frontier, knobs={knob: list(rows) for knob, rows in KNOBS.items()}),
+    ),
+    "yardstick": Experiment(
+        "Against InfoNCE as a loss: five seeds, two worlds", "(Ours.) `train.sh`'s settings; nothing was tuned on these seeds, nor on the second world.",
+        {
+            f"{label}{note}": run | dict(world=world)
+            for world, note in (("events", ""), ("meals", ", second world"))
+            for label, run in some(SUPERVISED, "Base with reasoning", "contrastive fine-tuning", "contrastive with the text term", BEST).items()
+        },
+        ("ndcg_at_10", "spearman", "text loss", "recall", "precision", "well_formed", "seconds"),
+        (
+            *(
+                Claim(text, [(f"{a}{note}", f"{b}{note}") for note in ("", ", second world")], column)
+                for text, a, b, column in (
+                    ("retrieval is above the loss's", BEST, "contrastive fine-tuning", "ndcg_at_10"),
+                    ("so is the correlation with graded similarity", BEST, "contrastive fine-tuning", "spearman"),
+                    ("text loss rises less", "contrastive fine-tuning", BEST, "text loss"),
+                )
+            ),
+            Claim("rationales name more of the text than before", [(BEST, "Base with reasoning")], "recall"),
+            Claim("in the second world they named all of it, and still do",
+                  [(f"{BEST}, second world", "Base with reasoning, second world")], "recall", within=0.02),
+        ),
+        seeds=(0, 1, 2, 3, 4),
+    ),
+    "real": Experiment(
+        "Real text", "(Table 3's tasks that fit.) 16 MTEB tasks with backbones of 1.5 to 4 billion parameters.",
+        {
+            f"{backbone}: {label}": {**REAL, **run, **reading, "backbone": backbone, "probe": "tasks"}
+            for backbone, reading in (("toy", {}), ("given", dict(max_new_tokens=16, instruction="Say it in other words.")))
+            for label, run in (("start", START), ("contrastive", CONTRASTIVE), ("GRACE, the paper's recipe", PAPER), ("GRACE, full", FULL))
+        },
+        (), lines=task_lines,
+    ),
+}  # fmt: skip
