@@ -47,9 +47,6 @@ Shapes: B instances, K rollouts a group, M hard negatives, N groups (B a trained
 D hidden size.
 """
 
-import dataclasses
-import json
-import os
 import sys
 import time
 
@@ -57,20 +54,17 @@ import datasets
 import numpy as np
 import torch
 import transformers
-from tqdm import tqdm
 
 import reward as rewards
 import similarity
-from checkpoint import append, digest, read_state, restore, save_checkpoint, save_model, write_atomically
 from config import parse
-from data import GraceError, first_line, load_rows
-from guard import Signals, claim, clear, finished, finite, inspected, within_memory
+from data import GraceError, first_line
+from guard import finite, inspected, within_memory
 from look import explain, status
-from policy import Policy
 from recompute import recompute_layers
-from report import describe, peak_memory_gb, show_rationales, show_skipped, show_summary, tensorboard
-from rollout import encode, sample_in_parts, score, text_loss
-from tasks import evaluate_triplets
+from report import describe, peak_memory_gb
+from rollout import sample_in_parts, score
+from training import run
 
 # ---------------------------------------------------------------- advantage and objective
 
@@ -304,94 +298,12 @@ class Trainer:
                 first = last
 
 
-# ---------------------------------------------------------------- a run
+# ---------------------------------------------------------------- the command line
 
 
 def train(config, make_trainer=Trainer):
-    """A whole run: evaluate, train, evaluate, save. Returns the summary that summary.json holds."""
-    for name in ("model", "data", "out"):
-        if not getattr(config, name):
-            raise GraceError(f"--{name} is missing")
-    if done := finished(config):
-        print(f"{config.out}: finished, after {done['config']['steps']} steps\n\n{show_summary(done)}")
-        return done
-    found = claim(config)
-    skipped = [] if config.on_bad_row == "skip" else None
-    rows, heldout, graded = load_rows(config, skipped)
-    reading = {f: getattr(config, f) for f in ("instruction", "max_prompt_tokens", "max_new_tokens", "pooling")}
-    metrics_file, progress = os.path.join(config.out, "metrics.jsonl"), {"before": None, "history": [], "seconds": 0.0}
-    state = read_state(found, config, rows) if found else None
-    policy = Policy.load(found or config.model, config.device, config.dtype, **reading)
-    reference = Policy.load(config.model, config.device, config.dtype, **reading) if config.kl else None
-    trainer = make_trainer(policy, reference, rows, config)
-    if found:
-        progress = restore(trainer, state, metrics_file)
-        print(f"resumed from {found}")
-    elif config.resume:
-        print(f"no checkpoint under {config.out} to resume from: starting at step 0")
-    clear(config.out, found)
-    if skipped:
-        write_atomically(os.path.join(config.out, "skipped_rows.json"), json.dumps(skipped, indent=1))
-        print(show_skipped(skipped, config.out))
-    progress["rows"] = digest(rows)
-    M = len(rows[0].get("negative", []))
-    print(
-        f"{len(rows)} training rows ({M} negatives each), {len(heldout)} held-out, "
-        f"{sum(p.numel() for p in policy.model.parameters()) / 1e6:.2f} M parameters on {policy.device}"
-    )
-    shown = [row.get("query") or row["text"] for row in (heldout or rows)[:6]]
-    board = tensorboard(config.out, trainer.step_number)
-
-    def look():  # where the policy stands, for the terminal, rationales.md and summary.json
-        progress["history"].append((trainer.step_number, encode(policy, shown).rationales))
-        write_atomically(os.path.join(config.out, "rationales.md"), show_rationales(progress["history"], shown))
-        result = evaluate_triplets(policy, heldout, graded) if heldout else {"text_loss": text_loss(policy, shown)}
-        tqdm.write(f"step {trainer.step_number:4d}  " + "  ".join(f"{k} {v:.3f}" for k, v in result.items()))
-        return result
-
-    progress["before"] = progress["before"] or look()
-    run = {"before": progress["before"], "config": dataclasses.asdict(config), "max_new_tokens": policy.reading.max_new_tokens}
-    write_atomically(os.path.join(config.out, "run.json"), json.dumps(run, indent=2))
-    bar = tqdm(total=config.steps, initial=trainer.step_number, unit="step", dynamic_ncols=True)
-    before_now, trained_from = progress["seconds"], time.time()
-    with Signals() as signals:
-        while trainer.step_number < config.steps:
-            metrics = trainer.step()
-            step = trainer.step_number
-            bar.set_postfix({name: f"{metrics[name]:.2f}" for name in ("reward", "length", "distinct")})
-            bar.update()
-            if config.eval_every and step % config.eval_every == 0 and step < config.steps:
-                metrics |= {f"heldout_{k}": v for k, v in look().items()}
-            append(metrics_file, json.dumps(metrics) + "\n")
-            if board:
-                for name, value in metrics.items():
-                    board.add_scalar(name, value, step)
-            progress["seconds"], stop = before_now + time.time() - trained_from, signals.asked
-            if stop or (config.save_every and (step % config.save_every == 0 or step == config.steps)):
-                save_checkpoint(trainer, config.out, **progress)
-            if stop:
-                bar.close()
-                print(f"stopped after step {step}, with a checkpoint: the same command with --resume goes on")
-                sys.exit(128 + stop)
-    bar.close()
-    save_model(policy, config.out)  # before a long evaluation, in which a run may still be stopped
-    after = look()
-    summary = {"before": progress["before"], "after": after}
-    if heldout:  # the same checkpoint, with nothing written
-        summary["after_without_rationale"] = evaluate_triplets(policy, heldout, graded, rationale=False)
-    summary |= {
-        "seconds": progress["seconds"],
-        "seed": config.seed,
-        "config": dataclasses.asdict(trainer.config),
-        "reading": dataclasses.asdict(policy.reading),
-        "versions": {"python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__},
-    }
-    write_atomically(os.path.join(config.out, "summary.json"), json.dumps(summary, indent=2))
-    print("\n" + show_summary(summary))
-    return summary
-
-
-# ---------------------------------------------------------------- the command line
+    """A whole run (training.py): evaluate, train, evaluate, save. Returns the summary that summary.json holds."""
+    return run(config, make_trainer)
 
 
 def main(arguments):

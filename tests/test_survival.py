@@ -29,6 +29,7 @@ import checkpoint  # noqa: E402
 import grace  # noqa: E402
 import look  # noqa: E402
 import toy  # noqa: E402
+import training  # noqa: E402
 from checkpoint import checkpoints, damage, newest_whole  # noqa: E402
 from config import Config  # noqa: E402
 from data import GraceError  # noqa: E402
@@ -567,7 +568,7 @@ def test_out_of_memory_elsewhere_is_one_sentence(tiny_world, tmp_path, monkeypat
     def never(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(grace, "evaluate_triplets", never)
+    monkeypatch.setattr(training, "evaluate_triplets", never)
     with pytest.raises(SystemExit, match="grace.py: out of memory beside the update and the sampler .CUDA out of memory"):
         grace.main(command(tiny_world, tmp_path, "--steps 1"))
 
