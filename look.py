@@ -46,8 +46,8 @@ SIGNS = [  # name, metric, when it is a bad sign (a: at the start, b: now, T: lo
      "a batch moves the policy far. Try a lower --lr, fewer --minibatches and --epochs"),
     ("clipped", "clip_fraction", lambda a, b, T: b > 0.3,
      "much of a batch is not learned from. Try a lower --lr, fewer --minibatches and --epochs"),
-    # Rounding in bfloat16 makes some 1e-2; more would mean that sampler and update compute different models.
-    ("first ratio off 1", "first_ratio_off", lambda a, b, T: b > 0.1,
+    # In float32 some 1e-5; where rationales come from a bfloat16 copy, up to 0.5 for the token that is hit hardest.
+    ("first ratio off 1", "first_ratio_off", lambda a, b, T: b > 1,
      "the update does not see what was sampled. Try --dtype float32"),
 ]  # fmt: skip
 
