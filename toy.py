@@ -139,7 +139,7 @@ EVENTS = World(
     {slot: "{}" for slot in ("attribute", "agent", "act", "object", "place", "time")},
     ("something happened somewhere", "it was the usual", "somebody was there"),
 )
-MEALS = World(  # nothing is tuned on this one: seven slots, six concepts, two synonyms, and rationales with small words
+MEALS = World(  # another build: seven slots, six concepts, two synonyms, and rationales with small words
     "say who had what",
     {
         "weather": "rain drizzle|snow sleet|fog mist|storm gale|heat swelter|frost ice",
