@@ -109,27 +109,35 @@ class SharedCache(Cache):
 # ---------------------------------------------------------------- one token for every row
 
 
-class PlainDecoder:
-    """The library's cache, repeated K times. Any attention-only model."""
+class Decoder:
+    """What both kinds have: how many tokens were fed, where each row's next one stands, and when to pack the batch."""
 
     # Look for ended rows after so many tokens, and pack the batch if at most this share is needed. On CUDA a look
     # has the host wait and packing a new capture; on a CPU both are cheap.
     look_every, pack_below = 1, 0.9
 
-    def __init__(self, policy, cache, mask, K):
-        N, self.P = mask.shape
-        self.policy, self.cache, self.t = policy, cache, 0
-        cache.batch_repeat_interleave(K)
-        self.mask = torch.cat([mask, mask.new_ones(N, policy.reading.max_new_tokens)], 1).repeat_interleave(K, 0)
+    def __init__(self, policy, mask, K):
+        self.policy, self.t = policy, 0
+        self.position = mask.sum(1).repeat_interleave(K)[:, None]  # [R, 1]
         if mask.is_cuda:
             self.look_every, self.pack_below = 16, 0.5
-        self.position = mask.sum(1).repeat_interleave(K)[:, None]
+
+
+class PlainDecoder(Decoder):
+    """The library's cache, repeated K times. Any attention-only model."""
+
+    def __init__(self, policy, cache, mask, K):
+        super().__init__(policy, mask, K)
+        (N, self.P), self.cache = mask.shape, cache
+        cache.batch_repeat_interleave(K)
+        self.mask = torch.cat([mask, mask.new_ones(N, policy.reading.max_new_tokens)], 1).repeat_interleave(K, 0)
 
     def step(self, token):
         """Feed one token a row. `[R] -> [R, 1, D]` twice: states for the head, and states to pool."""
         self.t += 1
-        mask, position = self.mask[:, : self.P + self.t], self.position + self.t - 1
-        return self.policy.forward(token[:, None], mask, position, self.cache)[:2]
+        found = self.policy.forward(token[:, None], self.mask[:, : self.P + self.t], self.position, self.cache)[:2]
+        self.position = self.position + 1
+        return found
 
     def keep(self, rows, groups):
         """Go on with these rows alone, K' for each of these prompts."""
@@ -137,26 +145,22 @@ class PlainDecoder:
         self.mask, self.position = self.mask[rows], self.position[rows]
 
 
-class SharedDecoder:
+class SharedDecoder(Decoder):
     """Prompts once, rationales in a buffer; on CUDA a captured graph. Gives what PlainDecoder gives.
 
     capture: whether the step is captured; a step that cannot be is run as it is, with a warning.
     fixed: attend to the buffer by the bucket, with a mask, as a captured step has to.
     """
 
-    look_every, pack_below = 1, 0.9
-
     def __init__(self, policy, cache, mask, K, capture=None, fixed=None):
-        self.policy, self.T, self.t = policy, policy.reading.max_new_tokens, 0
+        super().__init__(policy, mask, K)
+        self.T = policy.reading.max_new_tokens
         self.capture = mask.is_cuda if capture is None else capture
         self.fixed = self.capture if fixed is None else fixed
         self.cache = SharedCache(cache, K, self.T, mask.device)
         self.mask = mask.bool()[:, None, None]  # [N, 1, 1, P]
-        self.position = mask.sum(1).repeat_interleave(K)[:, None]
         self.place = torch.arange(self.T, device=mask.device)
         self.replay = None
-        if mask.is_cuda:
-            self.look_every, self.pack_below = 16, 0.5
 
     def _forward(self):
         """The step itself, over tensors that stay where they are."""

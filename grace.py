@@ -81,16 +81,17 @@ def advantages(rewards, normalize=False):
     return centred
 
 
-def clipped_objective(logprobs, old_logprobs, advantage, mask, clip_eps, length_normalize=True):
+def clipped_objective(logprobs, old_logprobs, advantage, mask, clip_eps, length_normalize=True, clip_high=None):
     """Eq. 8, to be maximised. `[N, K, T], [N, K, T], [N, K], [N, K, T] -> [N, K]`.
 
     With one update a batch the ratio is 1 everywhere, nothing is clipped, and the gradient is
     Eq. 19's. From the second update on, `min` takes a token out of the gradient once its ratio has
     moved past 1 +- eps in the direction the advantage wants; a move the other way is never clipped.
+    clip_high: another eps upwards. length_normalize=False: the sum over tokens, not their mean.
     """
     ratio = (logprobs - old_logprobs).exp()
     A = advantage[..., None]
-    token = torch.minimum(ratio * A, ratio.clamp(1 - clip_eps, 1 + clip_eps) * A) * mask
+    token = torch.minimum(ratio * A, ratio.clamp(1 - clip_eps, 1 + (clip_high or clip_eps)) * A) * mask
     return token.sum(-1) / (mask.sum(-1) if length_normalize else 1)
 
 
@@ -196,9 +197,7 @@ class Trainer:
         # 4. Better or worse than the other rationales of the same text (Eq. 18).
         A = self.advantage(R, rollouts, texts, embeddings, twins)
         # 5. The clipped update (Eq. 8, 19), with the pathwise term.
-        if config.lr_decay:
-            for group in self.optimizer.param_groups:
-                group["lr"] = config.lr * (1 - self.step_number / config.steps)
+        self.set_rate()
         with inspected(self, texts, rollouts, reward=R, advantage=A, **components):
             finite("a reward or its gradient", R, g)
             learned = self.update(rollouts, A, g)
@@ -208,6 +207,12 @@ class Trainer:
         metrics |= {"lr": self.optimizer.param_groups[0]["lr"], "sample_s": sampled - start, "step_s": done - start}
         metrics |= {"tokens_per_s": rollouts.mask.sum() / (sampled - start), "peak_memory_gb": peak_memory_gb(policy.device)}
         return {name: float(x) for name, x in metrics.items()}
+
+    def set_rate(self):
+        """This step's learning rate."""
+        if self.config.lr_decay:
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.config.lr * (1 - self.step_number / self.config.steps)
 
     def sample(self, texts, drawn):
         """Phase 2, from a given state of the generator on."""
@@ -232,7 +237,9 @@ class Trainer:
         """
         config, mask = self.config, part.mask
         logprobs, h, text = score(self.policy, part, config.temperature, text=True)
-        value = self.surrogate(logprobs, part, A) + config.text_weight * text[:, None]
+        value = self.surrogate(logprobs, part, A)
+        if config.text_weight:
+            value = value + config.text_weight * text[:, None]
         if config.pathwise:
             value = value + config.pathwise * (g * h).sum(-1)
         seen = {"approx_kl": kl_k3(part.logprobs, logprobs, mask), "text_loss": -text[:, None].expand_as(value)}

@@ -103,13 +103,12 @@ def save_batch(out, step, trainer, texts, rollouts, figures):
     """
     roles = [(role, text) for role in trainer.config.roles for text in texts[role]]
     groups = []
-    for i, (role, text) in enumerate(roles):
-        lengths, seen = rollouts.mask[i].sum(-1).tolist(), []
-        ids = [row[:n] for row, n in zip(rollouts.ids[i].tolist(), lengths)]
+    for i, ((role, text), ids) in enumerate(zip(roles, rollouts.written())):
+        seen = []
         for k, rationale in enumerate(trainer.policy.tokenizer.batch_decode(ids)):
             numbers = {name: float(x[i, k]) for name, x in figures.items()}
             numbers = {name: x if math.isfinite(x) else str(x) for name, x in numbers.items()}
-            seen.append({"rationale": rationale, "tokens": lengths[k], "finished": bool(rollouts.finished[i, k]), **numbers})
+            seen.append({"rationale": rationale, "tokens": len(ids[k]), "finished": bool(rollouts.finished[i, k]), **numbers})
         groups.append({"role": role, "text": text, "rollouts": seen})
     path = os.path.join(out, f"not_finite_step_{step}.json")
     write_atomically(path, json.dumps(groups, indent=1))

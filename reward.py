@@ -98,8 +98,7 @@ def infonce_by_mean_and_mined(rows, columns, temperature, negatives=None, twins=
     found = group_similarity(rows.flatten(0, 1), columns, temperature, twins)
     own, mean, nearest = (x.view(shape) for x in found[:3])
     if leave_one_out:
-        others = columns.sum(1, keepdim=True) - rows  # [B, K, D]
-        own = (rows * others).sum(-1) / (columns.shape[1] - 1)  # [B, Kr]
+        own = consistency(rows)  # Eq. 14 is the mean cosine to the group's others
 
     def confidence(groups, reduce):  # groups: log-sum-exp over the batch's other groups
         candidates = [groups, own / temperature]

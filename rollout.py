@@ -55,6 +55,10 @@ class Rollouts:
     def __len__(self):
         return len(self.ids)
 
+    def written(self):
+        """The rationales as lists of ids, without padding: `[N][K]`."""
+        return [[row[:n] for row, n in zip(*group)] for group in zip(self.ids.tolist(), self.mask.sum(-1).tolist())]
+
 
 Rollouts.TENSORS = [f.name for f in dataclasses.fields(Rollouts) if f.type is torch.Tensor]
 
@@ -281,7 +285,7 @@ def encode_batch(policy, texts, temperature=0.0, generator=None, rationale=True)
     else:
         r = sample(policy, x, 1, temperature, generator)
         vectors, finished = r.embeddings[:, 0], r.finished[:, 0].cpu().numpy()
-        ids = [row[:n] for row, n in zip(r.ids[:, 0].tolist(), r.mask[:, 0].sum(1).tolist())]
+        ids = [group[0] for group in r.written()]
         written = [text.strip() for text in policy.tokenizer.batch_decode(ids, skip_special_tokens=True)]
     return Encoded(vectors.float().cpu().numpy(), written, x.cut_rows.cpu().numpy(), finished)
 

@@ -11,7 +11,7 @@ import dataclasses
 
 import torch
 
-from grace import Trainer, advantages, judge
+from grace import Trainer, advantages, clipped_objective, judge
 from rollout import sample_in_parts
 
 
@@ -29,7 +29,8 @@ class DrGRPO(Trainer):
     """
 
     def surrogate(self, logprobs, part, A):
-        return clipped_sum(logprobs, part, A, self.config.clip_eps, self.config.clip_eps) / self.policy.reading.max_new_tokens
+        total = clipped_objective(logprobs, part.logprobs, A, part.mask, self.config.clip_eps, length_normalize=False)
+        return total / self.policy.reading.max_new_tokens
 
 
 class DAPO(Trainer):
@@ -52,7 +53,8 @@ class DAPO(Trainer):
         return advantages(R, normalize=True) * kept / kept.mean().clamp(min=1e-8)
 
     def surrogate(self, logprobs, part, A):
-        return clipped_sum(logprobs, part, A, self.LOW, self.HIGH) / self.mean_length
+        total = clipped_objective(logprobs, part.logprobs, A, part.mask, self.LOW, False, clip_high=self.HIGH)
+        return total / self.mean_length
 
 
 class ReinforcePlusPlus(Trainer):
@@ -79,12 +81,6 @@ class ReMax(Trainer):
             near = torch.einsum("bkd,bjd->bk", h, embeddings[role]) / config.rollouts  # so: to the sampled ones
             baseline.append(reward + config.lambda_consistency * near / config.tau)
         return R - torch.cat(baseline)
-
-
-def clipped_sum(logprobs, part, A, low, high):
-    """Eq. 8 without its division by length, and with two sides to the clip. `-> [N, K]`."""
-    ratio, A = (logprobs - part.logprobs).exp(), A[..., None]
-    return (torch.minimum(ratio * A, ratio.clamp(1 - low, 1 + high) * A) * part.mask).sum(-1)
 
 
 ALGORITHMS = {

@@ -23,9 +23,7 @@ class LossTrainer(Trainer):
     def step(self):
         """One step. Returns its metrics."""
         config, start = self.config, time.perf_counter()
-        if config.lr_decay:
-            for group in self.optimizer.param_groups:
-                group["lr"] = config.lr * (1 - self.step_number / config.steps)
+        self.set_rate()
         texts, twins = batch_roles(self.batch())
         loss = self.loss(texts, twins.to(self.policy.device))
         loss.backward()
