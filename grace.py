@@ -37,7 +37,8 @@ Where this departs from the paper, each a setting, all undone by `--recipe paper
 1. The reward is InfoNCE instead of Eq. 13 and 15, which cancel in the advantage (reward.py).
 2. The pathwise term.
 3. Queries are rolled out and trained like positives; in Eq. 12 they are fixed anchors.
-4. Log-probabilities are summed over tokens, as in Eq. 19, not averaged as in Eq. 8: then c = 1 is the gradient's own weight.
+4. Log-probabilities are summed over tokens, as in Eq. 19, not averaged as in Eq. 8: so c weighs the terms alike at any
+   length, and c < 1 leaves the rationale more of the work.
 5. Two light terms keep the policy what it was. The language-model loss on the texts' own tokens, whose hidden states the
    update has anyway, keeps it a language model (as mixing in pre-training text does, Ouyang et al. 2022); a KL term (k3)
    on the rationales' tokens keeps their words what a reader takes them for.
