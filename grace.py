@@ -102,6 +102,15 @@ def kl_k3(logprobs, reference, mask):
     return ((log_ratio.exp() - 1 - log_ratio) * mask).sum(-1) / mask.sum(-1)
 
 
+def pathwise(g, h):
+    """The second half of the gradient, to be maximised. `[N, K, D] x 2 -> [N, K]`.
+
+    g is the reward's gradient at the embeddings that the sampler captured, a constant; h are the same embeddings from
+    the update's forward pass, where they depend on theta. Not the reward: a number with the reward's gradient.
+    """
+    return (g * h).sum(-1)
+
+
 # ---------------------------------------------------------------- Algorithm 1
 
 
@@ -242,7 +251,7 @@ class Trainer:
         if config.text_weight:
             value = value + config.text_weight * text[:, None]
         if config.pathwise:
-            value = value + config.pathwise * (g * h).sum(-1)
+            value = value + config.pathwise * pathwise(g, h)
         seen = {"approx_kl": kl_k3(part.logprobs, logprobs, mask), "text_loss": -text[:, None].expand_as(value)}
         if config.kl:
             with torch.no_grad():

@@ -100,14 +100,21 @@ def infonce_by_mean_and_mined(rows, columns, temperature, negatives=None, twins=
     if leave_one_out:
         own = consistency(rows)  # Eq. 14 is the mean cosine to the group's others
 
-    def confidence(groups, reduce):  # groups: log-sum-exp over the batch's other groups
-        candidates = [groups, own / temperature]
-        if negatives is not None and negatives.shape[1]:
-            near = reduce(torch.einsum("bkd,bmld->bkml", rows, negatives))  # [B, Kr, M]
-            candidates += (near / temperature).unbind(2)
-        return own / temperature - torch.stack(candidates, 2).logsumexp(2)
+    near = rows.new_empty(*shape, 0, 1)
+    if negatives is not None and negatives.shape[1]:
+        near = torch.einsum("bkd,bmld->bkml", rows, negatives)  # [B, Kr, M, Kn]
+    return confidence(own, mean, near.mean(3), temperature), confidence(own, nearest, near.amax(3), temperature)
 
-    return confidence(mean, lambda x: x.mean(3)), confidence(nearest, lambda x: x.amax(3))
+
+def confidence(own, others, near, temperature):
+    """The log-softmax of the own pair among all candidates. `[B, K], [B, K], [B, K, M] -> [B, K]`, in nats.
+
+    own     cosine of the own pair
+    others  log sum over the other candidates c of exp(s_c / t), from the fused similarity; -inf where there is none
+    near    cosines to M more candidates: the row's own hard negatives
+    """
+    candidates = torch.cat([torch.stack([own / temperature, others], 2), near / temperature], 2)  # [B, K, 2 + M]
+    return own / temperature - candidates.logsumexp(2)
 
 
 def outranked(negative, query, positive, temperature, mined=False):

@@ -89,27 +89,50 @@ def draw(logits, temperature, generator=None):
 
 @torch.no_grad()
 def sample(policy, prompts, K=1, temperature=1.0, generator=None):
-    """K rationales of each prompt: one prefill a prompt, then one token at a time (Eq. 9 to 12).
-
-    A row that draws an end token is fed that token and pooled; what it writes after that counts for nothing,
-    until enough rows have ended for the batch to be packed. A row still writing after `max_new_tokens` stops
-    there, with `finished` False.
-    """
-    N, P = prompts.ids.shape
-    T, how, device = policy.reading.max_new_tokens, policy.reading.pooling, prompts.ids.device
+    """K rationales of each prompt: one prefill a prompt, then one token at a time (Eq. 9 to 12). `-> Rollouts`."""
+    N, how = len(prompts.ids), policy.reading.pooling
     hidden, to_pool, cache = policy.prefill(prompts.ids, prompts.mask, prompts.shared)
     state = fold(None, to_pool, prompts.counted[:, prompts.shared :], how).repeat_interleave(K, 0)  # [N*K, D]
     finite("what the policy computes from a prompt", hidden[:, -1])  # nothing could be drawn from that
     last = hidden[:, -1].repeat_interleave(K, 0)  # every prompt ends at -1
     decoder = policy.decoder(cache, prompts.mask, K)
+    ids, logprobs, lengths, finished, state = write(policy, decoder, last, state, K, temperature, generator)
+    T = int(lengths.max())
+    mask = length_mask(lengths, T)
+    return Rollouts(
+        prompts.ids,
+        prompts.mask,
+        prompts.counted,
+        ids[:, :T].masked_fill(~mask, 0).view(N, K, T),
+        mask.long().view(N, K, T),
+        logprobs[:, :T].masked_fill(~mask, 0).view(N, K, T),
+        unit(state).view(N, K, -1),
+        finished.view(N, K),
+        prompts.shared,
+        prompts.cut,
+    )
 
-    ids = torch.zeros(N * K, T, dtype=torch.long, device=device)
-    logprobs = torch.zeros(N * K, T, device=device, dtype=state.dtype)
-    lengths = torch.zeros(N * K, dtype=torch.long, device=device)
-    finished = torch.zeros(N * K, dtype=torch.bool, device=device)
+
+def write(policy, decoder, last, state, K, temperature, generator=None):
+    """The decoding loop: each row's rationale, a token at a time, from the state before its first token.
+
+    decoder  `.step(token [n])` feeds a token a row and returns its hidden states, for the head and to pool, `[n, 1, D]`
+    last     `[n, D]` what predicts the first token; rows stand in groups of K, one group a prompt
+    state    `[n, D]` the prompt's tokens, folded; each token that is fed is folded in, the end token too
+    Returns ids and logprobs `[n, T]`, of which the first `lengths [n]` count, finished `[n]` and the state `[n, D]`.
+
+    A row that draws an end token is fed that token and pooled; what it writes after that counts for nothing, until
+    enough rows have ended for the batch to be packed. A row still writing after `max_new_tokens` stops there, not
+    finished.
+    """
+    n, T, how, device = len(last), policy.reading.max_new_tokens, policy.reading.pooling, last.device
+    ids = torch.zeros(n, T, dtype=torch.long, device=device)
+    logprobs = torch.zeros(n, T, device=device, dtype=state.dtype)
+    lengths = torch.zeros(n, dtype=torch.long, device=device)
+    finished = torch.zeros(n, dtype=torch.bool, device=device)
     pooled = torch.empty_like(state)
-    rows = torch.arange(N * K, device=device)  # where the rows of the batch belong
-    writing = torch.ones(N * K, dtype=torch.bool, device=device)  # which of them have not ended
+    rows = torch.arange(n, device=device)  # where the rows of the batch belong
+    writing = torch.ones(n, dtype=torch.bool, device=device)  # which of them have not ended
     for t in range(T):
         token, logprob = draw(policy.logits(last), temperature, generator)
         ids[rows, t], logprobs[rows, t] = token, logprob
@@ -128,21 +151,7 @@ def sample(policy, prompts, K=1, temperature=1.0, generator=None):
                 rows, state, last, writing = (x[keep] for x in (rows, state, last, writing))
                 K = len(keep) // len(groups)
     pooled[rows], finished[rows] = state, ~writing
-    K, T = len(ids) // N, int(lengths.max())
-    shape = (N, K, T)
-    mask = length_mask(lengths, T)
-    return Rollouts(
-        prompts.ids,
-        prompts.mask,
-        prompts.counted,
-        ids[:, :T].masked_fill(~mask, 0).view(shape),
-        mask.long().view(shape),
-        logprobs[:, :T].masked_fill(~mask, 0).view(shape),
-        unit(pooled).view(N, K, -1),
-        finished.view(N, K),
-        prompts.shared,
-        prompts.cut,
-    )
+    return ids, logprobs, lengths, finished, pooled
 
 
 def pack(writing):

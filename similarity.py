@@ -125,7 +125,10 @@ class _Torch:
 
     @staticmethod
     def blocks(rows, columns, barred):
-        """For each block of n rows: where they are, their cosines `[K, n, B]`, which groups are own, which other `[n, B]`."""
+        """For each block of n rows: where they are, and their cosines `[K, n, B]`.
+
+        And, `[n, B]` each: the cosines' means and maxima over a group's members, which groups are own, which are other.
+        """
         B, K, _ = columns.shape
         groups = torch.arange(B, device=rows.device)
         mine = groups.repeat_interleave(len(rows) // B)
@@ -136,14 +139,13 @@ class _Torch:
             s = table[:, : here.stop - start]
             for k in range(K):
                 torch.mm(rows[here], columns[:, k].T, out=s[k])
-            yield here, s, mine[here, None] == groups, ~barred[mine[here]]
+            yield here, s, s.mean(0), s.amax(0), mine[here, None] == groups, ~barred[mine[here]]
 
     @staticmethod
     def forward(rows, columns, barred, temperature):
         rows, columns = _precise(rows), _precise(columns)
         found = rows.new_empty(4, len(rows))
-        for here, s, own, other in _Torch.blocks(rows, columns, barred):
-            mean, nearest = s.mean(0), s.amax(0)  # [n, B]
+        for here, _, mean, nearest, own, other in _Torch.blocks(rows, columns, barred):
             found[0, here] = torch.where(own, mean, 0).sum(1)
             found[1, here] = (mean / temperature).masked_fill(~other, -torch.inf).logsumexp(1)
             found[2, here] = (nearest / temperature).masked_fill(~other, -torch.inf).logsumexp(1)
@@ -153,18 +155,16 @@ class _Torch:
     @staticmethod
     def backward(rows, columns, barred, temperature, *saved):
         rows, columns = _precise(rows), _precise(columns)
-        K = columns.shape[1]
         d_rows, d_columns = torch.zeros_like(rows), torch.zeros_like(columns)
-        for here, s, own, other in _Torch.blocks(rows, columns, barred):
+        for here, s, mean, nearest, own, other in _Torch.blocks(rows, columns, barred):
             lse_mean, lse_nearest, w_own, w_mean, w_nearest, w_hard = (x[here, None] for x in saved)
-            mean, nearest = s.mean(0), s.amax(0)
             p = torch.where(other, (mean / temperature - lse_mean).exp(), 0)
             q = torch.where(other, (nearest / temperature - lse_nearest).exp(), 0)
-            every = (own * w_own + p * w_mean / temperature) / K  # [n, B], to each member of a group
+            every = (own * w_own + p * w_mean / temperature) / len(s)  # [n, B], to each member of a group
             most = q * w_nearest / temperature + other * w_hard  # [n, B], to its nearest
             top = torch.eq(s, nearest, out=s)  # 1.0 where nearest
             ds = top.mul_(most / top.sum(0)).add_(every)
-            for k in range(K):
+            for k in range(len(s)):
                 d_rows[here].addmm_(ds[k], columns[:, k])
                 d_columns[:, k].addmm_(ds[k].T, rows[here])
         return d_rows, d_columns
