@@ -76,7 +76,9 @@ def group_similarity(rows, columns, temperature, twins=None):
         raise ValueError(f"rows {tuple(rows.shape)} cannot be told apart into the groups of columns {tuple(columns.shape)}")
     barred = torch.eye(B, dtype=torch.bool, device=rows.device)
     barred = barred if twins is None else barred | twins
-    return Similarity(*_GroupSimilarity.apply(rows, columns, barred, temperature, use_kernel(rows)))
+    if not (fused := use_kernel(rows)):  # the kernel widens what it loads
+        rows, columns = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (rows, columns))
+    return Similarity(*_GroupSimilarity.apply(rows, columns, barred, temperature, fused))
 
 
 def use_kernel(rows):
@@ -143,7 +145,7 @@ class _Torch:
 
     @staticmethod
     def forward(rows, columns, barred, temperature):
-        rows, columns = _precise(rows), _precise(columns)
+        """The four numbers of each row, `[N]` each; barred `[B, B]`: True where a group is not another to a group."""
         found = rows.new_empty(4, len(rows))
         for here, _, mean, nearest, own, other in _Torch.blocks(rows, columns, barred):
             found[0, here] = torch.where(own, mean, 0).sum(1)
@@ -154,7 +156,9 @@ class _Torch:
 
     @staticmethod
     def backward(rows, columns, barred, temperature, *saved):
-        rows, columns = _precise(rows), _precise(columns)
+        """The gradients at rows and columns. saved `[N]` each: both log-sum-exps, and the gradients of the four numbers,
+        that of `hard` divided by how many other groups there are.
+        """
         d_rows, d_columns = torch.zeros_like(rows), torch.zeros_like(columns)
         for here, s, mean, nearest, own, other in _Torch.blocks(rows, columns, barred):
             lse_mean, lse_nearest, w_own, w_mean, w_nearest, w_hard = (x[here, None] for x in saved)
@@ -168,7 +172,3 @@ class _Torch:
                 d_rows[here].addmm_(ds[k], columns[:, k])
                 d_columns[:, k].addmm_(ds[k].T, rows[here])
         return d_rows, d_columns
-
-
-def _precise(x):
-    return x.detach().to(torch.promote_types(x.dtype, torch.float32))

@@ -77,6 +77,7 @@ def forward_kernel(
     rows, columns, barred, out, N, B, K, D, R, inverse_t,
     ROWS: tl.constexpr, GROUPS: tl.constexpr, MEMBERS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
+    """The four numbers of ROWS rows, into out `[4, N]`; barred `[B, B]` uint8; R = N / B rows a group."""
     n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     has_n = n < N
     own_sum = tl.zeros((ROWS,), tl.float32)
