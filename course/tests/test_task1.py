@@ -1,0 +1,92 @@
+"""Task 1: masks and mean pooling, against loops."""
+
+import pytest
+import torch
+
+import pool
+
+pytestmark = pytest.mark.task1
+HOW = ("mean", "penultimate", "eos", "max")
+
+
+@pytest.fixture
+def block(rand, generator):
+    """Hidden states and a mask: full, with holes, with a single token, and with its last token off."""
+    mask = (torch.rand(6, 9, generator=generator) < 0.5).long()
+    mask[0], mask[1], mask[2, -1] = 1, 0, 0
+    mask[1, 4] = 1
+    mask[:, 1] |= ~mask.bool().any(1)  # no row without a token
+    return rand(6, 9, 5), mask
+
+
+def by_loop(hidden, mask, how):
+    vectors = []
+    for states, counts in zip(hidden, mask):
+        kept = [x for x, count in zip(states, counts) if count]
+        vectors.append({"max": lambda k: torch.stack(k).amax(0), "eos": lambda k: k[-1]}.get(how, sum)(kept))
+    return torch.stack([x / x.norm() for x in vectors])
+
+
+def close(found, expected):
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.points(2)
+def test_length_mask(generator):
+    lengths = torch.randint(0, 8, (5, 3), generator=generator)
+    lengths[0, 0], lengths[1, 1] = 0, 7
+    found = pool.length_mask(lengths, 7)
+    assert found.shape == (5, 3, 7) and found.dtype == torch.bool
+    assert found.tolist() == [[[i < int(n) for i in range(7)] for n in row] for row in lengths]
+
+
+@pytest.mark.points(2)
+def test_mean_is_its_definition(block):
+    close(pool.mean_pool(*block), by_loop(*block, "mean"))
+
+
+@pytest.mark.points(1)
+@pytest.mark.parametrize("how", HOW[1:3])
+def test_other_poolings(block, how):
+    close(pool.pool(*block, how), by_loop(*block, how))
+
+
+@pytest.mark.points(1)
+def test_maximum(block):
+    close(pool.pool(*block, "max"), by_loop(*block, "max"))
+    close(pool.pool(block[0] - 9, block[1], "max"), by_loop(block[0] - 9, block[1], "max"))  # padding is not a zero
+
+
+@pytest.mark.points(1)
+def test_what_does_not_count_cannot_matter(block):
+    hidden, mask = block
+    before = mask.clone(), hidden.clone()
+    for how in HOW:
+        close(pool.pool(hidden.masked_fill(mask[..., None] == 0, torch.nan), mask, how), by_loop(hidden, mask, how))
+    assert torch.equal(mask, before[0]) and torch.equal(hidden, before[1]), "the caller's tensors were edited"
+
+
+@pytest.mark.points(1)
+@pytest.mark.parametrize("how", HOW)
+def test_blocks_fold_to_the_whole(block, how):
+    hidden, mask = block[0][:1], block[1][:1]
+    state = None
+    for part in (slice(0, 2), slice(2, 7), slice(7, 9)):
+        state = pool.fold(state, hidden[:, part], mask[:, part], how)
+    close(pool.unit(state), pool.pool(hidden, mask, how))
+    ended = pool.fold(state, hidden[:, :1] * 50, torch.zeros_like(mask[:, :1]), how)  # a row that has ended stays as it is
+    close(ended, state)
+
+
+@pytest.mark.points(1)
+def test_sums_are_taken_in_float32_and_differentiable(block):
+    ones = torch.ones(1, 257, 2, dtype=torch.bfloat16)  # there is no 257 in bfloat16
+    assert float(pool.fold(None, ones, torch.ones(1, 257))[0, 0]) == 257
+    hidden, mask = block
+    assert torch.autograd.gradcheck(lambda h: pool.mean_pool(h, mask[:2]), hidden[:2].requires_grad_())
+
+
+@pytest.mark.points(1)
+def test_unknown_pooling_is_an_error(block):
+    with pytest.raises(ValueError):
+        pool.fold(None, *block, "median")

@@ -1,0 +1,170 @@
+"""Task 2: sampling, against scripted answers and against a full forward pass of a small network."""
+
+import itertools
+import types
+
+import pytest
+import torch
+
+import policy as policies
+import pool
+import rollout
+import toy
+
+pytestmark = pytest.mark.task2
+
+
+@pytest.fixture(autouse=True)
+def given(monkeypatch):
+    """Plain stand-ins for task 1."""
+
+    def fold(state, hidden, mask, how="mean"):
+        new = sum(torch.where(mask[:, i : i + 1].bool(), hidden[:, i], 0) for i in range(hidden.shape[1]))
+        return new if state is None else state + new
+
+    def length_mask(lengths, width):
+        return torch.tensor([[i < n for i in range(width)] for n in lengths.tolist()])
+
+    for module in (pool, rollout, policies):
+        for function in (fold, length_mask):
+            if hasattr(module, function.__name__):
+                monkeypatch.setattr(module, function.__name__, function)
+
+
+# ---------------------------------------------------------------- one draw
+
+
+@pytest.mark.points(2)
+@pytest.mark.parametrize("temperature", [0.5, 1.0])
+def test_draws_follow_the_softmax_at_a_temperature(generator, temperature):
+    logits = torch.tensor([1.0, 0.0, -1.0, 2.0])
+    token, logprob = rollout.draw(logits.expand(40_000, 4), temperature, generator)
+    expected = torch.softmax(logits / temperature, -1)
+    assert token.shape == logprob.shape == (40_000,)
+    assert (torch.bincount(token, minlength=4) / 40_000 - expected).abs().max() < 0.01
+    torch.testing.assert_close(logprob, expected.log()[token])
+
+
+@pytest.mark.points(1)
+def test_greedy_takes_the_likeliest_and_scores_it_at_one(rand):
+    logits = rand(50, 9)
+    token, logprob = rollout.draw(logits, 0.0)
+    best = torch.log_softmax(logits, -1).max(1)
+    assert torch.equal(token, best.indices)
+    torch.testing.assert_close(logprob, best.values)
+
+
+@pytest.mark.points(1)
+def test_draws_come_from_the_generator_alone():
+    one, other = (rollout.draw(torch.zeros(99, 50), 1.0, torch.Generator().manual_seed(3))[0] for _ in range(2))
+    assert torch.equal(one, other) and len(one.unique()) > 20
+
+
+# ---------------------------------------------------------------- the loop, scripted
+
+SCRIPT = [  # each row's tokens if it went on for ever; 7 and 8 are end tokens, 0 is an ordinary one
+    [3, 0, 0, 7, 5, 5],
+    [8, 1, 1, 1, 1, 1],
+    [0, 2, 4, 6, 2, 1],
+    [1, 0, 2, 3, 4, 8],
+]
+
+
+class Scripted:
+    """A policy and its decoder that write SCRIPT: state t of a row is t + 1 everywhere but in the place of its next token."""
+
+    look_every, pack_below = 10**9, 0.0
+
+    def __init__(self):
+        self.reading = types.SimpleNamespace(max_new_tokens=6, pooling="mean")
+        self.end_ids, self.fed = torch.tensor([7, 8]), []
+
+    def state(self, t):
+        said = torch.full((4, 9), float(t + 1))
+        for row, script in enumerate(SCRIPT):
+            said[row, script[t] if t < 6 else 5] += 50.0
+        return said
+
+    def logits(self, hidden):
+        return hidden
+
+    def step(self, token):
+        self.fed.append(token.tolist())
+        hidden = self.state(len(self.fed))[:, None]
+        return hidden, hidden
+
+    def keep(self, rows, groups):
+        raise AssertionError("look_every says not to")
+
+
+def scripted():
+    pen = Scripted()
+    found = rollout.write(pen, pen, pen.state(0), torch.zeros(4, 9), 2, 1.0, torch.Generator().manual_seed(0))
+    return pen, found
+
+
+@pytest.mark.points(2)
+def test_a_rationale_is_its_tokens_with_the_end_token():
+    _, (ids, logprobs, lengths, finished, _) = scripted()
+    assert lengths.tolist() == [4, 1, 6, 6], "the end token is part of it; token 0 is a token"
+    assert finished.tolist() == [True, True, False, True], "the third was cut off, the fourth ended in time"
+    for row, n in enumerate(lengths):
+        assert ids[row, :n].tolist() == SCRIPT[row][:n]
+        assert logprobs[row, :n].abs().max() < 1e-4
+
+
+@pytest.mark.points(2)
+def test_every_token_is_fed_and_pooled_once():
+    """The last token too: `generate()` leaves it out, Eq. 11 counts it. And nothing after the end."""
+    pen, (_, _, lengths, _, state) = scripted()
+    assert len(pen.fed) == 6 and [row[0] for row in zip(*pen.fed)] == [script[0] for script in SCRIPT]
+    expected = [sum((pen.state(t + 1)[row] for t in range(n)), torch.zeros(9)) for row, n in enumerate(lengths.tolist())]
+    torch.testing.assert_close(state, torch.stack(expected))
+
+
+# ---------------------------------------------------------------- the loop, on a network
+
+
+@pytest.fixture(scope="module")
+def network():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    tokenizer = toy.build_tokenizer()
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+    ends = list(range(5, 150, 6))
+    config = LlamaConfig(vocab_size=len(tokenizer), initializer_range=0.3, eos_token_id=ends, bos_token_id=None, **sizes)
+    reading = policies.Reading(toy.INSTRUCTION, max_prompt_tokens=64, max_new_tokens=6)
+    return policies.Policy(LlamaForCausalLM(config).double(), tokenizer, reading)
+
+
+TEXTS = ["the angry doctor bought the lamp near the forest around noon .", "somebody sold the boat"]
+
+
+@pytest.mark.points(6)
+def test_what_the_loop_captures_is_what_a_full_forward_pass_gives(network, generator):
+    temperature = 0.6
+    rollouts = rollout.sample(network, network.prompts(TEXTS), 4, temperature, generator)
+    assert rollouts.mask.sum(-1).unique().numel() > 1, "rationales of one length would prove little"
+    for n, k in itertools.product(range(2), range(4)):
+        prompt = rollouts.prompt_ids[n][rollouts.prompt_mask[n].bool()]
+        written = rollouts.ids[n, k][rollouts.mask[n, k].bool()]
+        counted = torch.cat([rollouts.counted[n][rollouts.prompt_mask[n].bool()], torch.ones_like(written)]).bool()
+        with torch.no_grad():
+            out = network.model(input_ids=torch.cat([prompt, written])[None], output_hidden_states=True, use_cache=False)
+        said = torch.log_softmax(out.logits[0, len(prompt) - 1 : -1] / temperature, -1).gather(1, written[:, None])[:, 0]
+        mean = out.hidden_states[-1][0][counted].mean(0)
+        torch.testing.assert_close(rollouts.logprobs[n, k][rollouts.mask[n, k].bool()], said, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(rollouts.embeddings[n, k], mean / mean.norm(), rtol=1e-5, atol=1e-5)
+        ends = torch.isin(written, network.end_ids)
+        assert not ends[:-1].any() and bool(ends[-1]) == bool(rollouts.finished[n, k])
+
+
+@pytest.mark.points(1)
+def test_a_prompt_is_read_once(network, generator):
+    """One prefill for the instruction, one for the texts, then one step a token."""
+    read = []
+    hook = network.base.register_forward_hook(lambda *x: read.append(x[2][0].shape[1]))
+    rollout.sample(network, network.prompts(TEXTS), 4, 1.0, generator)
+    hook.remove()
+    assert len(read) <= 2 + 6 and sum(n > 1 for n in read) <= 2

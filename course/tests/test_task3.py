@@ -1,0 +1,143 @@
+"""Task 3: the rewards, against loops written from the equations."""
+
+import math
+
+import pytest
+import torch
+
+import reward
+from similarity import Similarity
+
+pytestmark = pytest.mark.task3
+SIZES = pytest.mark.parametrize("B, K, M, D", [(5, 4, 2, 8), (1, 3, 1, 4), (3, 1, 0, 4), (2, 2, 3, 2)])
+
+
+@pytest.fixture(autouse=True)
+def given(monkeypatch):
+    """A plain stand-in for task 4: the whole table at once."""
+
+    def group_similarity(rows, columns, temperature, twins=None):
+        s = torch.einsum("nd,bkd->nbk", rows, columns)
+        mine = torch.arange(len(columns)).repeat_interleave(len(rows) // len(columns))
+        own = torch.nn.functional.one_hot(mine, len(columns)).bool()
+        other = ~own if twins is None else ~(own | twins[mine])
+        lse = lambda x: (x / temperature).masked_fill(~other, -torch.inf).logsumexp(1)
+        hard = (s.amax(2) * other).sum(1) / other.sum(1).clamp(min=1)
+        return Similarity((s.mean(2) * own).sum(1), lse(s.mean(2)), lse(s.amax(2)), hard)
+
+    monkeypatch.setattr(reward, "group_similarity", group_similarity)
+
+
+def close(found, expected):
+    torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64), rtol=1e-10, atol=1e-10)
+
+
+def dot(x, y):
+    return float(x @ y)
+
+
+@pytest.mark.points(1)
+@SIZES
+def test_eq13_contrastive(units, B, K, M, D):
+    q, p, n = units(B, D), units(B, K, D), units(B, M, D)
+    expected = [[dot(q[i], p[i, k]) - sum(dot(q[i], x) for x in n[i]) for k in range(K)] for i in range(B)]
+    close(reward.contrastive(q, p, n), expected)
+
+
+@pytest.mark.points(1)
+@SIZES
+def test_eq21_self_similarity(units, B, K, M, D):
+    a, p = units(B, D), units(B, K, D)
+    close(reward.self_similarity(a, p), [[dot(a[i], x) for x in p[i]] for i in range(B)])
+
+
+@pytest.mark.points(1)
+@SIZES
+def test_eq14_consistency(units, B, K, M, D):
+    """A group of one has no others, and no consistency: 0, not NaN."""
+    p = units(B, K, D)
+    others = lambda i, k: [dot(p[i, k], p[i, j]) for j in range(K) if j != k]
+    close(reward.consistency(p), [[sum(others(i, k)) / max(K - 1, 1) for k in range(K)] for i in range(B)])
+
+
+@pytest.mark.points(2)
+@SIZES
+def test_eq15_hard_negative(units, B, K, M, D):
+    """A batch of one has nobody to confuse: 0, not NaN."""
+    q, p = units(B, D), units(B, K, D)
+    nearest = lambda i: [max(dot(q[i], x) for x in p[j]) for j in range(B) if j != i]
+    close(reward.hard_negative(q, p), [-sum(nearest(i)) / max(B - 1, 1) for i in range(B)])
+
+
+@pytest.mark.points(1)
+def test_texts_that_are_the_same_are_not_negatives(units):
+    q, p = units(3, 4), units(3, 2, 4)
+    twins = torch.eye(3, dtype=torch.bool)
+    twins[0, 1] = twins[1, 0] = True
+    expected = -max(dot(q[0], x) for x in p[2])
+    close(reward.hard_negative(q, p, twins)[0], expected)
+
+
+def infonce_by_loop(q, p, t, negatives, mined):
+    pick = max if mined else (lambda xs: sum(xs) / len(xs))
+    table = []
+    for i in range(len(q)):
+        row = []
+        for x in q[i]:
+            own = sum(dot(x, c) for c in p[i]) / len(p[i])
+            others = [pick([dot(x, c) for c in p[j]]) for j in range(len(p)) if j != i]
+            others += [pick([dot(x, c) for c in group]) for group in (negatives[i] if negatives is not None else [])]
+            row.append(own / t - math.log(sum(math.exp(s / t) for s in [own, *others])))
+        table.append(row)
+    return table
+
+
+@pytest.mark.points(3)
+@pytest.mark.parametrize("mined", [False, True])
+@pytest.mark.parametrize("B, M", [(5, 2), (4, 0), (3, None), (1, 1)])
+def test_infonce(units, B, M, mined):
+    q, p = units(B, 3, 6), units(B, 4, 6)
+    negatives = None if M is None else units(B, M, 2, 6)
+    close(reward.infonce(q, p, 0.3, negatives, mined=mined), infonce_by_loop(q, p, 0.3, negatives, mined))
+
+
+@pytest.mark.points(1)
+def test_infonce_of_one_pair_is_nothing_and_a_small_temperature_does_not_overflow(units):
+    assert reward.infonce(units(1, 2, 4), units(1, 3, 4), 0.1).abs().max() < 1e-12
+    assert torch.isfinite(reward.infonce(units(3, 2, 4), units(3, 3, 4), 1e-4)).all()
+
+
+@pytest.mark.points(1)
+def test_eq16_and_eq17(rand):
+    parts = {name: rand(2, 3) for name in ("contrastive", "consistency", "hard")}
+    whole = reward.total(parts, 0.2, 0.5)
+    torch.testing.assert_close(whole, parts["contrastive"] + 0.2 * parts["consistency"] + 0.5 * parts["hard"])
+    torch.testing.assert_close(reward.scaled(whole, 0.1), 10 * whole)
+
+
+@pytest.mark.points(2)
+def test_length_penalty(rand):
+    R, finished = rand(3, 4), torch.tensor([[True, False, True, True], [False] * 4, [True] * 4])
+    before = R.clone()
+    less, instead = reward.length_penalty(R, finished, 1.5), reward.length_penalty(R, finished, 1.5, relative=False)
+    for i in range(3):
+        for k in range(4):
+            assert less[i, k] == (R[i, k] if finished[i, k] else R[i, k] - 1.5)
+            assert instead[i, k] == (R[i, k] if finished[i, k] else -1.5)  # Eq. 28
+    assert torch.equal(R, before), "the rewards were edited in place"
+
+
+@pytest.mark.points(2)
+def test_gradients_flow(units):
+    """The pathwise term of task 6 lives on them."""
+    q, p, n = (x.requires_grad_() for x in (units(3, 2, 4), units(3, 2, 4), units(3, 1, 2, 4)))
+
+    def everything(q, p, n):
+        parts = (
+            reward.contrastive(q[:, 0], p, n[:, :, 0]), reward.self_similarity(q[:, 0], p), reward.consistency(p),
+            reward.hard_negative(q[:, 0], p)[:, None], reward.infonce(q, p, 0.3, n, mined=True),
+        )  # fmt: skip
+        together = reward.total({"contrastive": sum(parts[:2]), "consistency": parts[2], "hard": parts[3] + parts[4]}, 0.3, 0.7)
+        return reward.length_penalty(reward.scaled(together, 0.5), torch.tensor([[True, False]] * 3), 1.0)
+
+    assert torch.autograd.gradcheck(everything, (q, p, n))

@@ -1,0 +1,94 @@
+"""Task 4: the in-batch similarity in blocks of rows, against a loop, finite differences and a look at what it holds."""
+
+import math
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import similarity
+
+pytestmark = pytest.mark.task4
+BLOCKS = pytest.mark.parametrize("table", [1, 40, 10**6])  # cosines held at a time: a row, a few rows, all
+
+
+@pytest.fixture(autouse=True)
+def plain(monkeypatch):
+    monkeypatch.setattr(similarity, "kernel", "off")
+
+
+def by_loop(rows, columns, t, twins):
+    """The four numbers of each row, from their definition."""
+    found = []
+    for n, x in enumerate(rows):
+        mine = n // (len(rows) // len(columns))
+        s = [[float(x @ c) for c in group] for group in columns]
+        others = [g for g in range(len(columns)) if g != mine and not (twins is not None and twins[mine, g])]
+        lse = lambda xs: math.log(sum(math.exp(x / t) for x in xs)) if xs else -math.inf
+        near = [max(s[g]) for g in others]
+        mean = [sum(s[g]) / len(s[g]) for g in others]
+        found.append([sum(s[mine]) / len(s[mine]), lse(mean), lse(near), sum(near) / max(len(near), 1)])
+    return torch.tensor(found, dtype=torch.float64).T
+
+
+@pytest.fixture
+def example(units, generator):
+    rows, columns = units(5 * 2, 4), units(5, 3, 4)
+    twins = torch.rand(5, 5, generator=generator) < 0.3
+    return rows, columns, twins | twins.T
+
+
+@pytest.mark.points(3)
+@BLOCKS
+def test_values(example, table, monkeypatch):
+    monkeypatch.setattr(similarity, "TABLE", table)
+    rows, columns, twins = example
+    for mask in (None, twins):
+        found = torch.stack(similarity.group_similarity(rows, columns, 0.2, mask))
+        torch.testing.assert_close(found, by_loop(rows, columns, 0.2, mask), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.points(1)
+def test_nobody_else(units):
+    found = similarity.group_similarity(units(3, 4), units(1, 2, 4), 0.1)
+    assert found.hard.eq(0).all() and found.mean.eq(-torch.inf).all() and found.nearest.eq(-torch.inf).all()
+
+
+@pytest.mark.points(4)
+@pytest.mark.parametrize("table", [1, 40])
+@pytest.mark.parametrize("which", range(4), ids=similarity.Similarity._fields)
+def test_gradient_of_each_number(example, table, which, monkeypatch):
+    monkeypatch.setattr(similarity, "TABLE", table)
+    rows, columns, twins = example
+    twins = twins & (torch.arange(5)[:, None] > 0) & (torch.arange(5) > 0)  # group 0 has others: its numbers are finite
+    number = lambda r, c: similarity.group_similarity(r, c, 0.4, twins)[which][:2]
+    assert torch.autograd.gradcheck(number, (rows.requires_grad_(), columns.requires_grad_()))
+
+
+@pytest.mark.points(1)
+def test_equal_members_share_the_gradient(example):
+    rows, columns, _ = example
+    columns = columns.clone()
+    columns[:, 1] = columns[:, 0]
+    columns.requires_grad_()
+    d = torch.autograd.grad(similarity.group_similarity(rows, columns, 1.0).hard.sum(), columns)[0]
+    torch.testing.assert_close(d[:, 0], d[:, 1], rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.points(1)
+def test_the_whole_table_is_never_there(units, monkeypatch):
+    monkeypatch.setattr(similarity, "TABLE", 1000)
+    largest = 0
+
+    class Look(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            nonlocal largest
+            out = function(*args, **(kwargs or {}))
+            for x in out if isinstance(out, (tuple, list)) else [out]:
+                largest = max(largest, x.numel() if isinstance(x, torch.Tensor) else 0)
+            return out
+
+    rows, columns = units(200, 4).requires_grad_(), units(50, 4, 4).requires_grad_()
+    with Look():
+        sum(x.sum() for x in similarity.group_similarity(rows, columns, 0.5)).backward()
+    assert largest < 200 * 200 / 4, "a tensor as large as a good part of the table was made"
