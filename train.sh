@@ -9,10 +9,12 @@
 # SEED=1 bash train.sh                  another world, warm start and training
 # RECIPE=paper bash train.sh supervised the paper to the letter, on a real model
 # DATA=my.jsonl bash train.sh supervised my-model/       your own files (see data.py for the formats)
+# OUT=runs/mine bash train.sh full --pathwise 0          whatever follows goes to grace.py (after supervised: MODEL first)
 set -euo pipefail
 cd "$(dirname "$0")"
 what=${1:-full}
 SEED=${SEED:-0}
+[ $# = 0 ] || shift
 
 # 1. An environment: .venv, made once.
 . ./setup.sh requirements.txt
@@ -21,14 +23,15 @@ SEED=${SEED:-0}
 #    learning rate 1e-6. Weights stay float32; bfloat16 is only what the GPU computes in. README.md
 #    has the arithmetic of why this fits into 24 GB.
 if [ "$what" = supervised ] || [ "$what" = unsupervised ]; then
-  model=${2:-Qwen/Qwen2.5-0.5B-Instruct}
+  model=${1:-Qwen/Qwen2.5-0.5B-Instruct}
+  [ $# = 0 ] || shift
   if [ "$what" = supervised ]; then data=${DATA:-sentence-transformers/all-nli:triplet}
   else data=${DATA:-sentence-transformers/wikipedia-en-sentences}; fi
   dtype=$("$PYTHON" -c 'import torch; print("bfloat16" if torch.cuda.is_available() else "float32")')
   [ "$dtype" = bfloat16 ] || echo "No GPU found: this will run, but slowly."
   recipe=${RECIPE:-full}
   exec "$PYTHON" grace.py --mode "$what" --recipe "$recipe" --model "$model" --data "$data" \
-    --out "runs/$what-$recipe-$(basename "$model")" --dtype "$dtype" --seed "$SEED" --save-every 50 --resume
+    --out "${OUT:-runs/$what-$recipe-$(basename "$model")}" --dtype "$dtype" --seed "$SEED" --save-every 50 --resume "$@"
 elif [ "$what" != full ] && [ "$what" != paper ]; then
   echo "train.sh: '$what' is none of: (nothing), paper, supervised, unsupervised" >&2
   exit 2
@@ -45,16 +48,16 @@ fi
 #    512 held-out texts, half of them negatives that copy the query's words? The control is the line
 #    of step 0. The paper's recipe keeps its constant learning rate; see what becomes of `distinct`.
 if [ "$what" = full ]; then
-  out=runs/toy
+  out=${OUT:-runs/toy}
   recipe="--recipe full --lr-decay --steps 250 --infonce-temperature 0.2"
 else
-  out=runs/toy-paper
+  out=${OUT:-runs/toy-paper}
   recipe="--recipe paper --steps 250"
 fi
 # shellcheck disable=SC2086
 "$PYTHON" grace.py $recipe --model "$world/model" --data "$world/data/train.jsonl" \
   --heldout "$world/data/heldout.jsonl" --graded "$world/data/graded.jsonl" --out "$out" \
-  --batch 32 --rollouts 4 --lr 5e-4 --eval-every 50 --seed "$SEED" --overwrite
+  --batch 32 --rollouts 4 --lr 5e-4 --eval-every 50 --seed "$SEED" --overwrite "$@"
 
 # 5. The same held-out sets through the evaluator that runs the paper's 16 MTEB tasks.
 echo

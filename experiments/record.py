@@ -31,7 +31,7 @@ from baselines import Contrastive, SimCSE  # noqa: E402
 import grace  # noqa: E402
 import toy  # noqa: E402
 from checkpoint import write_atomically  # noqa: E402
-from config import Config  # noqa: E402
+from config import RECIPES, Config  # noqa: E402
 from data import load_rows  # noqa: E402
 from encoder import GraceEncoder  # noqa: E402
 from policy import Policy  # noqa: E402
@@ -39,6 +39,7 @@ from rollout import encode, sample, score  # noqa: E402
 from tasks import evaluate_tasks, evaluate_triplets  # noqa: E402
 
 TRAINERS = {"contrastive": Contrastive, "simcse": SimCSE, **ALGORITHMS}
+UNREWARDED = ("none", "contrastive", "simcse")  # of a recipe they read the text term's weight alone
 TOY = dict(batch=32, rollouts=4, lr=5e-4, lr_decay=True, infonce_temperature=0.2)  # train.sh's settings for the embedded worlds
 QUICK_WORLD = dict(train=64, heldout=16, steps=5)  # built in a second
 QUICK = dict(
@@ -84,7 +85,8 @@ class Place:
     def path(self, run):
         """Where the record of a run is: named by whatever could change it, defaults aside."""
         defaults = {f.name: f.default for f in dataclasses.fields(Config)} | {"device": None}
-        settings = {k: v for k, v in dataclasses.asdict(self.config(run)).items() if v != defaults[k] and k != "device"}
+        unread = {"device"} | (set(RECIPES["full"]) - {"text_weight"} if run["trainer"] in UNREWARDED else set())
+        settings = {k: v for k, v in dataclasses.asdict(self.config(run)).items() if v != defaults[k] and k not in unread}
         about = {k: run.get(k) for k in ("trainer", "world", "probe", "backbone")}
         about |= {"settings": settings, "quick": self.quick}
         if "backbone" not in run:
