@@ -19,11 +19,11 @@ from pool import POOLS
 RECIPES = {  # a recipe only sets defaults: any of them can be given on the command line
     "paper": dict(
         reward="paper", train_roles="positive", pathwise=0.0, length_normalize=True, kl=0.0, text_weight=0.0, tau=0.1,
-        lambda_consistency=0.2, lambda_hard=0.2, relative_length_penalty=False, anchor_temperature=0.5,
+        lambda_consistency=0.2, lambda_hard=0.2, relative_length_penalty=False, temperature=1.0, anchor_temperature=0.5,
     ),
     "full": dict(
-        reward="infonce", train_roles="query,positive", pathwise=0.3, length_normalize=False, kl=0.01, text_weight=1.0, tau=1.0,
-        lambda_consistency=0.2, lambda_hard=0.2, relative_length_penalty=True, anchor_temperature=1.0,
+        reward="infonce", train_roles="query,positive", pathwise=0.3, length_normalize=False, kl=0.03, text_weight=1.0, tau=1.0,
+        lambda_consistency=0.2, lambda_hard=0.2, relative_length_penalty=True, temperature=0.7, anchor_temperature=1.0,
     ),
 }  # fmt: skip
 HOW_LONG_AND_WHERE = {  # settings that a resumed run may change: none moves its gradients
@@ -73,7 +73,7 @@ class Config:
     batch: int = setting(64, "instances a step, B", least=1)
     rollouts: int = setting(8, "rollouts a prompt, K", least=1)
     steps: int = setting(1000, "training steps", least=1)
-    temperature: float = setting(1.0, "rollouts are sampled, and scored, at this temperature", above=0)
+    temperature: float = setting(None, "(recipe) rollouts are sampled, and scored, at this temperature", above=0)
     anchor_temperature: float = setting(None, "(recipe) temperature of the roles that are not trained", least=0)
     seed: int = setting(0, "of the data order and of all sampling", least=0)
     # How a text is read (default: as the checkpoint says in grace_config.json)

@@ -42,7 +42,9 @@ Where this departs from the paper, each a setting, all undone by `--recipe paper
 5. Two light terms keep the policy what it was. The language-model loss on the texts' own tokens, whose hidden states the
    update has anyway, keeps it a language model (as mixing in pre-training text does, Ouyang et al. 2022); a KL term (k3)
    on the rationales' tokens keeps their words what a reader takes them for.
-6. The length penalty is relative (reward.py).
+6. Rollouts are drawn, and scored, at temperature 0.7 instead of 1, nearer to the greedy rationale that is used in the end.
+   A name that is right when greedy but often wrong when drawn is punished for the draws, and the policy stops naming.
+7. The length penalty is relative (reward.py).
 
 Shapes: B instances, K rollouts a group, M hard negatives, N groups (B a trained role), T tokens,
 D hidden size.

@@ -110,14 +110,16 @@ UNLABELLED = dict(mode="unsupervised")
 
 REAL = dict(steps=100, eval_every=0, batch=32, rollouts=4, lr=5e-4, lr_decay=True, infonce_temperature=0.2)
 
+PLAIN = FULL | dict(temperature=1.0, text_weight=0.0, kl=0.0)
 LADDER = {
     "GRACE, the paper's recipe": PAPER,
     "the same, rate falling to 0": PAPER | dict(lr_decay=True),
-    "+ InfoNCE as the reward": FULL | dict(train_roles="positive", pathwise=0.0, text_weight=0.0, kl=0.0),
-    "+ queries trained too": FULL | dict(pathwise=0.0, text_weight=0.0, kl=0.0),
-    "+ the pathwise term": FULL | dict(text_weight=0.0, kl=0.0),
-    "+ the text term": FULL | dict(kl=0.0),
-    "+ a light KL term (= full)": FULL,
+    "+ InfoNCE as the reward": PLAIN | dict(train_roles="positive", pathwise=0.0),
+    "+ queries trained too": PLAIN | dict(pathwise=0.0),
+    "+ the pathwise term": PLAIN,
+    "+ the text term": FULL | dict(temperature=1.0, kl=0.0),
+    "+ a light KL term": FULL | dict(temperature=1.0),
+    "+ rollouts at temperature 0.7 (= full)": FULL,
 }
 PAPERS, BEST = list(LADDER)[0], list(LADDER)[-1]
 SUPERVISED = {
@@ -229,20 +231,24 @@ def task_lines(found):
 
 
 BRIEF = FULL | SHORT
-KNOBS = {  # the frontier: one knob at a time; the last three from the full recipe, with both terms that hold
-    "KL": {f"KL {x:g}": BRIEF | dict(text_weight=0.0, kl=x) for x in (0.0, 0.01, 0.03, 0.1)},
+KNOBS = {  # the frontier: one knob at a time, from the full recipe where the knob is not one of its two terms that hold
+    "KL": {f"KL {x:g}": BRIEF | dict(text_weight=0.0, kl=x) for x in (0.0, 0.03, 0.1, 0.3)},
     "text term": {f"text term {x:g}": BRIEF | dict(text_weight=x, kl=0.0) for x in (0.03, 0.3, 1.0)},
-    "text term 1 and KL": {f"text term 1 and KL {x:g}": BRIEF | dict(kl=x) for x in (0.01, 0.03)},
+    "text term 1 and KL": {f"text term 1 and KL {x:g}": BRIEF | dict(kl=x) for x in (0.03, 0.1)},
     "pathwise": {f"pathwise {x:g}": BRIEF | dict(pathwise=x) for x in (0.0, 0.1, 1.0)},
+    "temperature": {f"temperature {x:g}": BRIEF | dict(temperature=x) for x in (0.5, 1.0)},
     "rate": {f"rate {x:g}": BRIEF | dict(lr=x) for x in (2e-4, 1e-3)},
-    "steps": {f"steps {x}": BRIEF | dict(steps=x) for x in (30, 250)},
-    "InfoNCE as a loss": {"contrastive": CONTRASTIVE, "contrastive + text term": CONTRASTIVE | dict(text_weight=1.0)},
+    "steps": {"steps 30": BRIEF | dict(steps=30), "steps 250": FULL | LONG},
+    "InfoNCE as a loss": {
+        "contrastive": SUPERVISED["contrastive fine-tuning"],
+        "contrastive + text term": SUPERVISED["contrastive with the text term"],
+    },
 }
 SIZES = {
-    **{f"B = {b}, K = 4": FULL | SHORT | dict(batch=b) for b in (4, 8, 16, 32)},
-    **{f"K = {k}, B = 16": FULL | SHORT | dict(rollouts=k, batch=16) for k in (2, 4, 8)},
+    **{f"B = {b}, K = 4": BRIEF | dict(batch=b) for b in (4, 8, 16, 32)},
+    **{f"K = {k}, B = 16": BRIEF | dict(rollouts=k, batch=16) for k in (2, 4, 8)},
 }
-POOLINGS = {how: FULL | SHORT | dict(pooling=how) for how in ("mean", "penultimate", "eos", "max")}
+POOLINGS = {how: BRIEF | ({} if how == "mean" else dict(pooling=how)) for how in ("mean", "penultimate", "eos", "max")}
 RIVALS = {
     name: dict(trainer=name, recipe="full", pathwise=0.0, length_normalize=True, minibatches=4, **SHORT) for name in ALGORITHMS
 }
