@@ -168,7 +168,31 @@ MEALS = World(  # another build: seven slots, six concepts, two synonyms, and ra
     },
     ("nothing worth noting", "people were busy", "such is life"),
 )
-WORLDS = {"events": EVENTS, "meals": MEALS}
+PARCELS = World(  # a third, on which nothing was ever chosen: five slots of nine concepts, what went where and how it fared
+    "report the parcel",
+    {
+        "cargo": "letter message|crate chest|violin fiddle|carpet rug|clock timepiece|mirror glass|stove oven|"
+        "basket hamper|ladder steps",
+        "mishap": "lost mislaid|soaked drenched|burnt scorched|stolen pinched|delayed postponed|crushed squashed|"
+        "opened unsealed|swapped switched|dented bent",
+        "carrier": "postman courier|trucker driver|cyclist rider|skipper captain|porter bearer|drone robot|"
+        "trader merchant|scout ranger|clerk officer",
+        "origin": "harbour port|mine quarry|palace mansion|village hamlet|mountain summit|island isle|desert dunes|"
+        "swamp marsh|valley glen",
+        "target": "hospital clinic|library archive|museum gallery|stadium arena|factory plant|airport airfield|"
+        "embassy consulate|theatre playhouse|bakery patisserie",
+    },
+    (
+        "from the {origin} to the {target} a {carrier} brought one {cargo} , which got {mishap} on the way .",
+        "the {cargo} got {mishap} , says the {carrier} , somewhere past the {origin} and before the {target} .",
+        "no {cargo} reached the {target} intact : {mishap} after the {origin} , while our {carrier} slept .",
+        "one more {cargo} {mishap} ! the {carrier} left the {origin} early and found the {target} shut .",
+        "which {carrier} had the {cargo} for the {target} ? it came from the {origin} and was {mishap} .",
+    ),
+    {"cargo": "the {}", "mishap": "was {}", "carrier": "by {}", "origin": "out of {}", "target": "bound for {}"},
+    ("things went astray", "another day at work", "who can tell"),
+)
+WORLDS = {"events": EVENTS, "meals": MEALS, "parcels": PARCELS}
 
 
 # ---------------------------------------------------------------- tokenizer, network, warm start

@@ -28,7 +28,8 @@ TASKS = {  # task: its file, and the functions to write there
     "task6": ("grace.py", ("judge", "pathwise")),
     "bonus": ("similarity_triton.py", ("forward_kernel",)),
 }
-PYTEST = "[pytest]\naddopts = -q -p no:warnings\npythonpath = .\n"  # also keeps a starter inside a clone from using the clone's files
+# Its own settings also keep a starter that lies inside a clone from using the clone's files.
+PYTEST = "[pytest]\naddopts = -q -p no:warnings\npythonpath = .\n"
 
 
 def body(source, name):

@@ -254,6 +254,19 @@ RIVALS = {
 }
 chain = lambda labels: list(zip(labels[1:], labels))  # each above the one before
 
+RIVAL_LOSSES = some(SUPERVISED, "Base with reasoning", "contrastive fine-tuning", "contrastive with the text term", BEST)
+
+
+def against_the_loss(*notes):
+    """What the full recipe is held to, against InfoNCE as a loss, in the rows with these notes."""
+    claims = (
+        ("retrieval is above the loss's", BEST, "contrastive fine-tuning", "ndcg_at_10"),
+        ("so is the correlation with graded similarity", BEST, "contrastive fine-tuning", "spearman"),
+        ("text loss rises less", "contrastive fine-tuning", BEST, "text loss"),
+    )
+    return tuple(Claim(text, [(f"{a}{note}", f"{b}{note}") for note in notes], column) for text, a, b, column in claims)
+
+
 EXPERIMENTS = {
     "table1": Experiment(
         "Table 1: supervised", "On every backbone: base < base with reasoning < contrastive fine-tuning < GRACE.",
@@ -379,27 +392,22 @@ EXPERIMENTS = {
         figure=functools.partial(pictures.frontier, knobs={knob: list(rows) for knob, rows in KNOBS.items()}),
     ),
     "yardstick": Experiment(
-        "Against InfoNCE as a loss: five seeds, two worlds", "(Ours.) `train.sh`'s settings, chosen on seeds 10 and 11 of the first world. A first choice (rate 1e-3, pathwise 1, no KL) failed on the second world (seed 0: nDCG@10 0.95, slots named 0.58), so rate, KL and pathwise weight were chosen anew with its seeds 0 and 1 in view, and the warm start was lengthened after a look at seed 2 of the first world; seeds 3 and 4 of the first and 2 to 4 of the second are fresh.",
-        {
-            f"{label}{note}": run | world
-            for world, note in (({}, ""), (dict(world="meals"), ", second world"))
-            for label, run in some(SUPERVISED, "Base with reasoning", "contrastive fine-tuning", "contrastive with the text term", BEST).items()
-        },
+        "Against InfoNCE as a loss: five seeds, two worlds", "(Ours.) `train.sh`'s settings. They were chosen on seeds 10 and 11 of the first world, then, because rationales of the second stopped naming a slot, chosen anew on seeds 0 to 4 of the second and 4 of the first: here the second world is not unseen.",
+        {f"{label}{note}": run | world for world, note in (({}, ""), (dict(world="meals"), ", second world")) for label, run in RIVAL_LOSSES.items()},
         ("ndcg_at_10", "spearman", "text loss", "recall", "precision", "well_formed", "seconds"),
         (
-            *(
-                Claim(text, [(f"{a}{note}", f"{b}{note}") for note in ("", ", second world")], column)
-                for text, a, b, column in (
-                    ("retrieval is above the loss's", BEST, "contrastive fine-tuning", "ndcg_at_10"),
-                    ("so is the correlation with graded similarity", BEST, "contrastive fine-tuning", "spearman"),
-                    ("text loss rises less", "contrastive fine-tuning", BEST, "text loss"),
-                )
-            ),
+            *against_the_loss("", ", second world"),
             Claim("rationales name more of the text than before", [(BEST, "Base with reasoning")], "recall"),
             Claim("in the second world they named all of it, and still do",
                   [(f"{BEST}, second world", "Base with reasoning, second world")], "recall", within=0.02),
         ),
         seeds=(0, 1, 2, 3, 4),
+    ),
+    "unseen": Experiment(
+        "The same on a world on which nothing was chosen", "(Ours.) A third world, of five slots, nine concepts and two synonyms, was written after the settings were fixed, and run once.",
+        {label: run | dict(world="parcels") for label, run in RIVAL_LOSSES.items()},
+        ("ndcg_at_10", "spearman", "text loss", "recall", "precision", "well_formed", "seconds"),
+        against_the_loss(""),
     ),
     "real": Experiment(
         "Real text", "(Table 3's tasks that fit.) 16 MTEB tasks with backbones of 1.5 to 4 billion parameters.",

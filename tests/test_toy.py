@@ -22,8 +22,9 @@ def test_words_are_unique_and_forms_name_every_slot(world):
     assert set(world.phrases) == set(world.slots)
 
 
-@pytest.mark.parametrize("world, most_shared", [(EVENTS, 0.2), (WORLDS["meals"], 0.25)], ids=WORLDS)
-def test_triplets(world, most_shared):
+@pytest.mark.parametrize("name, most_shared", [("events", 0.2), ("meals", 0.25), ("parcels", 0.25)])
+def test_triplets(name, most_shared):
+    world = WORLDS[name]
     rng, shared, copied, slots = random.Random(0), 0, 0, len(world.slots)
     for _ in range(300):
         row = world.triplet(world.event(rng), rng)
