@@ -23,7 +23,7 @@ POOLS = ("mean", "penultimate", "eos", "max")  # penultimate: the mean, one laye
 
 
 def length_mask(lengths, width):
-    """The mask of right-padded rows: True for the first `lengths[n]` of `width` positions.
+    """The mask of right-padded rows, True for the first `lengths` of `width` positions. `[...] -> [..., width]`, bool.
 
     >>> length_mask(torch.tensor([1, 3]), 4).int()
     tensor([[1, 0, 0, 0],
@@ -39,7 +39,8 @@ def fold(state, hidden, mask, how="mean"):
     hidden  `[N, L, D]`; positions where the mask is 0 may hold anything, NaN included
     mask    `[N, L]`, 1 where the token counts
     how     one of `POOLS`
-    Returns the new state `[N, D]`, in at least float32. Differentiable; nothing is edited in place.
+    Returns the new state `[N, D]`, in at least float32. Differentiable; nothing is edited in place. A row's first
+    block has a token that counts. Raises ValueError for an unknown `how`.
     """
     hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
     mask = mask.bool()

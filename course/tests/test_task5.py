@@ -25,7 +25,7 @@ def test_eq7_with_the_standard_deviation(rand):
     R = rand(5, 4)
     found = grace.advantages(R, normalize=True)
     torch.testing.assert_close(
-        found, (R - R.mean(1, keepdim=True)) / R.std(1, keepdim=True, correction=0), rtol=1e-4, atol=1e-4
+        found, (R - R.mean(1, keepdim=True)) / R.std(1, keepdim=True, correction=0), rtol=1e-3, atol=1e-3
     )
     assert torch.isfinite(grace.advantages(torch.ones(2, 3), normalize=True)).all(), "equal rewards"
 
