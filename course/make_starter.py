@@ -9,6 +9,7 @@ What is taken out is found by name in the files themselves, so a starter is neve
 import argparse
 import ast
 import glob
+import json
 import os
 import re
 import shutil
@@ -69,14 +70,26 @@ def blank(source, name, task):
     return put(source, name, [f'{indent}raise NotImplementedError("{task}: {name}")'])
 
 
+def outline(source):
+    """The names a file defines, functions with their arguments: what a solution may not change."""
+    named = {}
+    for node in ast.parse(source).body:
+        for part in (node, *(node.body if isinstance(node, ast.ClassDef) else ())):
+            if isinstance(part, (ast.FunctionDef, ast.ClassDef)):
+                named[part.name] = ast.unparse(part.args) if isinstance(part, ast.FunctionDef) else "a class"
+    return named
+
+
 def build(out, tasks=tuple(TASKS)):
     """Write the student's repository into the empty folder `out`, with these tasks to do."""
     if os.path.isdir(out) and os.listdir(out):
         raise FileExistsError(f"{out} is not empty: give a folder that is new")
     shutil.copytree(os.path.join(HERE, "tests"), os.path.join(out, "tests"), ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("train.sh", "test.sh", "setup.sh", "requirements.txt", "requirements-dev.txt"):
+    for name in ("train.sh", "setup.sh", "requirements.txt", "requirements-dev.txt"):
         shutil.copy(os.path.join(ROOT, name), out)
-    shutil.copy(os.path.join(HERE, "submit.sh"), out)
+    for name in ("test.sh", "submit.sh"):
+        shutil.copy(os.path.join(HERE, name), out)
+    given = {}
     for path in glob.glob(os.path.join(ROOT, "*.py")):
         with open(path) as file:
             source = file.read()
@@ -85,6 +98,8 @@ def build(out, tasks=tuple(TASKS)):
             for name in names if where == os.path.basename(path) else ():
                 source = blank(source, name, task)
         write(out, os.path.basename(path), source)
+        given |= {file: outline(source) for file, _ in TASKS.values() if file == os.path.basename(path)}
+    write(os.path.join(out, "tests"), "given.json", json.dumps(given, indent=1))
     with open(os.path.join(HERE, "handout.md")) as file:
         handout = file.read()
     write(out, "README.md", handout)

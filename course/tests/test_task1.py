@@ -62,7 +62,9 @@ def test_what_does_not_count_cannot_matter(block):
     hidden, mask = block
     before = mask.clone(), hidden.clone()
     for how in HOW:
-        close(pool.pool(hidden.masked_fill(mask[..., None] == 0, torch.nan), mask, how), by_loop(hidden, mask, how))
+        for garbage in (torch.nan, torch.inf, 1e9):
+            spoiled = hidden.masked_fill(mask[..., None] == 0, garbage)
+            close(pool.pool(spoiled, mask, how), by_loop(hidden, mask, how))
     assert torch.equal(mask, before[0]) and torch.equal(hidden, before[1]), "the caller's tensors were edited"
 
 
@@ -74,14 +76,18 @@ def test_blocks_fold_to_the_whole(block, how):
     for part in (slice(0, 2), slice(2, 7), slice(7, 9)):
         state = pool.fold(state, hidden[:, part], mask[:, part], how)
     close(pool.unit(state), pool.pool(hidden, mask, how))
-    ended = pool.fold(state, hidden[:, :1] * 50, torch.zeros_like(mask[:, :1]), how)  # a row that has ended stays as it is
-    close(ended, state)
+    before = state.clone()
+    ended = pool.fold(state, hidden[:, :1] * 50, torch.zeros_like(mask[:, :1]), how)
+    close(ended, before)  # a row that has ended stays as it is
+    pool.fold(state, hidden[:, :1] * 50, torch.ones_like(mask[:, :1]), how)
+    assert torch.equal(state, before), "the state was edited in place"
 
 
 @pytest.mark.points(1)
 def test_sums_are_taken_in_float32_and_differentiable(block):
     ones = torch.ones(1, 257, 2, dtype=torch.bfloat16)  # there is no 257 in bfloat16
     assert float(pool.fold(None, ones, torch.ones(1, 257))[0, 0]) == 257
+    assert all(pool.fold(None, ones, torch.ones(1, 257), how).dtype == torch.float32 for how in HOW)
     hidden, mask = block
     assert torch.autograd.gradcheck(lambda h: pool.mean_pool(h, mask[:2]), hidden[:2].requires_grad_())
 

@@ -16,9 +16,11 @@ pytestmark = pytest.mark.task2
 
 @pytest.fixture(autouse=True)
 def given(monkeypatch):
-    """Plain stand-ins for task 1."""
+    """Plain stand-ins for task 1; which ways to pool were asked for is noted."""
+    asked = set()
 
     def fold(state, hidden, mask, how="mean"):
+        asked.add(how)
         new = sum(torch.where(mask[:, i : i + 1].bool(), hidden[:, i], 0) for i in range(hidden.shape[1]))
         return new if state is None else state + new
 
@@ -29,6 +31,7 @@ def given(monkeypatch):
         for function in (fold, length_mask):
             if hasattr(module, function.__name__):
                 monkeypatch.setattr(module, function.__name__, function)
+    return asked
 
 
 # ---------------------------------------------------------------- one draw
@@ -43,6 +46,14 @@ def test_draws_follow_the_softmax_at_a_temperature(generator, temperature):
     assert token.shape == logprob.shape == (40_000,)
     assert (torch.bincount(token, minlength=4) / 40_000 - expected).abs().max() < 0.01
     torch.testing.assert_close(logprob, expected.log()[token])
+
+
+@pytest.mark.points(1)
+def test_the_unlikely_is_drawn_too(generator):
+    logits = torch.linspace(0, 3, 200)
+    token, _ = rollout.draw(logits.expand(40_000, 200), 1.0, generator)
+    unlikely = torch.softmax(logits, -1)[:150].sum()
+    assert abs((token < 150).float().mean() - unlikely) < 0.01, "no top-k, no top-p"
 
 
 @pytest.mark.points(1)
@@ -71,41 +82,43 @@ SCRIPT = [  # each row's tokens if it went on for ever; 7 and 8 are end tokens, 
 
 
 class Scripted:
-    """A policy and its decoder that write SCRIPT: state t of a row is t + 1 everywhere but in the place of its next token."""
+    """A policy and its decoder that write a script. The state to pool says which token of which row has been fed."""
 
-    look_every, pack_below = 10**9, 0.0
+    look_every, pack_below = 1, 0.0  # look after every step whether all have ended; never pack
 
-    def __init__(self):
-        self.reading = types.SimpleNamespace(max_new_tokens=6, pooling="mean")
-        self.end_ids, self.fed = torch.tensor([7, 8]), []
+    def __init__(self, script):
+        self.reading = types.SimpleNamespace(max_new_tokens=6, pooling="penultimate")
+        self.end_ids, self.fed, self.script = torch.tensor([7, 8]), [], script
 
     def state(self, t):
-        said = torch.full((4, 9), float(t + 1))
-        for row, script in enumerate(SCRIPT):
-            said[row, script[t] if t < 6 else 5] += 50.0
+        """What predicts each row's token t: certain of it."""
+        said = torch.zeros(len(self.script), 9)
+        for row, tokens in enumerate(self.script):
+            said[row, tokens[t] if t < 6 else 5] = 50.0
         return said
+
+    def to_pool(self, t):
+        return torch.arange(len(self.script) * 9.0).view(-1, 9) + 100.0 * t
 
     def logits(self, hidden):
         return hidden
 
     def step(self, token):
         self.fed.append(token.tolist())
-        hidden = self.state(len(self.fed))[:, None]
-        return hidden, hidden
+        t = len(self.fed)
+        return self.state(t)[:, None], self.to_pool(t)[:, None]
 
     def keep(self, rows, groups):
-        raise AssertionError("look_every says not to")
+        raise AssertionError("pack_below says not to")
 
-
-def scripted():
-    pen = Scripted()
-    found = rollout.write(pen, pen, pen.state(0), torch.zeros(4, 9), 2, 1.0, torch.Generator().manual_seed(0))
-    return pen, found
+    def run(self):
+        n = len(self.script)
+        return rollout.write(self, self, self.state(0), torch.zeros(n, 9), 2, 1.0, torch.Generator().manual_seed(0))
 
 
 @pytest.mark.points(2)
 def test_a_rationale_is_its_tokens_with_the_end_token():
-    _, (ids, logprobs, lengths, finished, _) = scripted()
+    ids, logprobs, lengths, finished, _ = Scripted(SCRIPT).run()
     assert lengths.tolist() == [4, 1, 6, 6], "the end token is part of it; token 0 is a token"
     assert finished.tolist() == [True, True, False, True], "the third was cut off, the fourth ended in time"
     for row, n in enumerate(lengths):
@@ -114,12 +127,15 @@ def test_a_rationale_is_its_tokens_with_the_end_token():
 
 
 @pytest.mark.points(2)
-def test_every_token_is_fed_and_pooled_once():
-    """The last token too: `generate()` leaves it out, Eq. 11 counts it. And nothing after the end."""
-    pen, (_, _, lengths, _, state) = scripted()
-    assert len(pen.fed) == 6 and [row[0] for row in zip(*pen.fed)] == [script[0] for script in SCRIPT]
-    expected = [sum((pen.state(t + 1)[row] for t in range(n)), torch.zeros(9)) for row, n in enumerate(lengths.tolist())]
+@pytest.mark.parametrize("rows, steps", [(slice(0, 4), 6), (slice(0, 2), 4)])
+def test_every_token_is_fed_and_pooled_once(rows, steps, given):
+    """The last token too: `generate()` leaves it out, Eq. 11 counts it. Nothing after the end; the loop ends with the last."""
+    pen = Scripted(SCRIPT[rows])
+    _, _, lengths, _, state = pen.run()
+    assert len(pen.fed) == steps and pen.fed[0] == [tokens[0] for tokens in pen.script]
+    expected = [sum((pen.to_pool(t + 1)[row] for t in range(n)), torch.zeros(9)) for row, n in enumerate(lengths.tolist())]
     torch.testing.assert_close(state, torch.stack(expected))
+    assert given == {"penultimate"}, "pooled as policy.reading.pooling says"
 
 
 # ---------------------------------------------------------------- the loop, on a network
@@ -141,7 +157,7 @@ def network():
 TEXTS = ["the angry doctor bought the lamp near the forest around noon .", "somebody sold the boat"]
 
 
-@pytest.mark.points(6)
+@pytest.mark.points(5)
 def test_what_the_loop_captures_is_what_a_full_forward_pass_gives(network, generator):
     temperature = 0.6
     rollouts = rollout.sample(network, network.prompts(TEXTS), 4, temperature, generator)

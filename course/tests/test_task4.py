@@ -38,7 +38,7 @@ def example(units, generator):
     return rows, columns, twins | twins.T
 
 
-@pytest.mark.points(3)
+@pytest.mark.points(2)
 @BLOCKS
 def test_values(example, table, monkeypatch):
     monkeypatch.setattr(similarity, "TABLE", table)
@@ -66,13 +66,28 @@ def test_gradient_of_each_number(example, table, which, monkeypatch):
 
 
 @pytest.mark.points(1)
-def test_equal_members_share_the_gradient(example):
+def test_equal_members_share_the_gradient_of_one(example):
     rows, columns, _ = example
     columns = columns.clone()
     columns[:, 1] = columns[:, 0]
     columns.requires_grad_()
-    d = torch.autograd.grad(similarity.group_similarity(rows, columns, 1.0).hard.sum(), columns)[0]
-    torch.testing.assert_close(d[:, 0], d[:, 1], rtol=1e-10, atol=1e-12)
+    found = torch.autograd.grad(similarity.group_similarity(rows, columns, 1.0).hard.sum(), columns)[0]
+    nearest = torch.einsum("nd,bkd->nbk", rows, columns).amax(2)  # whose gradient torch shares evenly
+    off = 1 - torch.eye(5, dtype=torch.float64).repeat_interleave(2, 0)
+    expected = torch.autograd.grad((nearest * off).sum() / 4, columns)[0]
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.points(1)
+def test_where_there_is_nobody_else_no_gradient_is_nan(example):
+    rows, columns, twins = example
+    alone = twins.clone()
+    alone[2] = True  # to group 2 nobody is another
+    rows.requires_grad_()
+    columns.requires_grad_()
+    found = similarity.group_similarity(rows, columns, 0.3, alone)
+    value = found.own.sum() + found.hard.sum() + found.mean[:4].sum() + found.nearest[6:].sum()
+    assert all(torch.isfinite(x).all() for x in torch.autograd.grad(value, (rows, columns)))
 
 
 @pytest.mark.points(1)

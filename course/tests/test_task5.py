@@ -90,9 +90,11 @@ def test_where_nothing_has_moved_the_gradient_is_eq19s(batch):
 @pytest.mark.points(1)
 def test_kl_k3(batch):
     logprobs, reference, _, mask = batch
-    found = grace.kl_k3(logprobs, reference, mask)
     token = lambda a, b: float((b - a).exp() - 1 - (b - a))
     mean = lambda i, k: (
         sum(token(logprobs[i, k, t], reference[i, k, t]) for t in range(5) if mask[i, k, t]) / int(mask[i, k].sum())
     )
-    close(found, [[mean(i, k) for k in range(3)] for i in range(4)])
+    expected = [[mean(i, k) for k in range(3)] for i in range(4)]
+    close(grace.kl_k3(logprobs, reference, mask), expected)
+    close(grace.kl_k3(logprobs.masked_fill(mask == 0, 3.0), reference, mask), expected)
+    assert torch.autograd.gradcheck(lambda x: grace.kl_k3(x, reference, mask), logprobs.requires_grad_())

@@ -13,7 +13,8 @@ pytestmark = pytest.mark.task6
 def given(monkeypatch):
     """Plain stand-ins for task 3: Eq. 16 and 17, the penalty, and two rewards by role that are easy to differentiate."""
 
-    def by_role(roles, role, temperature=1.0, twins=None):
+    def by_role(roles, role, temperature, twins):
+        assert twins is not None, "twins were not handed on"
         x = roles[role].flatten(0, -3)
         other = roles["positive" if role == "query" else "query"]
         near = (x * other.flatten(0, -3).mean(1, keepdim=True)[: len(x)]).sum(-1)
@@ -24,7 +25,7 @@ def given(monkeypatch):
 
     stand_ins = {
         "infonce_components": by_role,
-        "paper_components": lambda roles, twins=None: by_role(roles, "positive"),
+        "paper_components": lambda roles, twins=None: by_role(roles, "positive", 7.0, twins),
         "total": total,
         "scaled": lambda R, tau: R / tau,
         "length_penalty": lambda R, done, gamma, relative=True: torch.where(
@@ -43,7 +44,7 @@ def config(**more):
 
 @pytest.fixture
 def batch(units):
-    embeddings = {"query": units(3, 2, 4), "positive": units(3, 2, 4), "negative": units(3, 1, 1, 4)}
+    embeddings = {"query": units(3, 2, 4), "positive": units(3, 2, 4), "negative": units(3, 1, 2, 4)}
     finished = torch.ones(6, 2, dtype=torch.bool)
     finished[1, 0] = False
     return embeddings, finished, torch.eye(3, dtype=torch.bool)
@@ -54,20 +55,22 @@ def test_the_reward_is_the_weighed_scaled_penalised_sum(batch, given):
     by_role, total = given
     embeddings, finished, twins = batch
     R, components, _ = grace.judge(embeddings, finished, twins, config())
-    expected = torch.cat([total(by_role(embeddings, role, 0.4), 0.3, 0.7) for role in ("query", "positive")]) / 0.5
+    expected = torch.cat([total(by_role(embeddings, role, 0.4, twins), 0.3, 0.7) for role in ("query", "positive")]) / 0.5
     expected[1, 0] -= 1.5
     torch.testing.assert_close(R, expected)
+    expected[1, 0] = -1.5
+    torch.testing.assert_close(grace.judge(embeddings, finished, twins, config(relative_length_penalty=False))[0], expected)
     assert set(components) == {"contrastive", "consistency", "hard"} and all(x.shape == (6, 2) for x in components.values())
     torch.testing.assert_close(components["hard"][3:], -(embeddings["positive"][..., 1] ** 3))
 
 
 @pytest.mark.points(3)
-@pytest.mark.parametrize("roles", ["query,positive", "positive", "positive,query"])
+@pytest.mark.parametrize("roles", ["query,positive", "positive", "positive,query", "query,positive,negative"])
 def test_g_is_the_slope_of_all_rewards_at_each_embedding(batch, roles):
     """By finite differences: moving a query moves the positives' rewards too, where those are paid."""
     embeddings, finished, twins = batch
     given = config(train_roles=roles)
-    finished = finished[: 3 * len(given.roles)]
+    finished = torch.cat([finished, finished])[: 3 * len(given.roles)]
     R, _, g = grace.judge(embeddings, finished, twins, given)
     assert R.shape == finished.shape and g.shape == (*finished.shape, 4)
     for place, role in enumerate(given.roles):
@@ -75,17 +78,19 @@ def test_g_is_the_slope_of_all_rewards_at_each_embedding(batch, roles):
             sides = []
             for step in (1e-6, -1e-6):
                 moved = {name: x.clone() for name, x in embeddings.items()}
-                moved[role][at] += step
+                moved[role].view(3, 2, 4)[at] += step
                 sides.append(float(grace.judge(moved, finished, twins, given)[0].sum()))
             assert float(g[3 * place + at[0], at[1], at[2]]) == pytest.approx((sides[0] - sides[1]) / 2e-6, rel=1e-5, abs=1e-7)
 
 
 @pytest.mark.points(1)
-def test_the_papers_reward_trains_positives_alone(batch):
+def test_the_papers_reward_trains_positives_alone(batch, given):
+    by_role, total = given
     embeddings, finished, twins = batch
-    given = config(recipe="paper", reward="paper", train_roles="positive")
-    R, _, g = grace.judge(embeddings, finished[:3], twins, given)
-    assert R.shape == (3, 2) and g.shape == (3, 2, 4) and float(g.abs().sum()) > 0
+    settings = config(recipe="paper", reward="paper", train_roles="positive")
+    R, _, g = grace.judge(embeddings, finished[3:], twins, settings)
+    torch.testing.assert_close(R, total(by_role(embeddings, "positive", 7.0, twins), 0.3, 0.7) / 0.5)
+    assert g.shape == (3, 2, 4) and float(g.abs().sum()) > 0
 
 
 @pytest.mark.points(1)
@@ -102,13 +107,13 @@ def test_the_pathwise_term_has_the_gradient_of_the_reward(batch, rand, given):
     _, finished, twins = batch
     x, theta = rand(6, 2, 5), rand(5, 4).requires_grad_()
     encoder = lambda: torch.nn.functional.normalize(x @ theta, dim=-1)
-    of = lambda h: {"query": h[:3], "positive": h[3:], "negative": h[:3, None, :1].detach()}
+    of = lambda h: {"query": h[:3], "positive": h[3:], "negative": h[:3, None].detach()}
     _, _, g = grace.judge(of(encoder().detach()), finished, twins, config())
     value = grace.pathwise(g, encoder())
     assert value.shape == (6, 2)
     found = torch.autograd.grad(value.sum(), theta)[0]
     roles = of(encoder())
-    direct = sum(total(by_role(roles, role, 0.4), 0.3, 0.7).sum() for role in ("query", "positive")) / 0.5
+    direct = sum(total(by_role(roles, role, 0.4, twins), 0.3, 0.7).sum() for role in ("query", "positive")) / 0.5
     expected = torch.autograd.grad(direct, theta)[0]
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
     assert expected.norm() > 0.1
