@@ -22,7 +22,7 @@ RECIPES = {  # a recipe only sets defaults: any of them can be given on the comm
         lambda_consistency=0.2, lambda_hard=0.2, relative_length_penalty=False, temperature=1.0, anchor_temperature=0.5,
     ),
     "full": dict(
-        reward="infonce", train_roles="query,positive", pathwise=0.3, length_normalize=False, kl=0.03, text_weight=1.0, tau=1.0,
+        reward="infonce", train_roles="query,positive", pathwise=0.3, length_normalize=False, kl=0.01, text_weight=1.0, tau=1.0,
         lambda_consistency=0.2, lambda_hard=0.2, relative_length_penalty=True, temperature=0.7, anchor_temperature=1.0,
     ),
 }  # fmt: skip

@@ -232,9 +232,9 @@ def task_lines(found):
 
 BRIEF = FULL | SHORT
 KNOBS = {  # the frontier: one knob at a time, from the full recipe where the knob is not one of its two terms that hold
-    "KL": {f"KL {x:g}": BRIEF | dict(text_weight=0.0, kl=x) for x in (0.0, 0.03, 0.1, 0.3)},
+    "KL": {f"KL {x:g}": BRIEF | dict(text_weight=0.0, kl=x) for x in (0.0, 0.01, 0.03, 0.1)},
     "text term": {f"text term {x:g}": BRIEF | dict(text_weight=x, kl=0.0) for x in (0.03, 0.3, 1.0)},
-    "text term 1 and KL": {f"text term 1 and KL {x:g}": BRIEF | dict(kl=x) for x in (0.03, 0.1)},
+    "text term 1 and KL": {f"text term 1 and KL {x:g}": BRIEF | dict(kl=x) for x in (0.01, 0.03)},
     "pathwise": {f"pathwise {x:g}": BRIEF | dict(pathwise=x) for x in (0.0, 0.1, 1.0)},
     "temperature": {f"temperature {x:g}": BRIEF | dict(temperature=x) for x in (0.5, 1.0)},
     "rate": {f"rate {x:g}": BRIEF | dict(lr=x) for x in (2e-4, 1e-3)},
