@@ -1,4 +1,4 @@
-"""The paper's 16-task MTEB subset (Table 3) for a checkpoint, with the scores that mteb would give.
+"""The paper's 16-task MTEB subset for a checkpoint, with the scores that mteb would give.
 
     python eval_mteb_subset.py --model DIR_OR_HUB_ID --tasks subset --out results.json
 

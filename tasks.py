@@ -1,4 +1,4 @@
-"""The 16 tasks of the paper's MTEB subset (Table 3): where their data is and by which protocol they are scored.
+"""The 16 tasks of the paper's MTEB subset: where their data is and by which protocol they are scored.
 
 Scores are those of mteb's v1 tasks for the same vectors, ties, rounding and quirks included. Two of them
 are *defined* by scikit-learn's estimators (MiniBatchKMeans, LogisticRegression) and use these.

@@ -410,7 +410,7 @@ EXPERIMENTS = {
         against_the_loss(""),
     ),
     "real": Experiment(
-        "Real text", "(Table 3's tasks that fit.) 16 MTEB tasks with backbones of 1.5 to 4 billion parameters.",
+        "Real text", "16 MTEB tasks with backbones of 1.5 to 4 billion parameters; here four of them, with far smaller ones.",
         {
             f"{backbone}: {label}": {**REAL, **run, **reading, "backbone": backbone, "probe": "tasks"}
             for backbone, reading in (("toy", {}), ("given", dict(max_new_tokens=16, instruction="Say it in other words.")))
