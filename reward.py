@@ -18,8 +18,9 @@ Departures from the paper, and why:
 1. Under Eq. 18 a group's advantages are its rewards less their mean, so whatever is the same for
    all K rollouts of a group cannot teach. The negative term of Eq. 13 and all of Eq. 15 are: they
    look at q, d- and other instances, never at rollout k. What is left pays for being similar, to
-   everything. In the InfoNCE reward every term depends on k, and raising all similarities alike
-   leaves it where it was.
+   everything. (One leak: where Eq. 28 overwrites some rewards of a group, what the others share
+   sets the worth of finishing.) In the InfoNCE reward every term depends on k, and raising all
+   similarities alike leaves it where it was.
 2. Eq. 28 puts -gamma in the place of a truncated rollout's reward. Where rewards lie below -gamma
    that is a prize. `length_penalty` subtracts gamma by default and can replace, as the paper does.
 3. Instances that share a text are not negatives of each other (`twins`).

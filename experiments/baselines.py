@@ -45,7 +45,7 @@ class LossTrainer(Trainer):
 class Contrastive(LossTrainer):
     """InfoNCE as the loss (Oord et al. 2018): query to the batch's positives and own hard negatives, positive to queries.
 
-    The very function that GRACE is rewarded with, at the same temperature, over one embedding a text.
+    The very function that GRACE is rewarded with, over one embedding a text, at the temperature that suits a loss.
     """
 
     def loss(self, texts, twins):

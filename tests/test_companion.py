@@ -1,129 +1,129 @@
-"""The companion and the first hour, held to the code: every function, flag, command, value and link in them is there."""
+"""docs/companion.md says where everything is: every name, flag, command, value and link in it is held against the code.
 
-import ast
-import dataclasses
+And docs/first-hour.md: its commands, its links, and the rows it quotes from the results.
+"""
+
+import functools
 import importlib
 import os
 import re
-import sys
+import shlex
 
 import pytest
+import run
+from tables import EXPERIMENTS
 
 import config
-from config import RECIPES, Config
+import eval_mteb_subset
+from policy import Reading
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path.insert(0, os.path.join(ROOT, "experiments"))
-PAGES = ("docs/companion.md", "docs/first-hour.md", "README.md")
-TABLES_AND_FIGURES = ["table1", "table2", "table4", "table5", "table6", "table7", *(f"figure{i}" for i in range(3, 8))]
-
-
-def read(path):
-    with open(os.path.join(ROOT, path)) as file:
-        return file.read()
+with open(os.path.join("docs", "companion.md"), encoding="utf-8") as file:
+    PAGE = file.read()
+SPANS = re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", PAGE, flags=re.S))
+ROWS = [[cell.strip() for cell in line.strip("|").split("|")] for line in PAGE.splitlines() if line.startswith("| ")]
+COMMAND = r'bash test\.sh (tests/\w+\.py) -k (?:"([^"]+)"|(\w+))'
+FLAG = r"(?<![\w-])--[a-z][a-z-]*"
 
 
-COMPANION = read("docs/companion.md")
+def is_file(name):
+    return any(os.path.isfile(os.path.join(folder, name)) for folder in (".", "experiments", "docs"))
 
 
-def found(pattern, least, text=COMPANION):
-    """All matches; at least so many, or this test looks past what it is to check."""
-    matches = re.findall(pattern, text)
-    assert len(matches) >= least, f"only {len(matches)} of {pattern}"
-    return matches
-
-
-def modules():
-    names = [name for folder in (ROOT, os.path.join(ROOT, "experiments")) for name in os.listdir(folder)]
-    return {name.removesuffix(".py") for name in names if name.endswith(".py")}
-
-
-def test_every_function_named_exists():
-    known, checked = modules(), 0
-    for name in found(r"`([a-z_]+(?:\.\w+)+)`", 40) + found(
-        r"(?<![\w/.])((?:grace|rollout|policy)\.[A-Za-z_]\w*(?:\.\w+)*)(?=[\s(:,])", 5
-    ):
+def test_names_lead_to_code():
+    names = {name for name in SPANS if re.fullmatch(r"\w+(\.\w+)+", name)}
+    names |= {m[0] for m in re.finditer(r"\b[a-z_]+(?:\.\w+)+", PAGE) if is_file(m[0].split(".")[0] + ".py")}  # pictures, too
+    names = {name for name in names if not is_file(name)}
+    for name in names:
         module, *path = name.split(".")
-        if module in known and path[-1] not in ("py", "md", "json", "jsonl"):
-            thing = importlib.import_module(module)
-            for part in path:
-                assert hasattr(thing, part), f"docs/companion.md: there is no {name}"
-                thing = getattr(thing, part)
-            checked += 1
-    assert checked >= 45
+        assert is_file(module + ".py"), f"{name}: there is no {module}.py"
+        functools.reduce(getattr, path, importlib.import_module(module))  # an AttributeError names what is missing
+    assert len(names) >= 40
 
 
-def test_every_equation_the_method_and_its_objective_have_stands_in_the_table():
-    assert [int(n) for n in found(r"(?m)^\| (\d+) \|", 16)] == [*range(7, 22), 28]
+def test_flags_exist_and_take_their_values(capsys):
+    def flags(parse):
+        with pytest.raises(SystemExit):
+            parse(["--help"])
+        return set(re.findall(FLAG, capsys.readouterr().out))
+
+    ours = flags(lambda arguments: config.parse(arguments, ""))
+    others = {"run.py": flags(run.parse), "eval_mteb_subset.py": flags(eval_mteb_subset.main)}
+    for line in PAGE.splitlines():
+        known = ours.union(*(theirs for script, theirs in others.items() if script in line))
+        assert set(re.findall(FLAG, line)) <= known, line
+    valued = [span for span in SPANS if span.startswith("--") and " " in span]
+    for span in valued:
+        config.parse(shlex.split(span), "")
+    assert len(set(re.findall(FLAG, PAGE))) >= 30 and len(valued) >= 8
 
 
-def flags():
-    return {"--" + field.name.replace("_", "-"): field for field in dataclasses.fields(Config)}
+def test_commands_select_tests():
+    """Each word of `-k "this or that"` has to stand in a test's name; names alone, not parameters."""
+    commands = re.findall(COMMAND, PAGE)
+    for path, quoted, word in commands:
+        with open(path) as file:
+            tests = re.findall(r"^ *def (test_\w+)", file.read(), flags=re.M)
+        for part in (quoted or word).split(" or "):
+            assert any(part in test for test in tests), f"{path} -k {part!r}: no test"
+    assert len(commands) == len(re.findall(r"bash test\.sh (?!FILE)", PAGE)) >= 30
 
 
-@pytest.mark.parametrize("page", PAGES)
-def test_every_flag_exists(page):
-    known = {*flags(), *("--no-" + flag[2:] for flag, field in flags().items() if field.type is bool), "--help", "--model"}
-    for script in (
-        "toy.py",
-        "eval_mteb_subset.py",
-        "experiments/run.py",
-        "look.py",
-        "course/grade.py",
-        "course/make_starter.py",
-    ):
-        known |= set(re.findall(r'"(--[a-z-]+)"', read(script)))
-    known |= {"--data", "--data-dir", "--heldout", "--graded"}  # experiments/run.py makes these in a loop
-    for flag in found(r"(?<![\w-])(--[a-z][a-z-]*)", 5, read(page)):
-        assert flag in known, f"{page}: there is no {flag}"
+def test_every_equation_has_a_row():
+    rows = {int(row[0]): row for row in ROWS if row[0].isdigit()}
+    assert set(rows) == {*range(7, 22), 28}
+    for number, row in rows.items():
+        assert len(row) == 6 and all(row) and "." in row[3] and re.search(COMMAND, row[4]), f"Eq. {number}"
 
 
-def test_hyperparameters_are_what_the_recipes_set():
-    rows = found(r"(?m)^\|[^|]*\|[^|]*\| `(--[a-z-]+)` \|([^|]*)\|([^|]*)\|", 22)
-    for flag, *cells in rows:
-        field = flags()[flag]
-        for recipe, cell in zip(("paper", "full"), cells):
-            value = RECIPES[recipe].get(field.name, field.default)
-            assert cell.strip() == ("" if value is None else str(value)), f"{flag}, --recipe {recipe}: {value}"
-    named = {flags()[flag].name for flag, *_ in rows}
-    assert set(RECIPES["full"]) - named == {"relative_length_penalty"}  # stands at Eq. 28
+def test_every_table_and_figure_has_a_row():
+    named = re.findall(r"experiments/run\.py (?!NAME)(\w+)", PAGE)
+    assert set(named) == set(EXPERIMENTS)
+    rows = {m[1]: row for row in ROWS if (m := re.fullmatch(r"`python experiments/run\.py (\w+)`", row[1]))}
+    assert {name: row[2] for name, row in rows.items()} == {name: e.title for name, e in EXPERIMENTS.items()}
+    for name, row in rows.items():  # "table1" stands beside "Table 1"
+        assert name in (row[0].lower().replace(" ", ""), "collapse", "frontier", "yardstick", "unseen", "real")
+    elsewhere = re.findall(r'results\.md\), "([^"]+)"', PAGE)
+    assert elsewhere and set(elsewhere) <= {e.title for e in EXPERIMENTS.values()}
 
 
-def cases_in(path):
-    """The tests of a file, as source."""
-    tree = ast.parse(read(path))
-    return [ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")]
+def test_values_of_both_recipes():
+    rows = {row[1].strip("`-").replace("-", "_"): row for row in ROWS if row[1].startswith("`--")}
+    assert len(rows) >= 25 and set(rows) >= {*config.RECIPES["paper"], *config.RECIPES["full"]}
+    for recipe, column in (("paper", 3), ("full", 4)):
+        given = config.Config(recipe=recipe, device="cpu")
+        for name, row in rows.items():
+            value, cell = getattr(given, name), row[column]
+            value = getattr(Reading(), name) if value is None else value
+            right = cell == ("off", "on")[value] if isinstance(value, bool) else type(value)(cell) == value
+            assert right, f"{row[1]}: {recipe} has {value}"
 
 
-@pytest.mark.parametrize("page, least", [("docs/companion.md", 20), ("docs/first-hour.md", 1)])
-def test_every_test_command_selects_something(page, least):
-    for path, word in found(r"bash test\.sh (tests/\w+\.py)(?: -k (\w+))?", least, read(page)):
-        chosen = [
-            source for source in cases_in(path) if word in source.split("def ", 1)[1].split("(")[0] or f"'{word}" in source
-        ]
-        assert chosen, f"{page}: `bash test.sh {path} -k {word}` selects no test"
+def test_links_lead_somewhere():
+    targets = re.findall(r"\]\(([^)#]+)\)", PAGE)
+    for target in targets:
+        assert target.startswith("https://") or os.path.exists(os.path.join("docs", target)), target
+    assert len(targets) >= 6
 
 
-def test_every_experiment_exists_and_every_table_and_figure_has_one():
-    from tables import EXPERIMENTS
-
-    named = found(r"python experiments/run\.py (\w+)", 15)
-    assert set(named) <= set(EXPERIMENTS) and {*TABLES_AND_FIGURES, "collapse", "frontier", "yardstick"} <= set(named)
+with open(os.path.join("docs", "first-hour.md"), encoding="utf-8") as file:
+    HOUR = file.read()
 
 
-@pytest.mark.parametrize("page", PAGES)
-def test_every_link_leads_somewhere(page):
-    for target in found(r"\]\(([^)#:]+)\)", 1, read(page)):
-        assert os.path.exists(os.path.join(ROOT, os.path.dirname(page), target)), f"{page}: {target} is not there"
+def test_the_first_hour_quotes_rows_that_stand_in_the_results():
+    """What a reader is told to expect comes from the records."""
+    with open(os.path.join("docs", "results.md"), encoding="utf-8") as file:
+        results = file.read()
+    quoted = re.findall(r"^(\| (?!-).*\|)$", HOUR, flags=re.M)
+    assert len(quoted) >= 5
+    for row in quoted:
+        assert row in results, f"docs/results.md has no row {row[:60]}"
 
 
-def test_the_first_hour_s_rows_stand_in_the_results():
-    """What a reader is told to expect is read from the records, not typed."""
-    page, results = read("docs/first-hour.md"), read("docs/results.md")
-    for cells in found(r"(?m)^> (\| .* \|)$", 3, page):
-        assert cells in results, f"docs/first-hour.md quotes a row that docs/results.md does not have: {cells[:60]}"
-
-
-def test_flags_of_the_first_hour_make_a_configuration():
-    for line in found(r"bash train\.sh full (--[^\n]*)", 3, read("docs/first-hour.md")):
-        assert isinstance(config.parse(["--model", "m", "--data", "d", "--out", "o", *line.split()], ""), Config)
+def test_the_first_hour_s_commands_and_links():
+    changed = re.findall(r"^OUT=runs/\S+ bash train\.sh full (--.*)$", HOUR, flags=re.M)
+    assert len(changed) == 3 and all(config.parse(shlex.split(flags), "") for flags in changed)
+    for path, _, word in re.findall(COMMAND, HOUR):
+        with open(path) as file:
+            assert word in file.read()
+    targets = re.findall(r"\]\(([^)#]+)\)", HOUR)
+    assert len(targets) >= 2 and all(os.path.exists(os.path.join("docs", target)) for target in targets)
