@@ -26,7 +26,8 @@ SIGNS = [  # name, metric, when it is a bad sign (a: at the start, b: now, T: lo
      "going to zero: rollouts agree with each other, advantages fade. Try --reward infonce, more --kl, a lower --lr"),
     ("groups without spread", "no_spread", lambda a, b, T: b > 0.25,
      "a quarter and more teach nothing. Try a higher --temperature, more --rollouts, more --kl"),
-    ("distinct rationales", "distinct", lambda a, b, T: b < 0.9,
+    # Rollouts of one text may agree, at low temperatures the more: 0.78 of a batch differed in runs that learned all.
+    ("distinct rationales", "distinct", lambda a, b, T: b < 0.5,
      "falling: the policy writes the same about everything. Try --reward infonce, more --kl, a lower --lr"),
     # Between different texts. Where all reward is for being similar, it rises; under InfoNCE it falls by a third.
     ("cosine between texts", "cosine", lambda a, b, T: b > a + 0.03,
