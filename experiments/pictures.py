@@ -9,6 +9,7 @@ import numpy as np
 STYLES = [  # colour, line, marker
     ("tab:blue", "-", "D"), ("tab:red", ":", "o"), ("tab:orange", "--", "s"), ("tab:gray", "-.", "^"),
     ("tab:green", (0, (5, 1)), "v"), ("tab:purple", (0, (1, 1)), "P"), ("tab:brown", (0, (3, 1, 1, 1)), "X"),
+    ("black", (0, (7, 2, 1, 2)), "*"),
 ]  # fmt: skip
 
 
@@ -156,14 +157,14 @@ def collapse(found, path, labels):
 
 
 def frontier(found, path, knobs):
-    """Each knob a line through its settings: how much text loss rose, how well it retrieves, how much it names."""
+    """Each knob a line through its settings: how much text loss rose, how well it orders pairs, how much it names."""
     figure, pair = axes(2, 13, 6.2)
-    for axis, name, title in zip(pair, ("ndcg_at_10", "recall"), ("held-out nDCG@10", "share of slots named")):
+    for axis, name, title in zip(pair, ("spearman", "recall"), ("Spearman, graded pairs", "share of slots named")):
         for style, (knob, labels) in enumerate(knobs.items()):
             rise, value = [], []
             for label in (label for label in labels if label in found):
                 records = found[label]
-                moment = "after_without_rationale" if knob == "InfoNCE as a loss" and name == "ndcg_at_10" else "after"
+                moment = "after_without_rationale" if knob == "InfoNCE as a loss" and name == "spearman" else "after"
                 rise.append([r["after"]["text_loss"] - r["before"]["text_loss"] for r in records])
                 value.append([r[moment][name] for r in records])
             (x, dx), (y, dy) = spread(np.transpose(rise)), spread(np.transpose(value))
@@ -172,6 +173,6 @@ def frontier(found, path, knobs):
             for label, *point in zip([label for label in labels if label in found], x, y):
                 value = label.removeprefix(knob).removeprefix("contrastive")
                 axis.annotate(value, point, textcoords="offset points", xytext=(6, -12), fontsize=9)
-        axis.set(xlabel="rise of held-out text loss, nats a token", ylabel=title, ylim=(-0.02, 1.05))
-        axis.axvline(0, color="black", lw=0.8)
-    save(figure, path, pair[0], columns=len(knobs))
+        axis.set_xscale("symlog", linthresh=0.01)  # most settings take nearly nothing
+        axis.set(xlabel="rise of held-out text loss, nats a token", ylabel=title, ylim=(0.55, 1.03), xlim=(-0.004, 2))
+    save(figure, path, pair[0], columns=4)
