@@ -197,7 +197,7 @@ def test_the_full_gradient_is_exact(enumerable, reward):
     anchors = torch.nn.functional.normalize(torch.randn(3, D, dtype=torch.float64), dim=-1)
     given = config(
         reward=reward, train_roles="positive", pathwise=(K - 1) / K, kl=0.0, text_weight=0.0, tau=0.5, length_normalize=False,
-        lambda_consistency=0.0, lambda_hard=0.0, infonce_temperature=0.3, relative_length_penalty=True,
+        lambda_consistency=0.0, lambda_hard=0.0, infonce_temperature=0.3, relative_length_penalty=True, temperature=1.0,
     )  # fmt: skip
 
     def rewards_of(h):  # instance 0 is ours; instance 1 is there to be told apart from
@@ -328,7 +328,7 @@ def test_a_step_pushes_better_rationales_up(make_policy):
     A[0] = torch.tensor([2.0, -1.0, -1.0])
     trainer.update(rollouts, A, g)
     with torch.no_grad():
-        change = ((score(policy, rollouts)[0] - rollouts.logprobs) * rollouts.mask).sum(-1)[0]
+        change = ((score(policy, rollouts, trainer.config.temperature)[0] - rollouts.logprobs) * rollouts.mask).sum(-1)[0]
     if len({tuple(x.tolist()) for x in rollouts.ids[0]}) == 3:
         assert change[0] > 0 and change[0] > change[1:].max()
 

@@ -750,7 +750,7 @@ HEALTHY = dict(
     "metric, end, sign",
     [
         ("reward", -2.0, "reward"), ("reward_std", 0.03, "spread within groups"), ("no_spread", 0.5, "groups without spread"),
-        ("distinct", 0.5, "distinct rationales"), ("cosine", 0.85, "cosine between texts"),
+        ("distinct", 0.4, "distinct rationales"), ("cosine", 0.85, "cosine between texts"),
         ("effective_rank", 5.0, "effective rank"), ("length", 16.0, "length"), ("truncated", 0.5, "truncated"),
         ("empty", 0.9, "empty rationales"), ("kl_start", 2.0, "KL to the start"), ("approx_kl", 0.2, "KL of one batch"),
         ("clip_fraction", 0.6, "clipped"), ("first_ratio_off", 1.5, "first ratio off 1"),
