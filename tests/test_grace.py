@@ -323,12 +323,12 @@ def test_the_first_ratio_is_one_and_later_ones_are_not(make_policy):
 def test_a_step_pushes_better_rationales_up(make_policy):
     """With one rollout clearly better than its group, its log-probability rises and the others' falls."""
     policy = make_policy()
-    trainer, rollouts, A, g = prepared(policy, pathwise=0.0, kl=0.0, text_weight=0.0, lr=1e-2)
+    trainer, rollouts, A, g = prepared(policy, pathwise=0.0, kl=0.0, text_weight=0.0, lr=1e-2, temperature=1.0)
     A = torch.zeros_like(A)
     A[0] = torch.tensor([2.0, -1.0, -1.0])
     trainer.update(rollouts, A, g)
     with torch.no_grad():
-        change = ((score(policy, rollouts, trainer.config.temperature)[0] - rollouts.logprobs) * rollouts.mask).sum(-1)[0]
+        change = ((score(policy, rollouts)[0] - rollouts.logprobs) * rollouts.mask).sum(-1)[0]
     if len({tuple(x.tolist()) for x in rollouts.ids[0]}) == 3:
         assert change[0] > 0 and change[0] > change[1:].max()
 
