@@ -416,6 +416,7 @@ EXPERIMENTS = {
             for backbone, reading in (("toy", {}), ("given", dict(max_new_tokens=16, instruction="Say it in other words.")))
             for label, run in (("start", START), ("contrastive", CONTRASTIVE), ("GRACE, the paper's recipe", PAPER), ("GRACE, full", FULL))
         },
-        (), lines=task_lines,
+        (), lines=task_lines, seeds=(0,),
+        note="One seed. SNLI's and MultiNLI's development triplets train (5,822), 100 steps; the toy knows next to none of the words.",
     ),
 }  # fmt: skip
