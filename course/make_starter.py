@@ -15,6 +15,8 @@ import re
 import shutil
 import sys
 
+from outline import outline
+
 HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(HERE)
 TASKS = {  # task: its file, and the functions to write there
@@ -70,25 +72,15 @@ def blank(source, name, task):
     return put(source, name, [f'{indent}raise NotImplementedError("{task}: {name}")'])
 
 
-def outline(source):
-    """The names a file defines, functions with their arguments: what a solution may not change."""
-    named = {}
-    for node in ast.parse(source).body:
-        for part in (node, *(node.body if isinstance(node, ast.ClassDef) else ())):
-            if isinstance(part, (ast.FunctionDef, ast.ClassDef)):
-                named[part.name] = ast.unparse(part.args) if isinstance(part, ast.FunctionDef) else "a class"
-    return named
-
-
 def build(out, tasks=tuple(TASKS)):
     """Write the student's repository into the empty folder `out`, with these tasks to do."""
     if os.path.isdir(out) and os.listdir(out):
         raise FileExistsError(f"{out} is not empty: give a folder that is new")
     shutil.copytree(os.path.join(HERE, "tests"), os.path.join(out, "tests"), ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("train.sh", "setup.sh", "requirements.txt", "requirements-dev.txt"):
+    for name in ("train.sh", "test.sh", "setup.sh", "requirements.txt", "requirements-dev.txt"):
         shutil.copy(os.path.join(ROOT, name), out)
-    for name in ("test.sh", "submit.sh"):
-        shutil.copy(os.path.join(HERE, name), out)
+    shutil.copy(os.path.join(HERE, "submit.sh"), out)
+    shutil.copy(os.path.join(HERE, "outline.py"), os.path.join(out, "tests"))
     given = {}
     for path in glob.glob(os.path.join(ROOT, "*.py")):
         with open(path) as file:

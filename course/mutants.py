@@ -6,6 +6,7 @@ Each mutant is the reference with one thing changed as a student might get it wr
 Each alternative is another right solution, of at most twenty lines a task, and has to pass them.
 """
 
+import argparse
 import contextlib
 import importlib
 import io
@@ -16,6 +17,7 @@ import sys
 import tempfile
 import textwrap
 
+import pytest
 from make_starter import TASKS, body, build, put
 
 MUTANTS = [  # task, what is wrong, function, what stands there, what a student wrote (None: the whole body)
@@ -238,31 +240,28 @@ def mutated(source, name, old, new):
     return put(source, name, text.replace(old, new).splitlines())
 
 
-class Exchanged(contextlib.ExitStack):
-    """A function of a loaded module, and every name it was imported under, replaced for a while."""
-
-    def __init__(self, file, source, name):
-        super().__init__()
-        module = importlib.import_module(file.removesuffix(".py"))
-        label = f"{file}:mutant"
-        linecache.cache[label] = (len(source), None, source.splitlines(True), label)  # triton reads a kernel's source
-        scope = {}
-        exec(compile(source, label, "exec"), vars(module), scope)  # what it defines sees the module as it is
-        owner, _, last = name.rpartition(".")
+@contextlib.contextmanager
+def exchanged(task, name, old, new):
+    """One of a task's functions, under every name it was imported by, with something else in its body for a while."""
+    file, names = TASKS[task]
+    if name not in names:
+        raise ValueError(f"{name} is not one of {task}'s functions")
+    with open(file) as f:
+        source = mutated(f.read(), name, old, new)
+    label = f"{file}:mutant"
+    linecache.cache[label] = (len(source), None, source.splitlines(True), label)  # triton reads a kernel's source
+    module, scope = importlib.import_module(file.removesuffix(".py")), {}
+    exec(compile(source, label, "exec"), vars(module), scope)  # what it defines sees the module as it is
+    owner, _, last = name.rpartition(".")
+    with pytest.MonkeyPatch.context() as patch:
         if owner:
-            place = getattr(module, owner)
-            self.swap(place, last, vars(place)[last], vars(scope[owner])[last])
-            return
-        new = scope[last]
-        old = getattr(module, last)
-        for other in [m for m in list(sys.modules.values()) if getattr(m, "__file__", None)]:
-            for alias, value in list(vars(other).items()):
-                if value is old:
-                    self.swap(other, alias, old, new)
-
-    def swap(self, place, alias, old, new):
-        setattr(place, alias, new)
-        self.callback(setattr, place, alias, old)
+            patch.setattr(getattr(module, owner), last, vars(scope[owner])[last])
+        else:
+            original = getattr(module, last)
+            for place in [m for m in list(sys.modules.values()) if getattr(m, "__file__", None)]:
+                for alias in [alias for alias, value in vars(place).items() if value is original]:
+                    patch.setattr(place, alias, scope[last])
+        yield
 
 
 class Verdicts:
@@ -278,23 +277,22 @@ class Verdicts:
         elif report.when == "call" and report.passed:
             self.passed.append(name)
 
+    @property
+    def good(self):
+        return bool(self.passed) and not self.failed
+
+    @property
+    def skipped(self):
+        return not self.passed and not self.failed
+
 
 def graded(task):
     """Run one task's tests in this process, up to the first that fails."""
-    import pytest
-
     verdicts = Verdicts()
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         off = [f"-pno:{plugin}" for plugin in ("cacheprovider", "warnings", "unraisableexception")]  # the last collects garbage
         pytest.main([f"tests/test_{task}.py", "-x", *off], plugins=[verdicts])
     return verdicts
-
-
-def where(task, name):
-    file, names = TASKS[task]
-    if name not in names:
-        raise ValueError(f"{name} is not one of {task}'s functions")
-    return file
 
 
 def code_lines(text):
@@ -304,21 +302,17 @@ def code_lines(text):
 
 def rows():
     """Everything tried, in a folder made like a student's: the lines of the table. Raises AssertionError at a wrong verdict."""
-    sources = {}
-    for task, (file, _) in TASKS.items():
-        with open(file) as f:
-            sources[file] = f.read()
-        verdicts = graded(task)
-        skipped = task == "bonus" and not verdicts.passed and not verdicts.failed
-        assert skipped or (verdicts.passed and not verdicts.failed), f"{task}: the reference fails {verdicts.failed}"
+    reference = {task: graded(task) for task in TASKS}
+    without = [task for task in TASKS if task == "bonus" and reference[task].skipped]  # triton is not installed
+    for task, verdicts in reference.items():
+        assert task in without or verdicts.good, f"{task}: the reference fails {verdicts.failed}"
     yield "| task | what is wrong | in | caught by |"
     yield "| --- | --- | --- | --- |"
     for task, what, name, old, new in MUTANTS:
-        file = where(task, name)
-        with Exchanged(file, mutated(sources[file], name, old, new), name):
+        if task in without:
+            continue
+        with exchanged(task, name, old, new):
             verdicts = graded(task)
-        if task == "bonus" and not verdicts.passed and not verdicts.failed:
-            continue  # no triton here
         assert verdicts.failed, f"{task}: {what!r} in {name} is not caught"
         strange = [x for x in verdicts.failed.values() if "SyntaxError" in x or "NameError" in x]
         assert not strange, f"{task}: {what!r} does not fail by what it computes: {strange[0]}"
@@ -326,19 +320,34 @@ def rows():
     for task, what, bodies in ALTERNATIVES:
         with contextlib.ExitStack() as stack:
             for name, text in bodies.items():
-                file = where(task, name)
-                stack.enter_context(Exchanged(file, mutated(sources[file], name, None, text), name))
+                stack.enter_context(exchanged(task, name, None, text))
             verdicts = graded(task)
-        assert verdicts.passed and not verdicts.failed, f"{task}: {what!r} is right, and fails {verdicts.failed}"
+        assert verdicts.good, f"{task}: {what!r} is right, and fails {verdicts.failed}"
+
+
+def one_by_one():
+    """The tasks whose tests pass: first with no body there, then with those of one task after the other put back."""
+    tasks = [task for task in TASKS if task != "bonus"]
+    empty = {task: contextlib.ExitStack() for task in tasks}
+    for task in tasks:
+        for name in TASKS[task][1]:
+            empty[task].enter_context(exchanged(task, name, None, "raise NotImplementedError"))
+    for task in [None, *tasks]:
+        if task:
+            empty[task].close()
+        yield " ".join(other for other in tasks if graded(other).good)
 
 
 def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--one-by-one", action="store_true", help="empty all tasks, put them back, print who passes each time")
+    args = parser.parse_args()
     folder = os.path.dirname(os.path.abspath(__file__))
     with tempfile.TemporaryDirectory() as scratch:
         build(scratch, tasks=())
         os.chdir(scratch)
         sys.path[:] = [scratch, *(p for p in sys.path if os.path.abspath(p or ".") not in (folder, os.path.dirname(folder)))]
-        for line in rows():
+        for line in one_by_one() if args.one_by_one else rows():
             print(line, flush=True)
         os.chdir(folder)
 
