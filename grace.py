@@ -271,8 +271,7 @@ class Trainer:
         minibatch is split into micro-batches cannot change the gradient: not even when it has to be split
         again, because the memory was too small.
         """
-        config, parameters = self.config, list(self.policy.model.parameters())
-        N, K = A.shape
+        config, (N, K) = self.config, A.shape
         sums, norms, first_ratio_off = {}, [], 0.0
         for _ in range(config.epochs):
             order = torch.randperm(N, generator=self.generator, device=A.device)
@@ -282,12 +281,17 @@ class Trainer:
                 first_ratio_off = first_ratio_off if norms else ratio_off
                 for name, total in seen.items():
                     sums[name] = sums.get(name, 0.0) + total
-                norms.append(float(torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)))
-                finite("the gradient", torch.tensor(norms))
-                self.optimizer.step()
-                self.optimizer.zero_grad(set_to_none=True)
+                norms.append(self.descend())
         means = {name: total / (N * K * config.epochs) for name, total in sums.items()}
         return {**means, "first_ratio_off": first_ratio_off, "grad_norm": float(np.mean(norms))}
+
+    def descend(self):
+        """One optimizer step along the gradient that has gathered. Returns its norm before clipping."""
+        norm = torch.nn.utils.clip_grad_norm_(self.policy.model.parameters(), self.config.max_grad_norm)
+        finite("the gradient", norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return float(norm)
 
     def backward(self, minibatch, rollouts, A, g):
         """The gradient of one minibatch, from nothing. Returns sums of what is worth logging, and the largest `ratio_off`."""

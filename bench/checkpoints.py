@@ -7,19 +7,15 @@ python bench/checkpoints.py --repeats 5
 import argparse
 import os
 import statistics
-import sys
 import tempfile
-import time
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+from common import clock, machine  # puts the repository on the path
 
-import torch  # noqa: E402
-
-from checkpoint import save_checkpoint  # noqa: E402
-from config import Config  # noqa: E402
-from data import read_triplets  # noqa: E402
-from grace import Trainer  # noqa: E402
-from policy import Policy  # noqa: E402
+from checkpoint import save_checkpoint
+from config import Config
+from data import read_triplets
+from grace import Trainer
+from policy import Policy
 
 
 def main():
@@ -36,17 +32,18 @@ def main():
     with tempfile.TemporaryDirectory(dir=".") as out:
         for _ in range(args.repeats):
             for kind in (False, True):
-                start = time.perf_counter()
+                start = clock(policy.device)
                 for _ in range(50):
                     trainer.step()
-                before = time.perf_counter()
+                before = clock(policy.device)
                 if kind:
                     save_checkpoint(trainer, out, history=[])
-                    saves.append(time.perf_counter() - before)
-                blocks[kind].append((time.perf_counter() - start) / 50)
+                    saves.append(clock(policy.device) - before)
+                blocks[kind].append((clock(policy.device) - start) / 50)
         size = sum(os.path.getsize(os.path.join(at, name)) for at, _, names in os.walk(out) for name in names) / 2
     without, each = statistics.median(blocks[False]), statistics.median(saves)
-    print(f"{torch.get_num_threads()} threads; a step, median of {args.repeats} blocks of 50, in turn:")
+    print(machine(policy.device))
+    print(f"a step, median of {args.repeats} blocks of 50, in turn:")
     for kind, name in ((False, "without"), (True, "with")):
         low, middle, high = (1e3 * f(blocks[kind]) for f in (min, statistics.median, max))
         print(f"{name:<8} {middle:.1f} ms ({low:.1f} to {high:.1f})")

@@ -9,23 +9,20 @@ its own.
 """
 
 import argparse
-import os
 import resource
 import statistics
 import subprocess
 import sys
-import time
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+import datasets
+import numpy as np
+import torch
+from common import clock, machine  # puts the repository on the path
 
-import datasets  # noqa: E402
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-
-from data import read_texts  # noqa: E402
-from encoder import GraceEncoder  # noqa: E402
-from policy import Policy  # noqa: E402
-from pool import mean_pool  # noqa: E402
+from data import read_texts
+from encoder import GraceEncoder
+from policy import Policy
+from pool import mean_pool
 
 
 @torch.no_grad()
@@ -46,7 +43,7 @@ def by_generate(policy, texts, batch):
         hidden = policy.base(
             input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0)
         ).last_hidden_state
-        vectors.append(mean_pool(hidden, torch.cat([x.counted, written], 1)).numpy())
+        vectors.append(mean_pool(hidden, torch.cat([x.counted, written], 1)).cpu().numpy())
     return np.concatenate(vectors)
 
 
@@ -78,14 +75,15 @@ def main():
         return
     ours, theirs = [], []
     for _ in range(args.repeats):  # in turn: these machines drift
-        start = time.perf_counter()
+        start = clock(policy.device)
         a = GraceEncoder(policy).encode(texts)
-        ours.append(time.perf_counter() - start)
-        start = time.perf_counter()
+        ours.append(clock(policy.device) - start)
+        start = clock(policy.device)
         b = by_generate(policy, texts, args.batch)
-        theirs.append(time.perf_counter() - start)
+        theirs.append(clock(policy.device) - start)
     ratios = [t / o for o, t in zip(ours, theirs)]
-    print(f"{len(texts)} texts, {torch.get_num_threads()} threads; largest difference of embeddings {abs(a - b).max():.1e}")
+    print(machine(policy.device))
+    print(f"{len(texts)} texts; largest difference of embeddings {abs(a - b).max():.1e}")
     print(f"encoder              {statistics.median(ours):6.2f} s   {len(texts) / statistics.median(ours):6.0f} texts/s")
     print(f"generate + forward   {statistics.median(theirs):6.2f} s   {len(texts) / statistics.median(theirs):6.0f} texts/s")
     print(f"ratio, pair by pair  {min(ratios):.2f} to {max(ratios):.2f}, median {statistics.median(ratios):.2f}")

@@ -22,14 +22,12 @@ class LossTrainer(Trainer):
 
     def step(self):
         """One step. Returns its metrics."""
-        config, start = self.config, time.perf_counter()
+        start = time.perf_counter()
         self.set_rate()
         texts, twins = batch_roles(self.batch())
         loss = self.loss(texts, twins.to(self.policy.device))
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(self.policy.model.parameters(), config.max_grad_norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        norm = self.descend()
         self.step_number += 1
         metrics = {"step": self.step_number, "loss": loss.detach(), "reward": -loss.detach(), "length": 0, "distinct": 0}
         return {name: float(x) for name, x in (metrics | {"grad_norm": norm, "step_s": time.perf_counter() - start}).items()}
