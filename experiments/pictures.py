@@ -73,7 +73,7 @@ def score_and_length(found, path, labels):
     """Figure 5."""
     figure, pair = axes(2, 11)
     for axis, name, title in zip(pair, ("ndcg_at_10", "words"), ("held-out nDCG@10", "words in a rationale")):
-        for label, style in zip(labels, (1, 0)):
+        for label, style in zip(labels, (1, 2, 0)):
             steps, values = zip(*(course(r, name) for r in found[label]))
             line(axis, steps[0], values, style, label)
         axis.set(xlabel="training step", ylabel=title)
@@ -129,14 +129,13 @@ def sizes(found, path):
     """Figure 7: one panel for the batch, one for the rollouts."""
     figure, pair = axes(2, 11)
     for axis, letter, title in zip(pair, "BK", ("batch size B (K = 4)", "rollouts a text K (B = 16)")):
-        labels = [label for label in found if label.startswith(letter)]
-        x = [int(label.split()[2].strip(",")) for label in labels]
-        for style, name in enumerate(("ndcg_at_10", "spearman")):
-            values = [[r["after"][name] for r in found[label]] for label in labels]
-            line(axis, x, np.transpose(values), style, ("held-out nDCG@10", "Spearman of graded pairs")[style])
+        for style, name in ((0, "full"), (2, "by reward alone")):
+            labels = [label for label in found if label.startswith(letter) and label.endswith(name)]
+            x = [int(label.split()[2].strip(",")) for label in labels]
+            line(axis, x, np.transpose([[r["after"]["ndcg_at_10"] for r in found[label]] for label in labels]), style, name)
         axis.set_xscale("log", base=2)
         axis.set_xticks(x, [str(n) for n in x])
-        axis.set(xlabel=title, ylim=(0, 1.03))
+        axis.set(xlabel=title, ylabel="held-out nDCG@10", ylim=(0, 1.03))
     save(figure, path, pair[0])
 
 
