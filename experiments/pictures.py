@@ -78,7 +78,7 @@ def score_and_length(found, path, labels):
             line(axis, steps[0], values, style, label)
         axis.set(xlabel="training step", ylabel=title)
         axis.set_ylim(bottom=0)
-    save(figure, path, pair[0])
+    save(figure, path, pair[0], rows=2)
 
 
 def grid(found, path):
