@@ -11,7 +11,7 @@ import shlex
 
 import pytest
 import run
-from tables import EXPERIMENTS
+from tables import EXPERIMENTS, NO_PATHWISE
 
 import config
 import eval_mteb_subset
@@ -120,8 +120,11 @@ def test_the_first_hour_quotes_rows_that_stand_in_the_results():
 
 
 def test_the_first_hour_s_commands_and_links():
-    changed = re.findall(r"^OUT=runs/\S+ bash train\.sh full (--.*)$", HOUR, flags=re.M)
-    assert len(changed) == 3 and all(config.parse(shlex.split(flags), "") for flags in changed)
+    changed = re.findall(r"^OUT=runs/(\S+) bash train\.sh full (--.*)$", HOUR.replace("\\\n", ""), flags=re.M)
+    runs = {name: config.parse(shlex.split(flags), "") for name, flags in changed}
+    assert len(runs) == 4
+    given = {name: value for name, value in NO_PATHWISE.items() if name not in ("trainer", "recipe")}
+    assert {name: getattr(runs["reward-alone"], name) for name in given} == given
     for path, _, word in re.findall(COMMAND, HOUR):
         with open(path) as file:
             assert word in file.read()
