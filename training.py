@@ -79,6 +79,12 @@ def run(config, make_trainer):
             step = trainer.step_number
             bar.set_postfix({name: f"{metrics[name]:.2f}" for name in ("reward", "length", "distinct")})
             bar.update()
+            if step == 1 and metrics.get("no_spread") == 1 and metrics["grad_norm"] == 0:
+                tqdm.write(
+                    "step 1 had no gradient: all rollouts of a text got one reward, and "
+                    f"{metrics['truncated']:.0%} of rationales never end. Try more --max-new-tokens, another --instruction, "
+                    "--relative-length-penalty"
+                )
             if config.eval_every and step % config.eval_every == 0 and step < config.steps:
                 metrics |= {f"heldout_{k}": v for k, v in look().items()}
             append(metrics_file, json.dumps(metrics) + "\n")

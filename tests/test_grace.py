@@ -449,6 +449,15 @@ def test_unsupervised_run_holds_no_labels(tiny_world, tmp_path):
         assert json.load(file)["after"].keys() == {"text_loss"}
 
 
+@pytest.mark.parametrize("flags, told", [("", True), ("--relative-length-penalty", False)])
+def test_a_run_that_cannot_learn_says_so(tiny_world, tmp_path, capsys, flags, told):
+    """Where no rationale ends, Eq. 28 gives all of them the same reward."""
+    given = f"--recipe paper --model {tiny_world}/model --data {tiny_world}/data/train.jsonl --out {tmp_path}"
+    grace.main(f"{given} --batch 4 --rollouts 2 --steps 2 --max-new-tokens 1 {flags}".split())
+    printed = capsys.readouterr().out
+    assert printed.count("all rollouts of a text got one reward, and 100% of rationales never end") == told
+
+
 def test_rows_are_held_out_where_no_file_is_given(tiny_world, tmp_path, capsys):
     given = f"--model {tiny_world}/model --data {tiny_world}/data/train.jsonl --out {tmp_path}"
     grace.main(f"{given} --batch 4 --rollouts 2 --steps 1".split())
