@@ -2,7 +2,7 @@
 
 Base is P(x) pooled, Base with reasoning the untrained policy's rationale with it: nothing is trained, so nothing is
 written here (`evaluate_triplets`, without and with rationale). The two that are trained are Trainers with a step of
-their own: they read no rationale, and what is a reward in GRACE is their loss.
+their own: they read no rationale, and what is a reward in GRACE is their loss. A third takes GRPO out of GRACE.
 
 Shapes: B instances, M hard negatives, D hidden size.
 """
@@ -78,3 +78,10 @@ class SimCSE(LossTrainer):
         """Dropout as a forward hook."""
         kept = torch.rand(output.shape, generator=self.generator, device=output.device) >= self.DROPOUT
         return output * kept / (1 - self.DROPOUT)
+
+
+class PathwiseAlone(Trainer):
+    """The reward's own gradient without GRPO: rationales are drawn, and nothing says which of them were better."""
+
+    def advantage(self, R, rollouts, texts, embeddings, twins):
+        return torch.zeros_like(R)

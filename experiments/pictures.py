@@ -61,8 +61,7 @@ def course(record, name):
 def courses(found, path, labels):
     """Held-out nDCG@10 along the training: the picture of the README."""
     figure, (axis,) = axes(height=5.4)
-    styles = [1, 2, 3, 4, 0]
-    for label, style in zip(labels, styles[-len(labels) :]):
+    for label, style in zip(labels, (1, 2, 3, 4, 0)):
         steps, values = zip(*(course(r, "ndcg_at_10") for r in found[label]))
         line(axis, steps[0], values, style, label)
     axis.set(xlabel="training step", ylabel="held-out nDCG@10, greedy rationales", ylim=(-0.02, 1.03))
@@ -85,13 +84,13 @@ def grid(found, path):
     """Figure 3: one panel a reward, a line a consistency weight."""
     figure, pair = axes(2, 11)
     weights = sorted({float(label.split()[1]) for label in found})
-    for axis, name, title in zip(pair, ("paper", "infonce"), ("the paper's reward", "InfoNCE as the reward")):
+    for axis, name, title in zip(pair, ("paper", "infonce"), ("the paper's reward", "InfoNCE, the full recipe")):
         for style, a in enumerate(weights):
             rows = [found[f"{name} {a:g} {b:g}"] for b in weights]
             line(
                 axis, weights, [[r[i]["after"]["ndcg_at_10"] for r in rows] for i in range(len(rows[0]))], style, f"λ1 = {a:g}"
             )
-        axis.set(xlabel="λ2, weight of the hard component", ylabel="held-out nDCG@10", title=title, ylim=(-0.02, 1.03))
+        axis.set(xlabel="λ2, weight of the hard component", ylabel="held-out nDCG@10", title=title)
     save(figure, path, pair[0], columns=len(weights))
 
 
@@ -103,7 +102,7 @@ def budgets(found, path):
     for axis, name, title in ((left, "ndcg_at_10", "held-out nDCG@10"), (middle, "ms", "milliseconds a text, encoding")):
         line(axis, limits, [[row[name] for row in r["budgets"]] for r in records], 0)
         axis.set(xlabel="longest rationale allowed, tokens", ylabel=title)
-        axis.set_ylim(bottom=0)
+        axis.set_ylim(0, 1.03 if name == "ndcg_at_10" else None)
     sampling = [np.mean([m["sample_s"] for m in r["trace"]]) for r in records]
     rest = [np.mean([m["step_s"] - m["sample_s"] for m in r["trace"]]) for r in records]
     for x, (values, hatch) in enumerate(((sampling, "//"), (rest, ".."))):
@@ -114,11 +113,11 @@ def budgets(found, path):
     save(figure, path)
 
 
-def bars(found, path, name="ndcg_at_10"):
+def bars(found, path):
     """A bar a row, with the spread over seeds."""
     figure, (axis,) = axes()
     for x, (records, hatch) in enumerate(zip(found.values(), ("", "//", "..", "xx", "\\\\", "oo"))):
-        mean, ends = spread([[r["after"][name]] for r in records])
+        mean, ends = spread([[r["after"]["ndcg_at_10"]] for r in records])
         axis.bar([x], mean, yerr=ends, color="lightgray", edgecolor="black", hatch=hatch, capsize=4)
     axis.set_xticks(range(len(found)), list(found))
     axis.set(ylabel="held-out nDCG@10", ylim=(0, 1.03))
@@ -173,5 +172,5 @@ def frontier(found, path, knobs):
                 value = label.removeprefix(knob).removeprefix("contrastive")
                 axis.annotate(value, point, textcoords="offset points", xytext=(6, -12), fontsize=9)
         axis.set_xscale("symlog", linthresh=0.01)  # most settings take nearly nothing
-        axis.set(xlabel="rise of held-out text loss, nats a token", ylabel=title, ylim=(0.55, 1.03), xlim=(-0.004, 2))
-    save(figure, path, pair[0], columns=4)
+        axis.set(xlabel="rise of held-out text loss, nats a token", ylabel=title, ylim=(0.5, 1.03), xlim=(-0.004, 2))
+    save(figure, path, pair[0], rows=2, columns=4)

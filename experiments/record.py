@@ -26,7 +26,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path[:0] = [path for path in (ROOT, os.path.join(ROOT, "experiments")) if path not in sys.path]
 
 from algorithms import ALGORITHMS  # noqa: E402
-from baselines import Contrastive, SimCSE  # noqa: E402
+from baselines import Contrastive, PathwiseAlone, SimCSE  # noqa: E402
 
 import grace  # noqa: E402
 import toy  # noqa: E402
@@ -38,7 +38,7 @@ from policy import Policy  # noqa: E402
 from rollout import encode, sample, score  # noqa: E402
 from tasks import evaluate_tasks, evaluate_triplets  # noqa: E402
 
-TRAINERS = {"contrastive": Contrastive, "simcse": SimCSE, **ALGORITHMS}
+TRAINERS = {"contrastive": Contrastive, "simcse": SimCSE, "pathwise": PathwiseAlone, **ALGORITHMS}
 UNREWARDED = ("none", "contrastive", "simcse")  # of a recipe they read the text term's weight alone
 TOY = dict(batch=32, rollouts=4, lr=5e-4, lr_decay=True, infonce_temperature=0.2)  # train.sh's settings for the embedded worlds
 QUICK_WORLD = dict(train=64, heldout=16, steps=5)  # built in a second
