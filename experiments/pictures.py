@@ -157,7 +157,7 @@ def collapse(found, path, labels):
 def frontier(found, path, knobs):
     """Each knob a line through its settings: how much text loss rose, how well it orders pairs, how much it names."""
     figure, pair = axes(2, 13, 6.2)
-    for axis, name, title in zip(pair, ("spearman", "recall"), ("Spearman, graded pairs", "share of slots named")):
+    for axis, name, title in zip(pair, ("spearman", "recall"), ("Spearman, graded pairs", "share of slots rightly named")):
         for style, (knob, labels) in enumerate(knobs.items()):
             rise, value = [], []
             for label in (label for label in labels if label in found):

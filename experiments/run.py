@@ -1,7 +1,7 @@
 """The paper's tables and figures in miniature, one command each; docs/results.md is written from the records.
 
     python experiments/run.py table1                 one table or figure: makes the runs it lacks, then writes the page
-    python experiments/run.py all                    all of them: an hour and three quarters on two cores
+    python experiments/run.py all                    all of them: two hours on two cores
     python experiments/run.py --list                 the names, their runs, and the minutes each takes on its own
     python experiments/run.py table1 --quick         one step a run, into a temporary folder: does it work at all?
 

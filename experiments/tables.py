@@ -321,8 +321,8 @@ EXPERIMENTS = {
                   [(REWARD_ALONE, "the same by the paper's reward")]),
         ),
         figure=functools.partial(pictures.courses, labels=[PAPERS, *list(LADDER)[2:4], REWARD_ALONE, BEST]),
-        note="The rungs run at the settings that were chosen for the full recipe. The last row has no pathwise term either, but settings "
-        "that suit the reward alone (chosen on seed 5): means over tokens, K = 8, softmax temperature 0.05, rollouts at temperature 1, "
+        note="The rungs run at the settings that were chosen for the full recipe. The last two have no pathwise term either, but settings "
+        "that suit InfoNCE alone (chosen on seed 5): means over tokens, K = 8, softmax temperature 0.05, rollouts at temperature 1, "
         "the text term, KL 0.02, 100 steps at 1e-3.",
     ),
     "table2": Experiment(
