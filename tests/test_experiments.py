@@ -252,7 +252,7 @@ def test_real_tasks_for_both_backbones(tiny_world, tmp_path):
     files = ["--model", f"{tiny_world}/model", "--data", f"{tiny_world}/data/train.jsonl", "--data-dir", f"{tmp_path}/tasks"]
     run.main(["real", "--quick", "--jobs", "1", "--out", str(tmp_path), *files])
     page = (tmp_path / "results.md").read_text()
-    assert "| hashed words, no model |" in page and page.count("with rationale") == page.count("prompt alone") == 9
+    assert "| hashed words, no model |" in page and page.count(", with rationale |") == page.count(", prompt alone |") == 9
 
 
 def test_the_page_is_what_the_records_say():
