@@ -7,7 +7,7 @@ import pytest
 import run
 import torch
 from algorithms import ALGORITHMS, DAPO, GRPO, DrGRPO, ReinforcePlusPlus, ReMax
-from baselines import Contrastive, SimCSE
+from baselines import Contrastive, PathwiseAlone, SimCSE
 from conftest import TEXTS
 from record import Place, rounded
 from synthetic_tasks import write_all
@@ -122,6 +122,25 @@ def test_every_algorithm_takes_its_steps(make_policy, name):
 
 
 # ---------------------------------------------------------------- baselines
+
+
+@pytest.mark.parametrize("pathwise, moved", [(0.0, False), (0.3, True)])
+def test_without_grpo_only_the_pathwise_term_moves_the_policy(make_policy, pathwise, moved):
+    trainer = PathwiseAlone(make_policy(), None, ROWS, config(pathwise=pathwise, kl=0.0, text_weight=0.0, weight_decay=0.0))
+    before = [p.clone() for p in trainer.policy.model.parameters()]
+    assert (trainer.step()["grad_norm"] > 0) == moved
+    assert any(not torch.equal(a, b) for a, b in zip(before, trainer.policy.model.parameters())) == moved
+
+
+@pytest.mark.parametrize("baseline", [Contrastive, SimCSE])
+def test_a_baseline_stops_at_a_gradient_that_is_not_finite(make_policy, baseline):
+    rows = ROWS if baseline is Contrastive else [{"text": row["query"]} for row in ROWS]
+    trainer = baseline(make_policy(), None, rows, config(mode="supervised" if baseline is Contrastive else "unsupervised"))
+    trainer.loss = lambda texts, twins: next(trainer.policy.model.parameters()).sum() * math.nan
+    before = [p.clone() for p in trainer.policy.model.parameters()]
+    with pytest.raises(GraceError, match="the gradient is not finite"):
+        trainer.step()
+    assert all(torch.equal(a, b) for a, b in zip(before, trainer.policy.model.parameters()))
 
 
 def embedded(policy, text):
