@@ -41,7 +41,8 @@ def attend(module, query, key, value, attention_mask, scaling=None, shared=None,
     query           `[R, H, 1, d]`; key, value `[R, H/G, t, d]`: the rationales' own
     attention_mask  `[N, 1, 1, P]`, True where the prompt has a token
     shared          the `SharedCache`; where there is none, this is the library's own attention
-    Returns `[R, 1, H, d]`, and None in the place of attention weights.
+    Returns `[R, 1, H, d]`, and None in the place of attention weights. Raises NotImplementedError, a RuntimeError, where a
+    layer asks for more than this: `Policy` sees it in its probe, and decodes with the library's cache.
     """
     if shared is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)

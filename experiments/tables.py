@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import pictures
 from algorithms import ALGORITHMS
+from record import TOY
 
 # ---------------------------------------------------------------- rows, columns, claims
 
@@ -87,10 +88,10 @@ def cell(records, label, name):
     values = [seen(r, label, name) for r in records]
     if any(v is None or v != v for v in values):
         return ""
-    return spread(values, COLUMNS[name][1])
+    return mean_and_range(values, COLUMNS[name][1])
 
 
-def spread(values, digits):
+def mean_and_range(values, digits):
     """Numbers of several seeds as a mean, with the lowest and highest where they differ."""
     low, high, mean = (f"{round(f(values), digits) + 0.0:.{digits}f}" for f in (min, max, np.mean))  # no "-0.00"
     return mean if low == high else f"{mean} ({low} to {high})"
@@ -113,7 +114,7 @@ START = dict(trainer="none")
 CONTRASTIVE = dict(trainer="contrastive", text_weight=0.0, batch=64, lr=1e-3, steps=200, infonce_temperature=0.05)
 UNLABELLED = dict(mode="unsupervised")
 
-REAL = dict(steps=100, eval_every=0, batch=32, rollouts=4, lr=5e-4, lr_decay=True, infonce_temperature=0.2)
+REAL = TOY | dict(steps=100, eval_every=0)  # whatever the backbone
 UNTUNED = {"start": START, "contrastive": CONTRASTIVE, "GRACE, the paper's recipe": PAPER, "GRACE, full": FULL}
 TUNED = {"GRACE, full, tuned here": FULL | dict(steps=200, lr=1e-3, infonce_temperature=0.05, pathwise=1.0, text_weight=0.3)}
 GIVEN = dict(max_new_tokens=16, instruction="Say it in other words.")
@@ -129,8 +130,9 @@ LADDER = {
     "+ a light KL term": FULL | dict(temperature=1.0),
     "GRACE, full (rollouts at temperature 0.7)": FULL,
 }
-NO_PATHWISE = FULL | dict(pathwise=0.0, temperature=1.0, length_normalize=True, infonce_temperature=0.05, rollouts=8, kl=0.02)
-NO_PATHWISE |= dict(lr=1e-3, steps=100)  # what suits the reward without the pathwise term
+# What suits the reward without the pathwise term.
+SUITED = dict(temperature=1.0, length_normalize=True, infonce_temperature=0.05, rollouts=8, kl=0.02, lr=1e-3, steps=100)
+NO_PATHWISE = FULL | SUITED | dict(pathwise=0.0)
 PAPERS, REWARD_ALONE, BEST = list(LADDER)[0], "by reward alone, at settings of its own", list(LADDER)[-1]
 SUPERVISED = {
     "Base": START,
@@ -140,7 +142,7 @@ SUPERVISED = {
     **LADDER,
     "the same without GRPO": FULL | dict(trainer="pathwise"),
     REWARD_ALONE: NO_PATHWISE,
-    "the same by the paper's reward": PAPER | NO_PATHWISE | dict(recipe="paper", text_weight=1.0, lr_decay=True),
+    "the same by the paper's reward": NO_PATHWISE | dict(recipe="paper", text_weight=1.0),
 }
 UNSUPERVISED = {
     "Base": START,
@@ -184,9 +186,9 @@ def grid_lines(found):
         for a in GRID_WEIGHTS:
             cells = (cell(found[f"{name} {a:g} {b:g}"], "", "ndcg_at_10") for b in GRID_WEIGHTS)
             lines.append(f"| {a:g} | " + " | ".join(cells) + " |")
-        traces = [r["trace"] for label, records in found.items() if label.startswith(name) for r in records]
-        spread = max(m["hard_std"] for trace in traces for m in trace)
-        lines.append(f"\nThe hard component's standard deviation within a group, the largest of all runs: {spread:.2g}.\n")
+        records = [r for label, group in found.items() if label.startswith(name) for r in group]
+        largest = max(m["hard_std"] for r in records for m in r["trace"])
+        lines.append(f"\nThe hard component's standard deviation within a group, the largest of all runs: {largest:.2g}.\n")
     return lines
 
 
@@ -240,8 +242,9 @@ def task_lines(found):
     for label, records in found.items():
         rise, label = cell(records, "", "text loss"), label.replace("given", records[0]["backbone"])
         for way, tasks, heldout in (("with rationale", "tasks", "ndcg_at_10"), ("prompt alone", "tasks_alone", "without")):
-            cells = " | ".join(spread([100 * r[tasks][name] for r in records], 1) for name in names)
-            lines.append(f"| {label}, {way} | {cells} | {spread([seen(r, '', heldout) for r in records], 2)} | {rise} |")
+            cells = " | ".join(mean_and_range([100 * r[tasks][name] for r in records], 1) for name in names)
+            ndcg = mean_and_range([seen(r, "", heldout) for r in records], 2)
+            lines.append(f"| {label}, {way} | {cells} | {ndcg} | {rise} |")
     return lines
 
 
