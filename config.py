@@ -13,7 +13,7 @@ from dataclasses import field as dataclass_field
 
 import torch
 
-from data import GraceError
+from plumbing.errors import GraceError
 from pool import POOLS
 
 RECIPES = {  # a recipe only sets defaults: any of them can be given on the command line
@@ -140,10 +140,10 @@ class Config:
             raise GraceError("--dtype bfloat16 is a compute type for CUDA; use float32 here")
 
     def must_match(self, other, where):
-        """Raises GraceError, naming them, if settings differ from those of a run that is to be gone on with.
+        """Raises GraceError, naming them, if settings differ from those of the run being resumed.
 
-        other: its settings as a dict; where: its folder. Where and how long a run goes is free to change, and how
-        it is split to fit the memory; beyond that, only what --may-change names.
+        other: its settings as a dict; where: its folder. Free to change are where the run writes, how long it goes,
+        and how it is split to fit the memory; beyond that, only what --may-change names.
         """
         free = HOW_LONG_AND_WHERE - ({"steps"} if self.lr_decay else set())  # the decaying rate depends on it
         free |= set(self.changeable)
@@ -153,6 +153,11 @@ class Config:
                 f"{where} is of another run ({was}): give its settings, or another --out, "
                 f"or let them change: --may-change {','.join(changed)}"
             )
+
+    @property
+    def reading(self):
+        """The settings that override how the checkpoint reads a text, for `Policy.load`; None: as it says."""
+        return {name: getattr(self, name) for name in ("instruction", "max_prompt_tokens", "max_new_tokens", "pooling")}
 
     @property
     def changeable(self):

@@ -25,11 +25,11 @@ import numpy as np
 import torch
 import transformers
 
-from checkpoint import write_atomically
-from data import GraceError
-from encoder import GraceEncoder, MeanEncoder
+from evaluation.encoder import GraceEncoder, MeanEncoder
+from evaluation.tasks import FAMILIES, SUBSET, TASKS, choose_tasks, evaluate_tasks
+from plumbing.checkpoint import write_atomically
+from plumbing.errors import GraceError
 from pool import POOLS
-from tasks import FAMILIES, SUBSET, TASKS, choose_tasks, evaluate_tasks
 
 PAPER = "the paper's GRACE (Qwen2.5-3B, supervised) over the same 16 tasks: 55.89"
 

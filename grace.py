@@ -3,11 +3,12 @@
 For each text x the policy writes a rationale r ~ pi(. | P(x)); the mean of its hidden states over
 text and rationale is the embedding h. How well the embeddings of a batch tell right pairs from
 wrong ones is not a loss but the *reward* of the rationales, and a clipped GRPO update teaches the
-policy. One training step is Algorithm 1, in five numbered phases: see `Trainer.step`.
+policy. One training step is Algorithm 1, in five numbered phases: see `Trainer.step`. The loop around
+the steps is `train`.
 
     python grace.py --model DIR_OR_HUB_ID --data FILE_OR_HUB_ID --out DIR      train
-    python grace.py status DIR                                                 how a run is doing
-    python grace.py explain --model DIR_OR_HUB_ID "text a" "text b"            read two rationales
+    python grace.py status DIR                                                 where a run is, and signs of trouble
+    python grace.py explain --model DIR_OR_HUB_ID "text a" "text b"            two rationales and their cosine
 
 Both halves of the gradient. The objective is the expected reward of what the policy writes,
 
@@ -46,10 +47,12 @@ Where this departs from the paper, each a setting, all undone by `--recipe paper
    A name that is right when greedy but often wrong when drawn is punished for the draws, and the policy stops naming.
 7. The length penalty is relative (reward.py).
 
-Shapes: B instances, K rollouts a group, M hard negatives, N groups (B a trained role), T tokens,
+Shapes: B instances, K rollouts per group, M hard negatives, N groups (B per trained role), T tokens,
 D hidden size.
 """
 
+import argparse
+import itertools
 import sys
 import time
 
@@ -61,13 +64,17 @@ import transformers
 import reward as rewards
 import similarity
 from config import parse
-from data import GraceError, first_line
-from guard import finite, inspected, within_memory
-from look import explain, status
-from recompute import recompute_layers
-from report import describe, peak_memory_gb
-from rollout import sample_in_parts, score
-from training import run
+from evaluation.encoder import GraceEncoder, encode_texts, text_loss
+from evaluation.tasks import evaluate_triplets
+from plumbing.data import load_rows
+from plumbing.errors import GraceError, finite, first_line
+from plumbing.guard import finished_summary, inspected, save_batch, within_memory
+from plumbing.report import peak_memory_gb, show_summary
+from plumbing.run import Run
+from plumbing.status import status
+from policy import Policy
+from rollout import describe, make_batch, roll_out, score
+from speed.recompute import recompute_layers
 
 # ---------------------------------------------------------------- advantage and objective
 
@@ -84,24 +91,29 @@ def advantages(rewards, normalize=False):
     return centred
 
 
+def masked_mean(x, mask):
+    """The mean over a rationale's own tokens. `[N, K, T] x 2 -> [N, K]`."""
+    return (x * mask).sum(-1) / mask.sum(-1)
+
+
 def clipped_objective(logprobs, old_logprobs, advantage, mask, clip_eps, length_normalize=True, clip_high=None):
     """Eq. 8, to be maximised. `[N, K, T], [N, K, T], [N, K], [N, K, T] -> [N, K]`.
 
-    With one update a batch the ratio is 1 everywhere, nothing is clipped, and the gradient is
+    With one update per batch the ratio is 1 everywhere, nothing is clipped, and the gradient is
     Eq. 19's. From the second update on, `min` takes a token out of the gradient once its ratio has
     moved past 1 +- eps in the direction the advantage wants; a move the other way is never clipped.
     clip_high: another eps upwards. length_normalize=False: the sum over tokens, not their mean.
     """
     ratio = (logprobs - old_logprobs).exp()
     A = advantage[..., None]
-    token = torch.minimum(ratio * A, ratio.clamp(1 - clip_eps, 1 + (clip_high or clip_eps)) * A) * mask
-    return token.sum(-1) / (mask.sum(-1) if length_normalize else 1)
+    token = torch.minimum(ratio * A, ratio.clamp(1 - clip_eps, 1 + (clip_high or clip_eps)) * A)  # [N, K, T]
+    return masked_mean(token, mask) if length_normalize else (token * mask).sum(-1)
 
 
 def kl_k3(logprobs, reference, mask):
     """KL(policy || reference), Schulman's k3 estimator, mean over tokens. `[N, K, T] x 3 -> [N, K]`."""
     log_ratio = reference - logprobs
-    return ((log_ratio.exp() - 1 - log_ratio) * mask).sum(-1) / mask.sum(-1)
+    return masked_mean(log_ratio.exp() - 1 - log_ratio, mask)
 
 
 def pathwise(g, h):
@@ -116,51 +128,13 @@ def pathwise(g, h):
 # ---------------------------------------------------------------- Algorithm 1
 
 
-def batch_roles(rows, anchored=False):
-    """A batch of rows as texts by role, and which instances share a text. `-> {role: list}, [B, B] bool`.
-
-    anchored: an unsupervised text also plays the anchor (Eq. 20).
-    """
-    if "text" in rows[0]:
-        texts = {"text": [r["text"] for r in rows]}
-        if anchored:
-            texts["anchor"] = texts["text"]
-    else:
-        texts = {name: [r[name] for r in rows] for name in ("query", "positive")}
-        texts["negative"] = [text for r in rows for text in r["negative"]]
-    own = [{r[name] for name in r if name != "negative"} for r in rows]  # the texts that stand for an instance
-    twins = torch.tensor([[bool(a & b) for b in own] for a in own])
-    return texts, twins
-
-
-def roll_out(policy, texts, config, generator):
-    """Phase 2. Trained roles in one call: K rollouts a text; the others: one, as anchors (Eq. 12, 20).
-
-    Returns the trained roles' rollouts, N groups in the order of `config.roles`, and the embeddings
-    of every role, `[B, K or 1, D]`, negatives `[B, M, K or 1, D]`.
-    """
-    trained = [text for role in config.roles for text in texts[role]]
-    budget = config.sample_tokens
-    rollouts = sample_in_parts(policy, policy.prompts(trained), config.rollouts, config.temperature, generator, budget)
-    embeddings = dict(zip(config.roles, rollouts.embeddings.split([len(texts[role]) for role in config.roles])))
-    fixed = [role for role in texts if role not in embeddings]
-    embeddings |= {role: rollouts.embeddings[:0, :1] for role in fixed}  # where a role has no texts, M = 0
-    if anchors := [text for role in fixed for text in texts[role]]:
-        drawn = sample_in_parts(policy, policy.prompts(anchors), 1, config.anchor_temperature, generator, budget)
-        embeddings |= dict(zip(fixed, drawn.embeddings.split([len(texts[role]) for role in fixed])))
-        rollouts.cut += drawn.cut
-    if "negative" in texts:
-        B, (_, K, D) = len(texts["query"]), embeddings["negative"].shape
-        embeddings["negative"] = embeddings["negative"].view(B, len(texts["negative"]) // B, K, D)
-    return rollouts, embeddings
-
-
 def judge(embeddings, finished, twins, config):
-    """Phase 3. Rewards of the trained rollouts, their components, and the rewards' gradient.
+    """Phase 3: rewards of the trained rollouts, their components, and the rewards' gradient.
 
     Returns R `[N, K]`, `{component: [N, K]}` before weighing, and g = d(sum R)/dh `[N, K, D]`: where
     the reward would go up if the embeddings could move freely. Roles that are not trained are constants.
     """
+    # Leaves of a graph of their own: [B, K, D] is all that this gradient ever touches.
     leaves = {role: x.detach().requires_grad_(role in config.roles) for role, x in embeddings.items()}
     if config.reward == "paper":
         by_role = [rewards.paper_components(leaves, twins)]
@@ -169,6 +143,7 @@ def judge(embeddings, finished, twins, config):
     components = {name: torch.cat([c[name] for c in by_role]) for name in by_role[0]}
     R = rewards.scaled(rewards.total(components, config.lambda_consistency, config.lambda_hard), config.tau)
     R = rewards.length_penalty(R, finished, config.gamma, config.relative_length_penalty)
+    # The sum, not the mean: a rollout's g also says how it moves the rewards of the others it stands beside.
     g = torch.autograd.grad(R.sum(), [leaves[role] for role in config.roles])
     g = torch.cat([x.flatten(0, -3) for x in g])
     return R.detach(), {name: x.detach() for name, x in components.items()}, g
@@ -179,16 +154,18 @@ class Trainer:
 
     def __init__(self, policy, reference, rows, config):
         self.policy, self.reference, self.rows, self.config = policy, reference, rows, config
-        self.sampler = policy.twin() if config.dtype == "bfloat16" else policy
+        self.sampler = policy.bfloat16_copy() if config.dtype == "bfloat16" else policy
         self.optimizer = torch.optim.AdamW(policy.model.parameters(), config.lr, weight_decay=config.weight_decay, fused=True)
         self.generator = torch.Generator(policy.device).manual_seed(config.seed)
         self.step_number = 0
+        # Token budgets; halved when the device runs out of memory.
+        self.sample_tokens, self.tokens_per_batch = config.sample_tokens, config.tokens_per_batch
         similarity.kernel = config.kernel
         if config.recompute:
             recompute_layers(policy)
 
-    def batch(self):
-        """Phase 1. The next B rows of a stream of shuffled passes over the data, a function of seed and step."""
+    def next_rows(self):
+        """The next B rows of a stream of shuffled passes over the data, a function of seed and step."""
         n, B = len(self.rows), self.config.batch
         at = np.arange(self.step_number * B, (self.step_number + 1) * B)
         order = {k: np.random.default_rng([self.config.seed, k]).permutation(n) for k in set(at // n)}
@@ -198,19 +175,18 @@ class Trainer:
         """One step of Algorithm 1. Returns its metrics."""
         policy, config, start = self.policy, self.config, time.perf_counter()
         # 1. A batch of instances.
-        texts, twins = batch_roles(self.batch(), anchored=config.reward == "paper")
-        twins = twins.to(policy.device)
+        batch = make_batch(self.next_rows(), anchored=config.reward == "paper")
+        batch.twins = batch.twins.to(policy.device)
         # 2. Rationales from the current policy, and the embeddings that come with them (Eq. 9 to 12).
-        least, drawn = config.rollouts * policy.reading.max_new_tokens, self.generator.get_state()
-        rollouts, embeddings = within_memory(self, "sample_tokens", least, self.sample, texts, drawn)
+        batch.rollouts, batch.embeddings = rollouts, embeddings = self.sample(batch.texts)
         sampled = time.perf_counter()
         # 3. What each rationale is worth (Eq. 13 to 17), and the reward's gradient at its embedding.
-        R, components, g = judge(embeddings, rollouts.finished, twins, config)
+        R, components, g = judge(embeddings, rollouts.finished, batch.twins, config)
         # 4. Better or worse than the other rationales of the same text (Eq. 18).
-        A = self.advantage(R, rollouts, texts, embeddings, twins)
+        A = self.advantage(R, batch)
         # 5. The clipped update (Eq. 8, 19), with the pathwise term.
-        self.set_rate()
-        with inspected(self, texts, rollouts, reward=R, advantage=A, **components):
+        figures = {"tokens": rollouts.mask.sum(-1), "reward": R, "advantage": A, **components}
+        with inspected(self.step_number + 1, config.out, lambda path: self.save_batch(path, batch, figures)):
             finite("a reward or its gradient", R, g)
             learned = self.update(rollouts, A, g)
         self.step_number += 1
@@ -220,21 +196,23 @@ class Trainer:
         metrics |= {"tokens_per_s": rollouts.mask.sum() / (sampled - start), "peak_memory_gb": peak_memory_gb(policy.device)}
         return {name: float(x) for name, x in metrics.items()}
 
-    def set_rate(self):
-        """This step's learning rate."""
-        if self.config.lr_decay:
-            for group in self.optimizer.param_groups:
-                group["lr"] = self.config.lr * (1 - self.step_number / self.config.steps)
-
-    def sample(self, texts, drawn):
-        """Phase 2, from a given state of the generator on."""
-        self.generator.set_state(drawn)
+    def sample(self, texts):
+        """Phase 2 within the device's memory, from the newest weights. Returns what `roll_out` returns."""
         if self.sampler is not self.policy:
-            self.sampler.follow(self.policy)
-        return roll_out(self.sampler, texts, self.config, self.generator)
+            self.sampler.copy_weights(self.policy)
+        state = self.generator.get_state()
 
-    def advantage(self, R, rollouts, texts, embeddings, twins):
-        """`[N, K] -> [N, K]`: Eq. 18. What else it could be, and from what: experiments/algorithms.py."""
+        def attempt(budget):
+            self.generator.set_state(state)  # a second attempt draws what the first one would have drawn
+            return roll_out(self.sampler, texts, self.config, self.generator, budget)
+
+        least = self.config.rollouts * self.policy.reading.max_new_tokens
+        where = f"step {self.step_number + 1}: --sample-tokens"
+        result, self.sample_tokens = within_memory(attempt, self.sample_tokens, least, where)
+        return result
+
+    def advantage(self, R, batch):
+        """Eq. 18. `[N, K] -> [N, K]`. What else it could be made from is in the batch: experiments/algorithms.py."""
         return advantages(R, self.config.normalize)
 
     def surrogate(self, logprobs, part, A):
@@ -242,91 +220,144 @@ class Trainer:
         return clipped_objective(logprobs, part.logprobs, A, part.mask, self.config.clip_eps, self.config.length_normalize)
 
     def objective(self, part, A, g):
-        """What the update maximises, a number a rollout `[n, K]`, and what is worth logging, by name.
+        """What the update maximises, one number per rollout `[n, K]`, and what is worth logging, by name.
 
         part: some groups of rollouts; A `[n, K]` their advantages; g `[n, K, D]` the reward's gradient at
         their captured embeddings, a constant. Eq. 8, plus c times g . h(theta) and the text term, less the KL term.
         """
         config, mask = self.config, part.mask
-        logprobs, h, text = score(self.policy, part, config.temperature, text=True)
+        scores = score(self.policy, part, config.temperature, text=True)
+        logprobs, text_logprobs = scores.logprobs, scores.text_logprobs[:, None]  # [n, K, T], [n, 1]
         value = self.surrogate(logprobs, part, A)
         if config.text_weight:
-            value = value + config.text_weight * text[:, None]
+            value = value + config.text_weight * text_logprobs
         if config.pathwise:
-            value = value + config.pathwise * pathwise(g, h)
-        seen = {"approx_kl": kl_k3(part.logprobs, logprobs, mask), "text_loss": -text[:, None].expand_as(value)}
+            value = value + config.pathwise * pathwise(g, scores.embeddings)
+        stats = {"approx_kl": kl_k3(part.logprobs, logprobs, mask), "text_loss": -text_logprobs.expand_as(value)}
         if config.kl:
             with torch.no_grad():
-                at_start, _ = score(self.reference, part, config.temperature)
-            seen["kl_start"] = kl_k3(logprobs, at_start, mask)
-            value = value - config.kl * seen["kl_start"]
-        off = ((logprobs - part.logprobs).exp() - 1).abs() * mask
-        seen |= {"loss": -value, "clip_fraction": (off > config.clip_eps).sum(-1) / mask.sum(-1), "ratio_off": off.amax(-1)}
-        return value, {name: x.detach() for name, x in seen.items()}
+                at_start = score(self.reference, part, config.temperature).logprobs
+            stats["kl_start"] = kl_k3(logprobs, at_start, mask)
+            value = value - config.kl * stats["kl_start"]
+        off = ((logprobs - part.logprobs).exp() - 1).abs() * mask  # how far each ratio is from 1
+        clipped = (off > config.clip_eps).float()
+        stats |= {"loss": -value, "clip_fraction": masked_mean(clipped, mask), "ratio_off": off.amax(-1)}
+        return value, {name: x.detach() for name, x in stats.items()}
 
     def update(self, rollouts, A, g):
-        """Phase 5. One or more optimizer steps over one batch of N groups of rollouts.
+        """Phase 5. One or more optimizer steps over one batch of N groups of rollouts. Returns means of what is worth logging.
 
         Every loss is a sum over rollouts divided by one number, the rollouts in the minibatch, so how a
         minibatch is split into micro-batches cannot change the gradient: not even when it has to be split
-        again, because the memory was too small.
+        again, because the device ran out of memory.
         """
         config, (N, K) = self.config, A.shape
-        sums, norms, first_ratio_off = {}, [], 0.0
+        stats, norms = [], []
         for _ in range(config.epochs):
             order = torch.randperm(N, generator=self.generator, device=A.device)
             for minibatch in order.tensor_split(config.minibatches):
-                least, work = int(self.tokens(rollouts)[minibatch].max()), (minibatch, rollouts, A, g)
-                seen, ratio_off = within_memory(self, "tokens_per_batch", least, self.backward, *work)
-                first_ratio_off = first_ratio_off if norms else ratio_off
-                for name, total in seen.items():
-                    sums[name] = sums.get(name, 0.0) + total
-                norms.append(self.descend())
-        means = {name: total / (N * K * config.epochs) for name, total in sums.items()}
+                least, where = int(self.cost(rollouts)[minibatch].max()), f"step {self.step_number + 1}: --tokens-per-batch"
+                backward = lambda budget: self.backward(minibatch, rollouts, A, g, budget)  # noqa: B023
+                part, self.tokens_per_batch = within_memory(backward, self.tokens_per_batch, least, where)
+                stats.append(part)
+                norms.append(self.optimizer_step())
+        first_ratio_off = max(float(micro["ratio_off"].max()) for micro in stats[0])
+        every = [micro for part in stats for micro in part]
+        means = {name: sum(float(micro[name].sum()) for micro in every) / (N * K * config.epochs) for name in every[0]}
+        del means["ratio_off"]
         return {**means, "first_ratio_off": first_ratio_off, "grad_norm": float(np.mean(norms))}
 
-    def descend(self):
-        """One optimizer step along the gradient that has gathered. Returns its norm before clipping."""
+    def backward(self, minibatch, rollouts, A, g, budget):
+        """The gradient of one minibatch, from zero. Returns what `objective` logs, a dict per micro-batch."""
+        self.optimizer.zero_grad(set_to_none=True)
+        stats = []
+        for micro in self.micro_batches(minibatch, rollouts, budget):
+            value, logged = self.objective(rollouts[micro], A[micro], g[micro])
+            finite("the loss", value)
+            (-value.sum() / (len(minibatch) * A.shape[1])).backward()
+            stats.append(logged)
+        return stats
+
+    def optimizer_step(self):
+        """One step along the accumulated gradient, at this step's rate. Returns the gradient's norm before clipping."""
         norm = torch.nn.utils.clip_grad_norm_(self.policy.model.parameters(), self.config.max_grad_norm)
         finite("the gradient", norm)
+        if self.config.lr_decay:
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.config.lr * (1 - self.step_number / self.config.steps)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return float(norm)
 
-    def backward(self, minibatch, rollouts, A, g):
-        """The gradient of one minibatch, from nothing. Returns sums of what is worth logging, and the largest `ratio_off`."""
-        self.optimizer.zero_grad(set_to_none=True)
-        sums, ratio_off = {}, 0.0
-        for micro in self.micro_batches(minibatch, rollouts):
-            value, seen = self.objective(rollouts[micro], A[micro], g[micro])
-            finite("the loss", value)
-            (-value.sum() / (len(minibatch) * A.shape[1])).backward()
-            ratio_off = max(ratio_off, float(seen.pop("ratio_off").max()))
-            for name, x in seen.items():
-                sums[name] = sums.get(name, 0.0) + float(x.sum())
-        return sums, ratio_off
-
-    def tokens(self, rollouts):
+    def cost(self, rollouts):
         """What each group costs in an update, in padded tokens: its prompt once, and K rationales. `-> [N]`."""
-        return rollouts.prompt_mask.sum(1) - rollouts.shared + rollouts.ids.shape[1] * rollouts.mask.sum(-1).amax(1)
+        return rollouts.prompt_mask.sum(1) - rollouts.n_shared + rollouts.ids.shape[1] * rollouts.mask.sum(-1).amax(1)
 
-    def micro_batches(self, groups, rollouts):
-        """Groups by length, in micro-batches whose padded tokens stay within the budget; at least one a batch."""
-        cost = self.tokens(rollouts)
+    def micro_batches(self, groups, rollouts, budget):
+        """Groups by length, in micro-batches whose padded tokens stay within the budget; at least one group each."""
+        cost = self.cost(rollouts)
         groups = groups[cost[groups].argsort()]
         first = 0
         for last in range(1, len(groups) + 1):
-            if last == len(groups) or (last + 1 - first) * int(cost[groups[last]]) > self.config.tokens_per_batch:
+            if last == len(groups) or (last + 1 - first) * int(cost[groups[last]]) > budget:
                 yield groups[first:last]
                 first = last
 
+    def save_batch(self, path, batch, figures):
+        """Write the batch where a person can read it: texts, rationales, and each rationale's figures `{name: [N, K]}`."""
+        texts = [(role, text) for role in self.config.roles for text in batch.texts[role]]
+        rationales = [self.policy.tokenizer.batch_decode(group) for group in batch.rollouts.rationales()]
+        save_batch(path, texts, rationales, batch.rollouts.finished, figures)
 
-# ---------------------------------------------------------------- the command line
+
+# ---------------------------------------------------------------- a whole run
 
 
 def train(config, make_trainer=Trainer):
-    """A whole run (training.py): evaluate, train, evaluate, save. Returns the summary that summary.json holds."""
-    return run(config, make_trainer)
+    """A whole run: evaluate, train, evaluate, save. Returns the summary that summary.json holds.
+
+    make_trainer: another Trainer (experiments/). Raises GraceError for anything that the user can put right; SystemExit
+    after SIGTERM or Ctrl-C, with a checkpoint written.
+    """
+    if summary := finished_summary(config):
+        print(f"{config.out}: finished, after {summary['config']['steps']} steps\n\n{show_summary(summary)}")
+        return summary
+    run = Run(config)
+    rows, heldout, graded = load_rows(config, run.skipped)
+    run.check(rows)
+    policy = Policy.load(run.checkpoint or config.model, config.device, config.dtype, **config.reading)
+    reference = Policy.load(config.model, config.device, config.dtype, **config.reading) if config.kl else None
+    trainer = make_trainer(policy, reference, rows, config)
+    texts = [row.get("query") or row["text"] for row in (heldout or rows)[:6]]  # whose rationales are shown
+
+    def evaluate():
+        scores = evaluate_triplets(policy, heldout, graded) if heldout else {"text_loss": text_loss(policy, texts)}
+        return scores, encode_texts(policy, texts).rationales
+
+    print(
+        f"{len(rows)} training rows ({len(rows[0].get('negative', []))} negatives each), {len(heldout)} held-out, "
+        f"{sum(p.numel() for p in policy.model.parameters()) / 1e6:.2f} M parameters on {policy.device}"
+    )
+    run.begin(trainer, texts, evaluate)
+    with run:
+        while trainer.step_number < config.steps:
+            run.record(trainer.step())
+    # The same checkpoint with nothing written: what the rationale is worth.
+    return run.finish((lambda: evaluate_triplets(policy, heldout, graded, rationale=False)) if heldout else None)
+
+
+def explain(arguments):
+    """What the policy writes about each text, and the cosine of every pair of embeddings."""
+    parser = argparse.ArgumentParser("grace.py explain", description=explain.__doc__)
+    parser.add_argument("--model", required=True, help="checkpoint folder or hub id")
+    parser.add_argument("--max-new-tokens", type=int, help="the longest rationale")
+    parser.add_argument("texts", nargs="+", help="two or more texts")
+    args = parser.parse_args(arguments)
+    encoder = GraceEncoder(args.model, max_new_tokens=args.max_new_tokens)
+    for i, (text, rationale) in enumerate(zip(args.texts, encoder.rationales(args.texts)), 1):
+        print(f"{i}. {text}\n   -> {rationale or '(nothing)'}")
+    for (i, a), (j, b) in itertools.combinations(enumerate(encoder.encode(args.texts), 1), 2):
+        print(f"cosine of {i} and {j}: {a @ b:.3f}")
 
 
 def main(arguments):
@@ -341,7 +372,7 @@ def main(arguments):
     except GraceError as error:
         sys.exit(f"grace.py: {error}")
     except torch.OutOfMemoryError as error:
-        sys.exit(f"grace.py: out of memory beside the update and the sampler ({first_line(error)})")
+        sys.exit(f"grace.py: out of memory outside the update and the sampler ({first_line(error)})")
     except KeyboardInterrupt:  # before or after the training steps: nothing to save
         sys.exit(130)
 

@@ -1,9 +1,7 @@
-"""The policy pi_theta and the prompt P(x) it answers (Eq. 9, 10): one causal language model, and how it reads.
+"""The policy pi_theta: one causal language model, its hidden states and its output head (Eq. 10).
 
 Any decoder-only Hugging Face chat model will do. What this file makes sure of:
 
-* The instruction is left out of the embedding *exactly*: where it ends is known to the token.
-* A text over the limit loses its own end, never the template's; how many were cut is counted.
 * Weights are float32; bfloat16 is a compute type. (At a learning rate of 1e-6 a step is smaller than
   the spacing of bfloat16 numbers, and most bfloat16 weights would never move.)
 * A model whose logits are more than its output head over its last hidden state is used only where
@@ -14,80 +12,34 @@ Any decoder-only Hugging Face chat model will do. What this file makes sure of:
 Shapes: N prompts, P prompt positions, L positions, D hidden size, V vocabulary.
 """
 
-import bisect
 import contextlib
 import copy
 import dataclasses
 import json
 import os
 import warnings
-from dataclasses import dataclass
 
 import torch
 
-from data import GraceError, first_line
-from decode import PlainDecoder, SharedDecoder
-from pool import POOLS, length_mask
+from plumbing.errors import GraceError, first_line
+from prompt import PromptBuilder, Reading
+from speed.decode import PlainDecoder, SharedDecoder
 
-INSTRUCTION = (
-    "You will be given a text. Work out what it means: who and what it is about, what is said or asked, "
-    "and what it implies. Write your reasoning between <think> and </think>, then state in a few plain "
-    "sentences what the text is about as a whole, in words that would fit any text of the same meaning."
-)
 SETTINGS = "grace_config.json"
 
 
-@dataclass
-class Reading:
-    """How a checkpoint reads a text. Saved beside its weights: another reading, another embedding."""
-
-    instruction: str = INSTRUCTION
-    max_prompt_tokens: int = 1024
-    max_new_tokens: int = 256
-    pooling: str = "mean"
-
-    def __post_init__(self):
-        if self.pooling not in POOLS:
-            raise GraceError(f"unknown pooling {self.pooling!r}: choose one of {', '.join(POOLS)}")
-        if self.max_new_tokens < 1 or self.max_prompt_tokens < 1:
-            raise GraceError("max_prompt_tokens and max_new_tokens must be at least 1")
-
-
-@dataclass
-class Prompts:
-    """N prompts. The instruction's tokens come first, the same in every row; padding stands behind them.
-
-        position   instruction | pad pad | text text text | template
-        mask            1         0   0     1    1    1        1
-        counted         0         0   0     1    1    1        1       what Eq. 11 counts
-        text            0         0   0     1    1    1        0
-
-    So the instruction, often the longest part, is read once for all rows, and every prompt ends at -1.
-    With `shared` = 0 (models with sliding windows, which count positions) this is plain left padding.
-    """
-
-    ids: torch.Tensor  # [N, P]
-    mask: torch.Tensor  # [N, P]
-    counted: torch.Tensor  # [N, P]
-    text: torch.Tensor  # [N, P]
-    cut_rows: torch.Tensor  # [N] bool, the text was over the limit and lost its end
-    shared: int = 0  # how many first positions are the same in every row
-
-    @property
-    def cut(self):
-        """How many texts lost their end."""
-        return int(self.cut_rows.sum())
-
-    def __getitem__(self, rows):
-        return Prompts(self.ids[rows], self.mask[rows], self.counted[rows], self.text[rows], self.cut_rows[rows], self.shared)
-
-
 class Policy:
-    """A causal language model and how it reads: pi_theta, P(x), the end tokens, the output head."""
+    """A causal language model and how it reads a text.
+
+    prompts      P(x): `policy.prompts(texts)` gives `Prompts` (prompt.py)
+    reading      instruction, limits and pooling
+    base, head   the network's body and its output head
+    end_ids      `[n]`, the tokens that end a rationale
+    """
 
     def __init__(self, model, tokenizer, reading=None, dtype="float32"):
         self.model, self.tokenizer = model.eval(), tokenizer
-        self.reading = _fitted(reading or Reading(), model.config.get_text_config())
+        self.reading = _fit_context(reading or Reading(), model.config.get_text_config())
         self.base, self.head = model.base_model, model.get_output_embeddings()
         self.device, self.dtype = model.device, dtype
         self.end_ids = torch.tensor(_end_ids(model, tokenizer), device=self.device)
@@ -96,15 +48,14 @@ class Policy:
         self.logit_scale = getattr(text_config, "logit_scale", None) or 1.0  # Cohere
         self.logit_scale /= getattr(text_config, "logits_scaling", None) or 1.0  # Granite
         # A sliding window counts positions, so padding must not stand between the instruction and the text.
-        layers = getattr(text_config, "layer_types", None) or [
-            "sliding" if getattr(text_config, "sliding_window", None) else "full"
-        ]
+        window = "sliding" if getattr(text_config, "sliding_window", None) else "full"
+        layers = getattr(text_config, "layer_types", None) or [window]
         self.can_share = not any("sliding" in layer or "chunked" in layer for layer in layers)
-        self.keeps_once = model.config._attn_implementation in ("sdpa", "grace")  # grace: in another Policy already
-        if self.keeps_once:
+        self.prompts_once = model.config._attn_implementation in ("sdpa", "grace")  # grace: in another Policy already
+        if self.prompts_once:
             model.set_attn_implementation("grace")
         self._check()
-        self.prefix, self.suffix = self._template()
+        self.prompts = PromptBuilder(tokenizer, self.reading, self.device, self.can_share)
 
     @classmethod
     def load(cls, source, device="cpu", dtype="float32", **reading):
@@ -147,84 +98,19 @@ class Policy:
         with open(os.path.join(folder, SETTINGS), "w") as file:
             json.dump(dataclasses.asdict(self.reading), file, indent=2)
 
-    def twin(self):
+    def bfloat16_copy(self):
         """A copy with bfloat16 weights, to sample from: each token reads half the bytes. The float32 weights stay."""
-        twin = copy.copy(self)
-        twin.model, twin.dtype = copy.deepcopy(self.model).requires_grad_(False), "as the weights"
-        for parameter in twin.model.parameters():  # not the buffers: positions need float32
+        other = copy.copy(self)
+        other.model, other.dtype = copy.deepcopy(self.model).requires_grad_(False), "as the weights"
+        for parameter in other.model.parameters():  # not the buffers: positions need float32
             parameter.data = parameter.data.to(torch.bfloat16)
-        twin.base, twin.head = twin.model.base_model, twin.model.get_output_embeddings()
-        return twin
+        other.base, other.head = other.model.base_model, other.model.get_output_embeddings()
+        return other
 
-    def follow(self, policy):
+    def copy_weights(self, policy):
         """Take over another policy's weights, rounded to this one's type."""
         with torch.no_grad():
             torch._foreach_copy_(list(self.model.parameters()), list(policy.model.parameters()))
-
-    # ------------------------------------------------------------ P(x)
-
-    def render(self, text):
-        """The prompt as a string: instruction as the system message, text as the user's (Eq. 9).
-
-        Where the template knows no system role the instruction opens the user's message. Where
-        there is no chat template at all: instruction, blank line, text, blank line, "Rationale:".
-        """
-        instruction, tok = self.reading.instruction, self.tokenizer
-        if tok.chat_template is None:
-            return f"{tok.bos_token or ''}{instruction}\n\nText: {text}\n\nRationale:"
-        # A fixed date keeps templates that print today's (Llama 3) from changing the embedding overnight.
-        options = dict(tokenize=False, add_generation_prompt=True, date_string="26 Jul 2024")
-        system, user = ({"role": r, "content": c} for r, c in (("system", instruction), ("user", text)))
-        try:
-            return tok.apply_chat_template([system, user], **options)
-        except Exception as error:  # jinja2.TemplateError, raised by the template itself
-            if type(error).__module__.split(".")[0] != "jinja2":
-                raise
-            user = {"role": "user", "content": f"{instruction}\n\n{text}"}
-            return tok.apply_chat_template([user], **options)
-
-    def _template(self):
-        """The strings that stand before and after any text: what two renderings have in common."""
-        one, two = self.render("x"), self.render("y")
-        prefix = os.path.commonprefix([one, two])
-        suffix = os.path.commonprefix([one[::-1], two[::-1]])[::-1]
-        if self.reading.instruction.strip() not in prefix or one != prefix + "x" + suffix:
-            raise GraceError(
-                "the chat template does not write instruction, then text: the system prefix that "
-                "Eq. 11 leaves out cannot be located. Use another template (tokenizer.chat_template)."
-            )
-        return prefix, suffix
-
-    def prompts(self, texts, share=True):
-        """P(x) of each text, as ids. The text's end is cut where a prompt is over the limit.
-
-        The text starts at a known character, and the tokenizer says which characters each token
-        covers, so what counts is exact. A token that straddles the boundary holds some of the text
-        and counts. Raises GraceError if the template alone is longer than the limit.
-        """
-        limit, rows = self.reading.max_prompt_tokens, []
-        strings = [self.render(text) for text in texts]
-        encoded = self.tokenizer(strings, add_special_tokens=False, return_offsets_mapping=True)
-        for text, string, ids, offsets in zip(texts, strings, encoded["input_ids"], encoded["offset_mapping"]):
-            if not (string.startswith(self.prefix) and string.endswith(self.suffix)):
-                raise GraceError(f"the chat template rewrites this text, so where it starts is unknown: {text[:60]!r}")
-            before = bisect.bisect_right(offsets, len(self.prefix), key=lambda span: span[1])
-            after = len(offsets) - bisect.bisect_left(offsets, len(string) - len(self.suffix), key=lambda span: span[0])
-            if len(ids) > limit:
-                if before + after >= limit:
-                    raise GraceError(
-                        f"the template and instruction alone take {before + after} tokens; "
-                        f"max_prompt_tokens = {limit} leaves no room for a text"
-                    )
-                ids = ids[: limit - after] + ids[len(ids) - after :]
-            rows.append((ids, before, after, len(ids) < len(offsets)))
-        same = os.path.commonprefix([ids[:before] for ids, before, *_ in rows]) if share and self.can_share else []
-        lengths, before, after, cut = (torch.tensor(x) for x in zip(*((len(ids), *more) for ids, *more in rows)))
-        P, S = int(lengths.max()), len(same)
-        padded = torch.tensor([same + [0] * (P - len(ids)) + ids[S:] for ids, *_ in rows])
-        mask, counted, tail = (length_mask(n, P).flip(1).long() for n in (lengths - S, lengths - before, after))
-        mask[:, :S] = 1
-        return Prompts(*(x.to(self.device) for x in (padded, mask, counted, counted - tail, cut)), S)
 
     # ------------------------------------------------------------ the network
 
@@ -254,21 +140,21 @@ class Policy:
         last = out.last_hidden_state
         return last, out.hidden_states[-2] if below else last, out.past_key_values
 
-    def prefill(self, ids, mask, shared):
-        """Read prompts, and their first `shared` positions only once for all of them.
+    def prefill(self, ids, mask, n_shared):
+        """Read prompts, their first `n_shared` positions only once for all of them.
 
-        `[N, P], [N, P]` to what `forward` returns, over the positions from `shared` on: `[N, P - shared, D]`.
+        `[N, P], [N, P]` to what `forward` returns, over the positions from S = `n_shared` on: `[N, P - S, D]`.
         Exact, gradients included: keys and values of a token depend on nothing that comes after it.
         """
-        positions, cache = (mask.cumsum(1) - 1).clamp(min=0), None
-        if shared:
-            _, _, cache = self.forward(ids[:1, :shared], mask[:1, :shared], positions[:1, :shared])
+        positions, cache, S = (mask.cumsum(1) - 1).clamp(min=0), None, n_shared
+        if S:
+            _, _, cache = self.forward(ids[:1, :S], mask[:1, :S], positions[:1, :S])
             cache.batch_repeat_interleave(len(ids))
-        return self.forward(ids[:, shared:], mask, positions[:, shared:], cache)
+        return self.forward(ids[:, S:], mask, positions[:, S:], cache)
 
     def decoder(self, cache, mask, K):
         """What feeds K rationales of each prompt, given the prompts' cache and mask `[N, P]`."""
-        return (SharedDecoder if self.keeps_once else PlainDecoder)(self, cache, mask, K)
+        return (SharedDecoder if self.prompts_once else PlainDecoder)(self, cache, mask, K)
 
     def logits(self, hidden):
         """The output head as the model's own forward applies it. `[..., D] -> [..., V]`, float32 or more."""
@@ -282,7 +168,7 @@ class Policy:
         return logits
 
     def _check(self):
-        """Refuse a model that this file would misread, and find out whether instructions can be shared.
+        """Refuse a model whose numbers this file would get wrong, and find out whether instructions can be shared.
 
         Its logits must be `self.logits`, its cache must be one that can be repeated K times, and padding on
         the left must not matter. Padding behind the first token must not either if that is to be shared: models
@@ -304,9 +190,10 @@ class Policy:
         with torch.no_grad():
             ids, hidden, cache = read([a, b, c], [1, 1, 1])
             with self.autocast():
-                own = self.model(input_ids=ids).logits
-            if not near(self.logits(hidden), own):
+                expected = self.model(input_ids=ids).logits
+            if not near(self.logits(hidden), expected):
                 raise GraceError(f"{name}: its logits are not its output head over its last hidden state; not supported")
+            # The same two tokens without padding, with padding on the left, and with padding between them.
             plain, left, middle = (
                 read(*x)[1][:, -1] for x in (([b, c], [1, 1]), ([a, b, c], [0, 1, 1]), ([b, a, c], [1, 0, 1]))
             )
@@ -315,12 +202,12 @@ class Policy:
         if not near(left, plain):
             raise GraceError(f"{name}: padding on the left changes what it computes; not supported")
         self.can_share &= near(middle, plain)
-        self.keeps_once = self.keeps_once and self._comes_apart([a, b], c, near)
-        if not self.keeps_once and self.model.config._attn_implementation == "grace":
+        self.prompts_once = self.prompts_once and self._same_with_prompts_once([a, b], c, near)
+        if not self.prompts_once and self.model.config._attn_implementation == "grace":
             self.model.set_attn_implementation("sdpa")
 
     @torch.no_grad()
-    def _comes_apart(self, prompt, token, near):
+    def _same_with_prompts_once(self, prompt, token, near):
         """Whether a step over a prompt kept once gives what the library's cache gives."""
         ids, mask = torch.tensor([prompt], device=self.device), torch.ones(1, len(prompt), dtype=torch.long, device=self.device)
         token = torch.tensor([token] * 2, device=self.device)
@@ -334,7 +221,7 @@ class Policy:
         return near(shared, plain)
 
 
-def _fitted(reading, config):
+def _fit_context(reading, config):
     """The reading, with a prompt limit that leaves room for the rationale in the model's context; says so."""
     context = getattr(config, "max_position_embeddings", None) or float("inf")
     room = context - reading.max_new_tokens
@@ -347,11 +234,11 @@ def _fitted(reading, config):
 
 
 def _end_ids(model, tokenizer):
-    """Every configured end token. Raises GraceError where there is none: no rationale could end."""
-    found = set()
+    """Every configured end token, sorted. Raises GraceError where there is none: no rationale could end."""
+    end_ids = set()
     for ids in (model.generation_config.eos_token_id, model.config.eos_token_id, tokenizer.eos_token_id):
-        found |= set(ids if isinstance(ids, (list, tuple)) else [ids])
-    found -= {None}
-    if not found:
+        end_ids |= set(ids if isinstance(ids, (list, tuple)) else [ids])
+    end_ids -= {None}
+    if not end_ids:
         raise GraceError("no end token in the tokenizer, config or generation config: set tokenizer.eos_token")
-    return sorted(found)
+    return sorted(end_ids)

@@ -1,7 +1,7 @@
 """The rewards: Eq. 13 to 17, 21 and 28 as the paper writes them, and InfoNCE as a reward.
 
 Every function is pure, takes unit-length embeddings (a dot product is a cosine), and returns one
-number a rollout. Nothing here knows a model: gradients flow through all of it, which is what the
+number per rollout. Nothing here knows a model: gradients flow through all of it, which is what the
 pathwise term of grace.py needs.
 
 What is rewarded is a *component*; Eq. 16 weighs three of them: contrastive, consistency, hard.
@@ -25,7 +25,7 @@ Departures from the paper, and why:
    that is a prize. `length_penalty` subtracts gamma by default and can replace, as the paper does.
 3. Instances that share a text are not negatives of each other (`twins`).
 
-Shapes: B instances, K rollouts a group, M hard negatives an instance, D hidden size, N = rows.
+Shapes: B instances, K rollouts per group, M hard negatives per instance, D hidden size, N = rows.
 """
 
 import torch
@@ -96,8 +96,7 @@ def infonce(rows, columns, temperature, negatives=None, twins=None, mined=False,
 def infonce_by_mean_and_mined(rows, columns, temperature, negatives=None, twins=None, leave_one_out=False):
     """`infonce` with mined False and True, from one pass over the batch. `-> [B, Kr], [B, Kr]`."""
     shape = rows.shape[:2]
-    found = group_similarity(rows.flatten(0, 1), columns, temperature, twins)
-    own, mean, nearest = (x.view(shape) for x in found[:3])
+    own, mean, nearest, _ = (x.view(shape) for x in group_similarity(rows.flatten(0, 1), columns, temperature, twins))
     if leave_one_out:
         own = consistency(rows)  # Eq. 14 is the mean cosine to the group's others
 

@@ -1,27 +1,25 @@
 """Rollouts: sampling rationales, and scoring given ones for the update (Eq. 9 to 12, 20).
 
 One idea carries this file: every token is read as few times as possible. The instruction is read once
-a batch and a prompt once for its K rollouts, when sampling and again, with gradients, in the update. The
+per batch and a prompt once for its K rollouts, when sampling and again, with gradients, in the update. The
 decoding loop yields everything that a rollout is: its token ids, their log-probabilities at the
 temperature they were drawn at, and the pooled embedding of text and rationale. Ids are never turned
-into text and back, and the model is never run a second time to look at what it has just written.
+into text and back, and the model is never run a second time over what it has just written.
 
 `generate()` does not feed the last sampled token, so that token has no hidden state there. Eq. 11
 counts it, so the loop here feeds every token it samples, the end token included.
 
-Shapes: N prompts, P prompt positions, K rollouts a prompt, T new tokens (right-padded), D hidden size,
-V vocabulary.
+Shapes: N prompts (one group of rollouts each), P prompt positions, K rollouts per prompt, T new tokens
+(right-padded), D hidden size, V vocabulary; B instances, M hard negatives per instance.
 """
 
-import dataclasses
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from guard import finite
+from plumbing.errors import finite
 from pool import fold, length_mask, unit
 
 LOGITS = 2**25  # logits held at a time when scoring: 134 MB in float32
@@ -29,38 +27,33 @@ LOGITS = 2**25  # logits held at a time when scoring: 134 MB in float32
 
 @dataclass
 class Rollouts:
-    """K rationales of each of N prompts, and what the decoding loop learned on the way."""
+    """K rationales of each of N prompts, and what the decoding loop recorded with them."""
 
     prompt_ids: torch.Tensor  # [N, P]
     prompt_mask: torch.Tensor  # [N, P]
-    counted: torch.Tensor  # [N, P]
+    counted: torch.Tensor  # [N, P], the prompt's tokens that count in the embedding
     ids: torch.Tensor  # [N, K, T]
     mask: torch.Tensor  # [N, K, T]
     logprobs: torch.Tensor  # [N, K, T], 0 where masked
     embeddings: torch.Tensor  # [N, K, D], unit length
     finished: torch.Tensor  # [N, K], ended by an end token
-    shared: int = 0  # the prompts' first positions that are the same in every row
-    cut: int = 0  # prompts over the limit
+    n_shared: int = 0  # the prompts' first positions that are the same in every row
+    n_cut: int = 0  # prompts over the limit
 
     def __getitem__(self, groups):
         """Some of the groups (a slice or indices), without the padding that none of them needs."""
-        part = {name: getattr(self, name)[groups] for name in self.TENSORS}
-        used, T = part["prompt_mask"].any(0), int(part["mask"].sum(-1).max())
-        for name in ("prompt_ids", "prompt_mask", "counted"):
-            part[name] = part[name][:, used]
-        for name in ("ids", "mask", "logprobs"):
-            part[name] = part[name][:, :, :T]
-        return Rollouts(**part, shared=self.shared)
+        used = self.prompt_mask[groups].any(0)  # [P]
+        T = int(self.mask[groups].sum(-1).max())
+        prompts = (x[groups][:, used] for x in (self.prompt_ids, self.prompt_mask, self.counted))
+        tokens = (x[groups][:, :, :T] for x in (self.ids, self.mask, self.logprobs))
+        return Rollouts(*prompts, *tokens, self.embeddings[groups], self.finished[groups], self.n_shared)
 
     def __len__(self):
         return len(self.ids)
 
-    def written(self):
+    def rationales(self):
         """The rationales as lists of ids, without padding: `[N][K]`."""
         return [[row[:n] for row, n in zip(*group)] for group in zip(self.ids.tolist(), self.mask.sum(-1).tolist())]
-
-
-Rollouts.TENSORS = [f.name for f in dataclasses.fields(Rollouts) if f.type is torch.Tensor]
 
 
 # ---------------------------------------------------------------- sampling
@@ -72,10 +65,10 @@ def tempered(logits, temperature):
 
 
 def draw(logits, temperature, generator=None):
-    """One token a row and its log-probability. `[N, V] -> [N], [N]`.
+    """One token per row and its log-probability. `[N, V] -> [N], [N]`.
 
     No top-p and no top-k: what is sampled from must be what is scored. Inverse transform sampling needs one
-    random number a row, where `torch.multinomial` draws V of them and, on a GPU, has the host wait for it.
+    random number per row, where `torch.multinomial` draws V of them and, on a GPU, costs a host sync.
     """
     probabilities = tempered(logits, temperature).exp()
     if temperature == 0:
@@ -89,14 +82,15 @@ def draw(logits, temperature, generator=None):
 
 @torch.no_grad()
 def sample(policy, prompts, K=1, temperature=1.0, generator=None):
-    """K rationales of each prompt: one prefill a prompt, then one token at a time (Eq. 9 to 12). `-> Rollouts`."""
-    N, how = len(prompts.ids), policy.reading.pooling
-    hidden, to_pool, cache = policy.prefill(prompts.ids, prompts.mask, prompts.shared)
-    state = fold(None, to_pool, prompts.counted[:, prompts.shared :], how).repeat_interleave(K, 0)  # [N*K, D]
+    """K rationales of each prompt: one prefill per prompt, then one token at a time (Eq. 9 to 12). `-> Rollouts`."""
+    N, pooling = len(prompts.ids), policy.reading.pooling
+    hidden, to_pool, cache = policy.prefill(prompts.ids, prompts.mask, prompts.n_shared)
     finite("what the policy computes from a prompt", hidden[:, -1])  # nothing could be drawn from that
+    # From here on the prompt is one pooled state and a cache: its own hidden states are not kept.
+    state = fold(None, to_pool, prompts.counted[:, prompts.n_shared :], pooling).repeat_interleave(K, 0)  # [N*K, D]
     last = hidden[:, -1].repeat_interleave(K, 0)  # every prompt ends at -1
     decoder = policy.decoder(cache, prompts.mask, K)
-    ids, logprobs, lengths, finished, state = write(policy, decoder, last, state, K, temperature, generator)
+    ids, logprobs, lengths, finished, state = write(policy, decoder, last, state, temperature, generator)
     T = int(lengths.max())
     mask = length_mask(lengths, T)
     return Rollouts(
@@ -108,88 +102,144 @@ def sample(policy, prompts, K=1, temperature=1.0, generator=None):
         logprobs[:, :T].masked_fill(~mask, 0).view(N, K, T),
         unit(state).view(N, K, -1),
         finished.view(N, K),
-        prompts.shared,
-        prompts.cut,
+        prompts.n_shared,
+        prompts.n_cut,
     )
 
 
-def write(policy, decoder, last, state, K, temperature, generator=None):
-    """The decoding loop: each row's rationale, a token at a time, from the state before its first token.
+def write(policy, decoder, last, state, temperature, generator=None):
+    """The decoding loop: every rollout's rationale, a token at a time, from the state before its first token.
 
-    decoder  `.step(token [n])` feeds a token a row and returns its hidden states, for the head and to pool, `[n, 1, D]`
-    last     `[n, D]` what predicts the first token; rows stand in groups of K, one group a prompt
+    decoder  `.rows [R]`: the rollouts still in its batch; `.step(token [R])` feeds a token per row and returns hidden
+             states, for the head and to pool, `[R, 1, D]`; `.drop_finished(writing)` may take rows out of the batch
+    last     `[n, D]` what predicts the first token
     state    `[n, D]` the prompt's tokens, folded; each token that is fed is folded in, the end token too
     Returns ids and logprobs `[n, T]`, of which the first `lengths [n]` count, finished `[n]` and the state `[n, D]`.
 
-    A row that draws an end token is fed that token and pooled; what it writes after that counts for nothing, until
-    enough rows have ended for the batch to be packed. A row still writing after `max_new_tokens` stops there, not
-    finished.
+    A rollout that draws an end token is fed that token and pooled; what it writes while it stays in the batch after that
+    counts for nothing. One still writing after `max_new_tokens` stops there, not finished.
     """
-    n, T, how, device = len(last), policy.reading.max_new_tokens, policy.reading.pooling, last.device
+    n, T, device = len(last), policy.reading.max_new_tokens, last.device
     ids = torch.zeros(n, T, dtype=torch.long, device=device)
     logprobs = torch.zeros(n, T, device=device, dtype=state.dtype)
     lengths = torch.zeros(n, dtype=torch.long, device=device)
-    finished = torch.zeros(n, dtype=torch.bool, device=device)
-    pooled = torch.empty_like(state)
-    rows = torch.arange(n, device=device)  # where the rows of the batch belong
-    writing = torch.ones(n, dtype=torch.bool, device=device)  # which of them have not ended
+    writing = torch.ones(n, dtype=torch.bool, device=device)
+    last, state = last.clone(), state.clone()  # edited in place below
     for t in range(T):
-        token, logprob = draw(policy.logits(last), temperature, generator)
+        rows = decoder.rows  # all tensors here stay whole; the batch is some of their rows
+        token, logprob = draw(policy.logits(last[rows]), temperature, generator)
         ids[rows, t], logprobs[rows, t] = token, logprob
         hidden, to_pool = decoder.step(token)
-        state = fold(state, to_pool, writing[:, None], how)
-        lengths[rows] += writing
-        last = hidden[:, -1]
-        writing = writing & ~torch.isin(token, policy.end_ids)
+        # The token just fed counts if its rollout had not ended before it: so an end token counts.
+        state[rows] = fold(state[rows], to_pool, writing[rows, None], policy.reading.pooling)
+        lengths += writing
+        last[rows] = hidden[:, -1]
+        writing[rows] &= ~torch.isin(token, policy.end_ids)
         if (t + 1) % decoder.look_every == 0:
-            keep, groups = pack(writing.view(-1, K))
-            if len(keep) <= decoder.pack_below * len(rows):
-                pooled[rows], finished[rows] = state, ~writing
-                if len(keep) == 0:
-                    break
-                decoder.keep(keep, groups)
-                rows, state, last, writing = (x[keep] for x in (rows, state, last, writing))
-                K = len(keep) // len(groups)
-    pooled[rows], finished[rows] = state, ~writing
-    return ids, logprobs, lengths, finished, pooled
-
-
-def pack(writing):
-    """Which rows go on: groups with a row still writing, as many rows of each as the busiest needs.
-
-    `[N, K] bool -> [N' * K'], [N']`: indices of rows, those still writing first in each group, and of groups.
-    """
-    N, K = writing.shape
-    busiest = int(writing.sum(1).max())
-    groups = writing.any(1).nonzero()[:, 0]
-    order = writing[groups].sort(dim=1, descending=True, stable=True).indices[:, :busiest]  # [N', K']
-    return (groups[:, None] * K + order).flatten(), groups
+            if not writing.any():
+                break
+            decoder.drop_finished(writing)
+    return ids, logprobs, lengths, ~writing, state
 
 
 def sample_in_parts(policy, prompts, K, temperature, generator, budget):
-    """`sample`, a few prompts at a time: no more than `budget` tokens in the key-value cache (at least a prompt)."""
+    """`sample`, a few prompts at a time: no more than `budget` tokens in the key-value cache (at least one prompt)."""
     P, T = prompts.ids.shape[1], policy.reading.max_new_tokens
-    rows = max(1, budget // (P + K * T if policy.keeps_once else K * (P + T)))
+    rows = max(1, budget // (P + K * T if policy.prompts_once else K * (P + T)))
     parts = [sample(policy, prompts[i : i + rows], K, temperature, generator) for i in range(0, len(prompts.ids), rows)]
-    if len(parts) == 1:
-        return parts[0]
-    T, joined = max(part.ids.shape[2] for part in parts), {}
-    for name in Rollouts.TENSORS:
-        tensors = [getattr(part, name) for part in parts]
-        if name in ("ids", "mask", "logprobs"):  # [N, K, T]: to the longest part's T
-            tensors = [F.pad(x, (0, T - x.shape[2])) for x in tensors]
-        joined[name] = torch.cat(tensors)
-    return Rollouts(**joined, shared=prompts.shared, cut=prompts.cut)
+    return parts[0] if len(parts) == 1 else join(parts, prompts)
+
+
+def join(parts, prompts):
+    """Rollouts of consecutive parts of the prompts as one, padded to the longest part's T."""
+    T = max(part.ids.shape[2] for part in parts)
+    ids, mask, logprobs = (
+        torch.cat([F.pad(x, (0, T - x.shape[2])) for x in tensors])
+        for tensors in zip(*((part.ids, part.mask, part.logprobs) for part in parts))
+    )
+    embeddings, finished = (torch.cat(x) for x in zip(*((part.embeddings, part.finished) for part in parts)))
+    kept = prompts.ids, prompts.mask, prompts.counted
+    return Rollouts(*kept, ids, mask, logprobs, embeddings, finished, prompts.n_shared, prompts.n_cut)
+
+
+# ---------------------------------------------------------------- a batch's texts by role
+
+
+@dataclass
+class Batch:
+    """What one step knows about its B instances, filled in phase by phase."""
+
+    texts: dict  # {role: list of texts}; negatives instance by instance, M each
+    twins: torch.Tensor  # [B, B] bool, True where two instances share a text
+    rollouts: Rollouts = None  # of the trained roles, N groups in the order of `config.roles`
+    embeddings: dict = None  # {role: [B, K or 1, D]}, negatives [B, M, K or 1, D]
+
+
+def make_batch(rows, anchored=False):
+    """Rows as a `Batch`. anchored: an unsupervised text also plays the anchor (Eq. 20)."""
+    if "text" in rows[0]:
+        texts = {"text": [row["text"] for row in rows]}
+        if anchored:
+            texts["anchor"] = texts["text"]
+    else:
+        texts = {role: [row[role] for row in rows] for role in ("query", "positive")}
+        texts["negative"] = [text for row in rows for text in row["negative"]]
+    members = [{row[role] for role in row if role != "negative"} for row in rows]  # the texts that stand for an instance
+    return Batch(texts, torch.tensor([[bool(a & b) for b in members] for a in members]))
+
+
+def texts_of(texts, roles):
+    """The roles' texts in one list, role after role: one group of rollouts each."""
+    return [text for role in roles for text in texts[role]]
+
+
+def split_by_role(x, texts, roles):
+    """One entry per text of `texts_of`, `[N, ...]`, to `{role: [B, ...]}`; negatives `[B, M, ...]`."""
+    parts = dict(zip(roles, x.split([len(texts[role]) for role in roles])))
+    if "negative" in parts:
+        B = len(texts["query"])
+        parts["negative"] = parts["negative"].view(B, len(texts["negative"]) // B, *x.shape[1:])
+    return parts
+
+
+def roll_out(policy, texts, config, generator, budget):
+    """Phase 2: K rationales per text of a trained role, one per text of the others, as anchors (Eq. 12, 20).
+
+    Returns the trained roles' `Rollouts`, and the embeddings of every role as `Batch` has them.
+    """
+
+    def draw(roles, K, temperature):
+        prompts = policy.prompts(texts_of(texts, roles))
+        rollouts = sample_in_parts(policy, prompts, K, temperature, generator, budget)
+        return rollouts, split_by_role(rollouts.embeddings, texts, roles)
+
+    rollouts, embeddings = draw(config.roles, config.rollouts, config.temperature)
+    anchors = [role for role in texts if role not in config.roles]
+    if texts_of(texts, anchors):
+        fixed, more = draw(anchors, 1, config.anchor_temperature)
+        rollouts.n_cut += fixed.n_cut
+    else:  # every role is trained, or M = 0: an empty sum over negatives
+        more = split_by_role(rollouts.embeddings[:0, :1], texts, anchors) if anchors else {}
+    return rollouts, embeddings | more
 
 
 # ---------------------------------------------------------------- scoring, with gradients
+
+
+@dataclass
+class Scores:
+    """What the update's forward pass gives, all with gradients."""
+
+    logprobs: torch.Tensor  # [N, K, T], 0 where masked
+    embeddings: torch.Tensor  # [N, K, D], unit length
+    text_logprobs: torch.Tensor = None  # [N], of the prompts' own tokens, where they were asked for
 
 
 def token_logprobs(policy, hidden, ids, temperature=1.0, chunk=None):
     """log pi(id | hidden) of n tokens. `[n, D], [n] -> [n]`.
 
     The head is applied to `chunk` tokens at a time, and again in the backward pass, so no `[n, V]` tensor is ever
-    held: at V = 152,000, 4,096 tokens would take 2.5 GB a copy. By default a chunk has about `LOGITS` logits,
+    held: at V = 152,000, 4,096 tokens would take 2.5 GB per copy. By default a chunk has about `LOGITS` logits,
     whatever V is.
     """
     chunk = chunk or max(1, LOGITS // policy.head.weight.shape[0])
@@ -209,123 +259,76 @@ def text_logprobs(policy, hidden, ids, counted):
     Of the tokens that count, text and template, each but the first: what comes before it may have been read elsewhere.
     """
     known = (counted[:, :-1] * counted[:, 1:]).bool()  # states that count, of the token before one that counts
-    found = token_logprobs(policy, hidden[:, :-1][known], ids[:, 1:][known])
-    return found.new_zeros(known.shape).masked_scatter(known, found).sum(1) / known.sum(1).clamp(min=1)
+    logprobs = token_logprobs(policy, hidden[:, :-1][known], ids[:, 1:][known])
+    return logprobs.new_zeros(known.shape).masked_scatter(known, logprobs).sum(1) / known.sum(1).clamp(min=1)
 
 
 def score(policy, rollouts, temperature=1.0, text=False):
-    """Log-probabilities `[N, K, T]` and embeddings `[N, K, D]` of given rationales, with gradients.
+    """Log-probabilities and embeddings of given rationales, with gradients: the update's forward pass. `-> Scores`.
 
-    The update's forward pass. As in `sample`, a prompt is read once and its cache repeated K times;
-    the gradients of the K copies add up in that one prefill. With `text`, a third value: `text_logprobs`.
+    As in `sample`, a prompt is read once and its cache repeated K times; the gradients of the K copies add up in
+    that one prefill. text: also `text_logprobs`, from the states that the prefill has anyway.
     """
     N, K, T = rollouts.ids.shape
-    how = policy.reading.pooling
+    S, pooling = rollouts.n_shared, policy.reading.pooling
     ids, mask = rollouts.ids.view(N * K, T), rollouts.mask.view(N * K, T)
-    hidden, to_pool, cache = policy.prefill(rollouts.prompt_ids, rollouts.prompt_mask, rollouts.shared)
-    counted = rollouts.counted[:, rollouts.shared :]
-    state = fold(None, to_pool, counted, how).repeat_interleave(K, 0)  # [N*K, D]
-    said = text_logprobs(policy, hidden, rollouts.prompt_ids[:, rollouts.shared :], counted) if text else None
+    hidden, to_pool, cache = policy.prefill(rollouts.prompt_ids, rollouts.prompt_mask, S)
+    counted = rollouts.counted[:, S:]
+    state = fold(None, to_pool, counted, pooling).repeat_interleave(K, 0)  # [N*K, D]
+    of_text = text_logprobs(policy, hidden, rollouts.prompt_ids[:, S:], counted) if text else None
     last = hidden[:, -1:].repeat_interleave(K, 0)
     cache.batch_repeat_interleave(K)
     positions = rollouts.prompt_mask.sum(1).repeat_interleave(K)[:, None] + torch.arange(T, device=ids.device)
     full_mask = torch.cat([rollouts.prompt_mask.repeat_interleave(K, 0), mask], 1)
     hidden, to_pool, _ = policy.forward(ids, full_mask, positions, cache)
-    embeddings = unit(fold(state, to_pool, mask, how))
+    embeddings = unit(fold(state, to_pool, mask, pooling))
     before = torch.cat([last, hidden[:, :-1]], 1)  # token t is predicted by the state before it
     keep = mask.bool()
-    found = token_logprobs(policy, before[keep], ids[keep], temperature)
-    logprobs = found.new_zeros(N * K, T).masked_scatter(keep, found)
-    scored = logprobs.view(N, K, T), embeddings.view(N, K, -1)
-    return (*scored, said) if text else scored
+    logprobs = token_logprobs(policy, before[keep], ids[keep], temperature)
+    logprobs = logprobs.new_zeros(N * K, T).masked_scatter(keep, logprobs)
+    return Scores(logprobs.view(N, K, T), embeddings.view(N, K, -1), of_text)
 
 
-# ---------------------------------------------------------------- texts in, vectors out
+# ---------------------------------------------------------------- what a batch of rollouts looks like
 
 
-def batches(texts, tokens_per_batch, policy):
-    """Indices of the texts, longest first, in batches that fit the token budget, a rationale each.
+def effective_rank(embeddings):
+    """exp of the entropy of the normalized singular values (Roy & Vetterli 2007). `[n, D] -> scalar`."""
+    p = torch.linalg.svdvals(embeddings)
+    p = p / p.sum()
+    return torch.exp(-(p * p.clamp(min=1e-12).log()).sum())
 
-    A text's tokens are estimated, at three bytes each, so that no text is tokenized twice.
+
+def describe(rollouts, R, components):
+    """What a batch of rollouts looks like: rewards and their spread, and the signs of a collapse.
+
+    Four counts are of what can teach little or nothing, as shares of the groups (of the rollouts: `empty`):
+
+    no_spread      every rollout got the same reward: its advantages are 0. Only the pathwise and KL terms move it.
+    all_identical  every rollout is the same: what little advantages rounding may give it sum to 0 over one
+                   and the same gradient, so the score-function term is 0 here too.
+    all_truncated  no rollout came to an end token. Where gamma is subtracted all lose the same, and the group
+                   teaches by the rest of its rewards; where -gamma takes their place (Eq. 28) it has no spread.
+    empty          the end token and nothing before it: a rollout like any other, its embedding the text's.
     """
-    size = [len(text.encode("utf-8", "surrogatepass")) for text in texts]
-    order = sorted(range(len(texts)), key=lambda i: -size[i])
-    overhead = len(policy.prefix) // 4 + policy.reading.max_new_tokens
-    limit, part = policy.reading.max_prompt_tokens, []
-    for i in order:
-        longest = min(limit, size[part[0] if part else i] // 3) + overhead
-        if part and (len(part) + 1) * longest > tokens_per_batch:
-            yield part
-            part = []
-        part.append(i)
-    if part:
-        yield part
-
-
-def embed_prompts(policy, prompts):
-    """The embedding without a rationale: P(x) alone, pooled (the paper's Base). `-> [N, D]`."""
-    with torch.no_grad():
-        _, to_pool, _ = policy.prefill(prompts.ids, prompts.mask, prompts.shared)
-        return unit(fold(None, to_pool, prompts.counted[:, prompts.shared :], policy.reading.pooling))
-
-
-@dataclass
-class Encoded:
-    """Texts and what became of them, one entry each."""
-
-    vectors: np.ndarray  # [n, D] float32, unit length
-    rationales: list  # of str; empty where none was written
-    cut: np.ndarray  # [n] bool, lost its end to the prompt limit
-    finished: np.ndarray  # [n] bool, the rationale came to an end token
-
-    def __getitem__(self, index):
-        return Encoded(self.vectors[index], [self.rationales[i] for i in index], self.cut[index], self.finished[index])
-
-
-@torch.inference_mode()
-def encode_batch(policy, texts, temperature=0.0, generator=None, rationale=True):
-    """One batch of texts, greedy or sampled, or the prompts alone. `-> Encoded`.
-
-    An empty text is allowed: its prompt still has tokens that count.
-    """
-    x = policy.prompts(texts)
-    if not rationale:
-        vectors, written, finished = embed_prompts(policy, x), [""] * len(texts), np.ones(len(texts), bool)
-    else:
-        r = sample(policy, x, 1, temperature, generator)
-        vectors, finished = r.embeddings[:, 0], r.finished[:, 0].cpu().numpy()
-        ids = [group[0] for group in r.written()]
-        written = [text.strip() for text in policy.tokenizer.batch_decode(ids, skip_special_tokens=True)]
-    return Encoded(vectors.float().cpu().numpy(), written, x.cut_rows.cpu().numpy(), finished)
-
-
-def encode(policy, texts, rationale=True, tokens_per_batch=8192):
-    """Any number of texts, greedily; equal ones are read once. `-> Encoded`."""
-    distinct, read, order = list(dict.fromkeys(texts)), [], []
-    for part in batches(distinct, tokens_per_batch, policy):
-        read.append(encode_batch(policy, [distinct[i] for i in part], rationale=rationale))
-        order += part
-    place = {distinct[i]: n for n, i in enumerate(order)}
-    whole = Encoded(
-        np.concatenate([e.vectors for e in read]),
-        [w for e in read for w in e.rationales],
-        np.concatenate([e.cut for e in read]),
-        np.concatenate([e.finished for e in read]),
+    lengths, first = rollouts.mask.sum(-1).float(), rollouts.embeddings[:, 0]  # [N, K]; one rollout a text [N, D]
+    distinct = set(map(tuple, rollouts.ids.flatten(0, 1).tolist()))  # padding cannot make two equal: end tokens differ
+    N = len(first)
+    stats = {"reward": R.mean(), "reward_std": R.std(1).mean()}
+    for name, x in components.items():  # the spread within a group is all that an advantage depends on
+        stats |= {name: x.mean(), f"{name}_std": x.std(1).mean()}
+    return (
+        stats
+        | {
+            "length": lengths.mean(),
+            "truncated": 1 - rollouts.finished.float().mean(),
+            "distinct": len(distinct) / lengths.numel(),
+            "effective_rank": effective_rank(first),
+            "cosine": ((first @ first.T).sum() - N) / max(N * (N - 1), 1),  # between different texts
+            "prompts_cut": rollouts.n_cut,
+            "no_spread": (R.amax(1) - R.amin(1) < 1e-6).float().mean(),
+            "all_identical": (rollouts.ids == rollouts.ids[:, :1]).all(2).all(1).float().mean(),
+            "all_truncated": (~rollouts.finished).all(1).float().mean(),
+            "empty": ((lengths == 1) & rollouts.finished).float().mean(),
+        }
     )
-    return whole[[place[text] for text in texts]]
-
-
-@torch.no_grad()
-def text_loss(policy, texts, tokens_per_batch=8192):
-    """How well the policy still models language: its loss, nats a token, on the texts' own tokens.
-
-    The texts stand where they stand in P(x). What training takes from the model shows here.
-    """
-    nats, count = 0.0, 0
-    for part in batches(texts, tokens_per_batch, policy):
-        x = policy.prompts([texts[i] for i in part], share=False)  # the first token is predicted by the instruction's last
-        hidden, _, _ = policy.prefill(x.ids, x.mask, 0)
-        keep = x.text[:, 1:].bool()
-        nats -= float(token_logprobs(policy, hidden[:, :-1][keep], x.ids[:, 1:][keep]).sum())
-        count += int(keep.sum())
-    return nats / count

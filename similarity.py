@@ -1,6 +1,6 @@
-"""The fused in-batch similarity: every row against every group of columns, without the table of cosines.
+"""The in-batch similarity: every row against every group of columns, first in six plain lines, then in tiles.
 
-The rewards ask three things of a row x and B groups of K columns: how near it is to its own group, a
+The rewards need three things of a row x and B groups of K columns: how near it is to its own group, a
 softmax over the other groups, and how near the nearest member of each other group comes (Eq. 13, 15, and
 InfoNCE). All three live in one table of N x B*K cosines, s = x . c:
 
@@ -9,9 +9,9 @@ InfoNCE). All three live in one table of N x B*K cosines, s = x . c:
     nearest  log sum over the other groups of exp(max of s over the group / t)
     hard     mean over the other groups of the max of s over the group                          (Eq. 15)
 
-Written plainly, that table and its gradient are the largest tensors of the reward: at N = B*K = 4,096 a copy
-takes 67 MB, and autograd keeps several. But each of the four is a sum over groups, so the table can be
-visited tile by tile, each tile folded into four numbers a row and forgotten, as flash attention does:
+`plain_similarity` is this definition. It holds the table, and autograd several copies of it, the largest tensors
+of the reward: at N = B*K = 4,096 a copy takes 67 MB. But each of the four is a sum over groups, so the table can
+be visited tile by tile, each tile folded into four numbers per row and forgotten, as flash attention does:
 
                      groups of K columns, a tile of them at a time
                   ┌────────┬────────┬────────┬────────┐
@@ -21,25 +21,18 @@ visited tile by tile, each tile folded into four numbers a row and forgotten, as
                   │  ...   │        │        │        │
                   └────────┴────────┴────────┴────────┘
 
-The backward pass makes each tile again. With w the gradients of the four numbers, p = exp(mean/t - lse) and
-p' = exp(max/t - lse') the softmax weights of a group, a member's cosine has the gradient
+`group_similarity` does that. Its backward pass makes each tile again. With w the gradients of the four numbers,
+p = exp(mean/t - lse) and p' = exp(max/t - lse') the softmax weights of a group, a member's cosine has the gradient
 
     ds = 1/K [ w_own 1(own group) + w_mean p/t 1(other) ] + 1(is the max) [ w_nearest p'/t + w_hard/count ] 1(other)
 
 (shared evenly where several members tie), and then dx += ds c and dc += ds' x, again tile by tile.
 
-Two implementations of the same four lines stand below: in torch, a block of rows at a time (any device, any
-precision: the definition), and in Triton, for CUDA, where a tile never leaves the chip. `kernel` chooses.
+The tiles exist twice: in torch, a block of rows at a time (any device, any precision), and in Triton
+(speed/similarity_triton.py), for CUDA, where a tile never leaves the chip. `kernel` chooses; docs/benchmarks.md
+has what each costs.
 
-What it costs: 2 N B K D operations forward, and three more times that
-backward in torch (the table again, dx, dc), four in Triton, whose two backward kernels each make it again so
-that every block of the result has one owner and no atomics are needed: the same bits on every run. The floor of
-traffic is reading rows and columns once and writing four numbers a row: 4 (N D + B K D + 4 N) bytes in float32,
-against 2 N B K D operations, which at N = B K = 4,096 and D = 896 is about 1,000 operations a byte: bound by
-arithmetic on any machine, as long as the table stays out of memory. (The plain form moves it there and back a
-dozen times.) In IEEE float32 that floor is 0.5 ms on a GPU of 60 Tflop/s.
-
-Shapes: N rows in B blocks of N/B (block i's own group is group i), K columns a group, D hidden size.
+Shapes: N rows in B blocks of N/B (block i's own group is group i), K columns per group, D hidden size.
 """
 
 import importlib.util
@@ -53,7 +46,7 @@ TABLE = 2**21  # torch: about so many cosines are held at a time, 8 MB in float3
 
 
 class Similarity(NamedTuple):
-    """Four numbers a row, `[N]` each; see the top of this file."""
+    """Four numbers per row, `[N]` each; see the top of this file."""
 
     own: torch.Tensor
     mean: torch.Tensor
@@ -61,8 +54,22 @@ class Similarity(NamedTuple):
     hard: torch.Tensor
 
 
+def plain_similarity(rows, columns, temperature, barred):
+    """The definition. `[N, D], [B, K, D], t, [B, B] -> Similarity` of `[N]`.
+
+    barred: True where a group is not another group to a group: its own, and those it shares a text with.
+    """
+    mine = torch.arange(len(columns), device=rows.device).repeat_interleave(len(rows) // len(columns))  # [N]
+    s = torch.einsum("nd,bkd->nbk", rows, columns)
+    mean, nearest, other = s.mean(2), s.amax(2), ~barred[mine]  # [N, B]
+    own = mean.gather(1, mine[:, None])[:, 0]
+    log_sum = lambda x: (x / temperature).masked_fill(~other, -torch.inf).logsumexp(1)
+    hard = torch.where(other, nearest, 0).sum(1) / other.sum(1).clamp(min=1)
+    return Similarity(own, log_sum(mean), log_sum(nearest), hard)
+
+
 def group_similarity(rows, columns, temperature, twins=None):
-    """How near each row is to its own and to every other group. `[N, D], [B, K, D] -> Similarity` of `[N]`.
+    """`plain_similarity` in tiles: nothing larger than a tile is held. `[N, D], [B, K, D] -> Similarity` of `[N]`.
 
     rows         unit length; N is a multiple of B, and row n belongs to group n // (N / B)
     columns      unit length; any B, K, D
@@ -89,15 +96,15 @@ def use_kernel(rows):
 
 
 class _GroupSimilarity(torch.autograd.Function):
-    """Forward and backward of `group_similarity`, both in tiles; kept between them: the inputs and four numbers a row."""
+    """Forward and backward of `group_similarity`, both in tiles; kept between them: the inputs and four numbers per row."""
 
     @staticmethod
     def forward(ctx, rows, columns, barred, temperature, fused):
         module = _triton() if fused else _Torch
-        found = module.forward(rows, columns, barred, temperature)
-        ctx.save_for_backward(rows, columns, barred, *found)
+        numbers = module.forward(rows, columns, barred, temperature)
+        ctx.save_for_backward(rows, columns, barred, *numbers)
         ctx.temperature, ctx.module = temperature, module
-        return found
+        return numbers
 
     @staticmethod
     @once_differentiable
@@ -110,19 +117,19 @@ class _GroupSimilarity(torch.autograd.Function):
 
 
 def _triton():
-    import similarity_triton
+    from speed import similarity_triton
 
     return similarity_triton
 
 
-# ---------------------------------------------------------------- in torch: the definition
+# ---------------------------------------------------------------- tiles in torch
 
 
 class _Torch:
     """A block of rows at a time, so that no more than about `TABLE` cosines exist at once.
 
     The block's table is `[K, n, B]`, member by member: what is summed or compared over a group's members then
-    lies in whole sheets of memory, and columns are used where they are.
+    lies in contiguous memory, and columns are used where they are.
     """
 
     @staticmethod
@@ -146,13 +153,13 @@ class _Torch:
     @staticmethod
     def forward(rows, columns, barred, temperature):
         """The four numbers of each row, `[N]` each; barred `[B, B]`: True where a group is not another to a group."""
-        found = rows.new_empty(4, len(rows))
+        numbers = rows.new_empty(4, len(rows))
         for here, _, mean, nearest, own, other in _Torch.blocks(rows, columns, barred):
-            found[0, here] = torch.where(own, mean, 0).sum(1)
-            found[1, here] = (mean / temperature).masked_fill(~other, -torch.inf).logsumexp(1)
-            found[2, here] = (nearest / temperature).masked_fill(~other, -torch.inf).logsumexp(1)
-            found[3, here] = torch.where(other, nearest, 0).sum(1) / other.sum(1).clamp(min=1)
-        return tuple(found)
+            numbers[0, here] = torch.where(own, mean, 0).sum(1)
+            numbers[1, here] = (mean / temperature).masked_fill(~other, -torch.inf).logsumexp(1)
+            numbers[2, here] = (nearest / temperature).masked_fill(~other, -torch.inf).logsumexp(1)
+            numbers[3, here] = torch.where(other, nearest, 0).sum(1) / other.sum(1).clamp(min=1)
+        return tuple(numbers)
 
     @staticmethod
     def backward(rows, columns, barred, temperature, *saved):

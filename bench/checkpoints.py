@@ -11,10 +11,10 @@ import tempfile
 
 from common import clock, machine  # puts the repository on the path
 
-from checkpoint import save_checkpoint
 from config import Config
-from data import read_triplets
 from grace import Trainer
+from plumbing.checkpoint import save_checkpoint
+from plumbing.data import read_triplets
 from policy import Policy
 
 

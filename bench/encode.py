@@ -19,8 +19,8 @@ import numpy as np
 import torch
 from common import clock, machine  # puts the repository on the path
 
-from data import read_texts
-from encoder import GraceEncoder
+from evaluation.encoder import GraceEncoder
+from plumbing.data import read_texts
 from policy import Policy
 from pool import mean_pool
 

@@ -15,8 +15,8 @@ from common import add_model_flags, clock, load_policy, machine, make_texts
 
 import grace
 from config import parse
-from data import load_rows
-from report import peak_memory_gb
+from plumbing.data import load_rows
+from plumbing.report import peak_memory_gb
 
 PHASES = ("prefill", "decode", "reward", "update")
 

@@ -30,13 +30,13 @@ from baselines import Contrastive, PathwiseAlone, SimCSE  # noqa: E402
 
 import grace  # noqa: E402
 import toy  # noqa: E402
-from checkpoint import write_atomically  # noqa: E402
 from config import RECIPES, Config  # noqa: E402
-from data import load_rows  # noqa: E402
-from encoder import GraceEncoder  # noqa: E402
+from evaluation.encoder import GraceEncoder  # noqa: E402
+from evaluation.tasks import evaluate_tasks, evaluate_triplets  # noqa: E402
+from plumbing.checkpoint import write_atomically  # noqa: E402
+from plumbing.data import load_rows  # noqa: E402
 from policy import Policy  # noqa: E402
 from rollout import encode, sample, score  # noqa: E402
-from tasks import evaluate_tasks, evaluate_triplets  # noqa: E402
 
 TRAINERS = {"contrastive": Contrastive, "simcse": SimCSE, "pathwise": PathwiseAlone, **ALGORITHMS}
 UNREWARDED = ("none", "contrastive", "simcse")  # of a recipe they read the text term's weight alone

@@ -29,7 +29,7 @@ from record import ROOT, Place, make, revision  # noqa: E402  (puts the reposito
 from tables import EXPERIMENTS, table  # noqa: E402
 
 from config import Config  # noqa: E402
-from data import GraceError  # noqa: E402
+from plumbing.errors import GraceError  # noqa: E402
 
 
 def one_thread():

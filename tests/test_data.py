@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 import grace
 from config import Config
-from data import GraceError, load_rows, open_dataset, read_pairs, read_texts, read_triplets
+from plumbing.data import load_rows, open_dataset, read_pairs, read_texts, read_triplets
+from plumbing.errors import GraceError
 
 
 def write(path, rows):

@@ -7,14 +7,14 @@ import subprocess
 import sys
 import time
 
+import encoder as encoder_module
 import numpy as np
 import pytest
 from conftest import TEXTS
 
-import encoder as encoder_module
 import eval_mteb_subset
-from data import GraceError
-from encoder import GraceEncoder, MeanEncoder, fingerprint
+from evaluation.encoder import GraceEncoder, MeanEncoder, fingerprint
+from plumbing.errors import GraceError
 from rollout import Encoded, encode, encode_batch
 
 

@@ -14,8 +14,8 @@ from synthetic_tasks import write_all
 from tables import EXPERIMENTS, Claim
 from test_grace import ROWS, config
 
-from data import GraceError
 from grace import batch_roles, roll_out
+from plumbing.errors import GraceError
 from rollout import sample
 
 # ---------------------------------------------------------------- algorithms

@@ -15,10 +15,10 @@ from conftest import ARCHITECTURES, TEXTS, build
 
 import grace
 from config import Config, parse
-from data import GraceError
 from grace import Trainer, advantages, batch_roles, clipped_objective, judge, kl_k3, roll_out
+from plumbing.errors import GraceError
+from plumbing.report import effective_rank
 from policy import Policy, Reading
-from report import effective_rank
 from reward import infonce, paper_components
 from rollout import sample, score
 

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import synthetic_tasks
 
-from tasks import evaluate_tasks
+from evaluation.tasks import evaluate_tasks
 
 mteb = pytest.importorskip("mteb", reason="mteb is not installed")
 
@@ -17,7 +17,7 @@ TOLERANCE = {"classification": 3e-3, "clustering": 1e-6}
 def test_scores_are_mtebs(tmp_path, monkeypatch, encode, seed):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))  # it mixes up folders of one name
     from eval_mteb_subset import mteb_encoder
-    from tasks import TASKS
+    from evaluation.tasks import TASKS
 
     names = synthetic_tasks.write_all(tmp_path / "tasks", seed)
     ours = evaluate_tasks(encode, names, str(tmp_path / "tasks"))

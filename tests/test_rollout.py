@@ -4,13 +4,13 @@ import pytest
 import torch
 from conftest import ARCHITECTURES, SMALL, TEXTS, build
 
-import decode
 import toy
-from data import GraceError
+from plumbing.errors import GraceError
 from policy import Policy, Reading
 from pool import POOLS, unit
-from recompute import recompute_layers
 from rollout import batches, draw, embed_prompts, encode, pack, sample, sample_in_parts, score, text_loss, token_logprobs
+from speed import decode
+from speed.recompute import recompute_layers
 
 
 def by_full_forward(policy, rollouts, n, k, temperature=1.0):

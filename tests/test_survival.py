@@ -25,15 +25,15 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
-import checkpoint  # noqa: E402
 import grace  # noqa: E402
-import look  # noqa: E402
 import toy  # noqa: E402
-import training  # noqa: E402
-from checkpoint import checkpoints, damage, newest_whole  # noqa: E402
 from config import Config  # noqa: E402
-from data import GraceError  # noqa: E402
-from guard import Signals, within_memory  # noqa: E402
+from plumbing import checkpoint  # noqa: E402
+from plumbing import run as training  # noqa: E402
+from plumbing import status as look  # noqa: E402
+from plumbing.checkpoint import checkpoints, damage, newest_whole  # noqa: E402
+from plumbing.errors import GraceError  # noqa: E402
+from plumbing.guard import Signals, within_memory  # noqa: E402
 from policy import Policy  # noqa: E402
 
 # ---------------------------------------------------------------- runs, and what must be equal
@@ -577,7 +577,7 @@ def test_out_of_memory_elsewhere_is_one_sentence(tiny_world, tmp_path, monkeypat
 
 
 def test_groups_that_cannot_teach_are_counted(make_policy):
-    from report import describe
+    from plumbing.report import describe
     from rollout import sample
 
     policy = make_policy()

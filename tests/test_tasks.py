@@ -8,8 +8,8 @@ import pytest
 import synthetic_tasks
 from synthetic_tasks import readme, rows
 
-from data import GraceError
-from tasks import FAMILIES, SUBSET, TASKS, choose_tasks, evaluate_tasks, evaluate_triplets, search
+from evaluation.tasks import FAMILIES, SUBSET, TASKS, choose_tasks, evaluate_tasks, evaluate_triplets, search
+from plumbing.errors import GraceError
 
 REAL = os.path.abspath("../shared/data/eval")
 
@@ -183,8 +183,8 @@ def test_what_the_encoder_must_not_do(tmp_path):
 
 def test_the_world_as_tasks_scores_as_in_training(tiny_world):
     """grace.py's held-out evaluation and the two toy tasks are one evaluation."""
-    from data import read_pairs, read_triplets
-    from encoder import GraceEncoder
+    from evaluation.encoder import GraceEncoder
+    from plumbing.data import read_pairs, read_triplets
 
     encoder = GraceEncoder(f"{tiny_world}/model")
     found = evaluate_tasks(encoder.encode, ["ToyRetrieval", "ToyPairs"], f"{tiny_world}/tasks")

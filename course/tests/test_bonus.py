@@ -25,7 +25,7 @@ def test_more_than_a_tile_and_odd_sizes(units, shape, monkeypatch):
 
 
 def check(units, shape, monkeypatch):
-    import similarity_triton
+    from speed import similarity_triton
 
     B, K, R, D = shape
     rows, columns = units(B * R, D).float(), units(B, K, D).float()

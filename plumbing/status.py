@@ -1,22 +1,19 @@
-"""Two commands to look at what was trained: `status DIR`, how a run is doing, and `explain`, what a policy writes.
+"""The command `status DIR`: where a run is, how long it still takes, and whether it shows a sign of trouble.
 
-`status` compares the first steps of a run with the last. Where its rules draw a line, they draw it between 15 runs of
+It compares the first steps of a run with the last. Where its rules draw a line, they draw it between 15 runs of
 the embedded world: the paper's recipe, which collapses there, the full one, which does not, and the steps between
 (docs/reliability.md has the table). On other data they are reasons to look, not verdicts.
 """
 
 import argparse
-import itertools
 import json
 import os
 import statistics
 import time
 
-from checkpoint import checkpoints
-from data import GraceError
-from policy import Policy
-from report import read_metrics, show_summary
-from rollout import encode
+from plumbing.checkpoint import checkpoints
+from plumbing.errors import GraceError
+from plumbing.report import read_metrics, show_summary
 
 SIGNS = [  # name, metric, when it is a bad sign (a: at the start, b: now, T: longest rationale), what it means and what to try
     ("reward", "reward", lambda a, b, T: b <= a,
@@ -102,18 +99,3 @@ def health(steps, run):
             verdict = "no better than at the start. Try --reward infonce, --pathwise above 0, a higher --lr"
         lines.append(f"{'held-out nDCG@10':<24}{scores[0]:10.4f}{scores[-1]:10.4f}   {verdict}")
     return lines
-
-
-def explain(arguments):
-    """What the policy writes about each text, and the cosine of every pair of embeddings."""
-    parser = argparse.ArgumentParser("grace.py explain", description=explain.__doc__)
-    parser.add_argument("--model", required=True, help="checkpoint folder or hub id")
-    parser.add_argument("--max-new-tokens", type=int, help="the longest rationale")
-    parser.add_argument("texts", nargs="+", help="two or more texts")
-    args = parser.parse_args(arguments)
-    policy = Policy.load(args.model, max_new_tokens=args.max_new_tokens)
-    read = encode(policy, args.texts)
-    for i, (text, rationale) in enumerate(zip(args.texts, read.rationales), 1):
-        print(f"{i}. {text}\n   -> {rationale or '(nothing)'}")
-    for (i, a), (j, b) in itertools.combinations(enumerate(read.vectors, 1), 2):
-        print(f"cosine of {i} and {j}: {a @ b:.3f}")

@@ -12,7 +12,7 @@ likes; so a prompt is still read once for its K rationales.
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from data import GraceError
+from plumbing.errors import GraceError
 
 REFUSED = "its layers cannot be recomputed; leave out --recompute and lower --tokens-per-batch"
 

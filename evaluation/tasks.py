@@ -15,8 +15,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from data import GraceError, first_line, load_folder, open_dataset
-from metrics import (
+from evaluation.encoder import encode_texts, text_loss
+from evaluation.metrics import (
     average_precision,
     cosine,
     ndcg,
@@ -27,8 +27,8 @@ from metrics import (
     spearman_p,
     v_measure,
 )
-from rollout import encode as encode_policy
-from rollout import text_loss
+from plumbing.data import load_folder, open_dataset
+from plumbing.errors import GraceError, first_line
 
 # ---------------------------------------------------------------- the tasks
 
@@ -374,8 +374,8 @@ def evaluate_triplets(policy, heldout, graded=None, rationale=True):
     documents = list(dict.fromkeys([r["positive"] for r in heldout] + [n for r in heldout for n in r["negative"]]))
     one, two, grades = graded or ([], [], [])
     texts = list(dict.fromkeys([*relevant, *documents, *one, *two]))
-    read = encode_policy(policy, texts, rationale=rationale)
-    known = dict(zip(texts, read.vectors))
+    encoded = encode_texts(policy, texts, rationale=rationale)
+    known = dict(zip(texts, encoded.vectors))
     encode = lambda texts: np.stack([known[t] for t in texts])
     ranked = search(encode, {d: d for d in documents}, {q: q for q in relevant}, relevant)
     result = {
@@ -385,6 +385,6 @@ def evaluate_triplets(policy, heldout, graded=None, rationale=True):
     if graded:
         result["spearman"] = spearman(cosine(encode(one), encode(two)), grades)
     if rationale:
-        result |= {"text_loss": text_loss(policy, [*relevant, *documents]), "finished": float(read.finished.mean())}
-        result["words"] = float(np.mean([len(w.split()) for w in read.rationales]))
+        result |= {"text_loss": text_loss(policy, [*relevant, *documents]), "finished": float(encoded.finished.mean())}
+        result["words"] = float(np.mean([len(w.split()) for w in encoded.rationales]))
     return result

@@ -1,6 +1,6 @@
-"""The decoding step: what `sample` asks of the network once a token, made cheap.
+"""The decoding step: what `rollout.sample` needs from the network once per token, made cheap.
 
-Decoding moves memory, it hardly computes: for one new token a row, all weights and all keys and values
+Decoding moves memory, it hardly computes: for one new token per row, all weights and all keys and values
 are read once. So there are two ways to be fast, to keep less and to move it fewer times:
 
 1. A prompt's keys and values are kept once, not once for each of its K rollouts. Attention over
@@ -13,15 +13,15 @@ are read once. So there are two ways to be fast, to keep less and to move it few
           ...         │  one product        │            ...                  side by side: [K, P + t]
        rollout K   qK └─────────────────────┘          qK · own keys K
 
-2. The rationales' keys and values go into a buffer made once, instead of a longer copy each token.
-3. On CUDA, hundreds of small kernels a token cost more to launch than to run: the step is captured as
+2. The rationales' keys and values go into a buffer made once, instead of a longer copy for each token.
+3. On CUDA, hundreds of small kernels per token cost more to launch than to run: the step is captured as
    a graph and replayed. Nothing in it depends on a Python number that changes from token to token.
 
 A model whose attention cannot be taken apart like this (sliding windows, soft-capped scores, position
-biases) gets `PlainDecoder`, the library's own cache repeated K times: `Policy` finds out which by trying.
+biases) gets `PlainDecoder`, the library's own cache repeated K times: `Policy` tries which one fits.
 
-Shapes: N prompts of P positions, K rollouts each, R = N * K rows, T new tokens, H heads in G queries a
-key-value head, d channels a head.
+Shapes: N prompts of P positions, K rollouts each, R = N * K rows, T new tokens, H heads in G queries per
+key-value head, d channels per head.
 """
 
 import warnings
@@ -35,30 +35,32 @@ from transformers.masking_utils import sdpa_mask
 BUCKET = 128  # a captured step attends to this many positions of the buffer, or twice, three times as many
 
 
-def attend(module, query, key, value, attention_mask, scaling=None, shared=None, **kwargs):
+def attend(module, query, key, value, attention_mask, scaling=None, shared_cache=None, **kwargs):
     """Attention over a prompt kept once and the rationales' own keys. Called by the model's layers.
 
     query           `[R, H, 1, d]`; key, value `[R, H/G, t, d]`: the rationales' own
     attention_mask  `[N, 1, 1, P]`, True where the prompt has a token
-    shared          the `SharedCache`; where there is none, this is the library's own attention
+    shared_cache    the `SharedCache`; where there is none, this is the library's own attention
     Returns `[R, 1, H, d]`, and None in the place of attention weights. Raises NotImplementedError, a RuntimeError, where a
     layer asks for more than this: `Policy` sees it in its probe, and decodes with the library's cache.
     """
-    if shared is None:
+    if shared_cache is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    if strange := [name for name in ("softcap", "sliding_window", "position_bias", "s_aux") if kwargs.get(name) is not None]:
-        raise NotImplementedError(f"attention with {', '.join(strange)}")
-    layer = shared.layers[module.layer_idx]
+    if unknown := [name for name in ("softcap", "sliding_window", "position_bias", "s_aux") if kwargs.get(name) is not None]:
+        raise NotImplementedError(f"attention with {', '.join(unknown)}")
+    layer = shared_cache.layers[module.layer_idx]
     (N, heads, P, d), R = layer.prompt_keys.shape, len(query)
     K, G = R // N, query.shape[1] // heads
     query = query * (scaling if scaling is not None else d**-0.5)
+    # The queries of a prompt's K rollouts stand side by side, so that one product meets its keys for all of them.
     side_by_side = query.view(N, K, heads, G, d).transpose(1, 2).reshape(N, heads, K * G, d)
     on_prompt = side_by_side @ layer.prompt_keys.transpose(2, 3)  # [N, heads, K*G, P]
     on_prompt = on_prompt.masked_fill(~attention_mask, -torch.inf)
     on_prompt = on_prompt.view(N, heads, K, G, P).transpose(1, 2).reshape(R, heads, G, P)
     on_own = query.view(R, heads, G, d) @ key.transpose(2, 3)  # [R, heads, G, t]
-    if shared.written is not None:
-        on_own = on_own.masked_fill(~shared.written, -torch.inf)
+    if shared_cache.filled is not None:
+        on_own = on_own.masked_fill(~shared_cache.filled, -torch.inf)
+    # One softmax over both stretches; in float32, as the library's attention does it.
     precise = torch.promote_types(query.dtype, torch.float32)
     weights = torch.cat([on_prompt, on_own], 3).softmax(3, dtype=precise).to(query.dtype)
     from_prompt, from_own = weights.split([P, key.shape[2]], 3)
@@ -103,7 +105,7 @@ class SharedCache(Cache):
     def __init__(self, cache, K, T, device):
         self.at = torch.zeros(1, dtype=torch.long, device=device)  # where the next token's keys go
         self.length = 0  # how much of the buffer a step attends to
-        self.written = None  # `[length]` bool: which of it holds a token; None: all
+        self.filled = None  # `[length]` bool: which of it holds a token; None: all
         super().__init__(layers=[SharedLayer(layer, K, T, self) for layer in cache.layers])
 
 
@@ -111,17 +113,41 @@ class SharedCache(Cache):
 
 
 class Decoder:
-    """What both kinds have: how many tokens were fed, where each row's next one stands, and when to pack the batch."""
+    """What both kinds share: which rows are still in the batch, how many tokens were fed, where each row's next one stands.
 
-    # Look for ended rows after so many tokens, and pack the batch if at most this share is needed. On CUDA a look
-    # has the host wait and packing a new capture; on a CPU both are cheap.
-    look_every, pack_below = 1, 0.9
+    rows  `[R]`, the batch's rows as places among all N * K rollouts; `drop_finished` takes rows out
+    """
+
+    # Look for finished rows after every so many tokens, and drop them if at most this share of the batch stays. On CUDA
+    # looking is a host sync and dropping a new capture; on a CPU both are cheap.
+    look_every, drop_below = 1, 0.9
 
     def __init__(self, policy, mask, K):
-        self.policy, self.t = policy, 0
+        self.policy, self.K, self.t = policy, K, 0
+        self.rows = torch.arange(len(mask) * K, device=mask.device)
         self.position = mask.sum(1).repeat_interleave(K)[:, None]  # [R, 1]
         if mask.is_cuda:
-            self.look_every, self.pack_below = 16, 0.5
+            self.look_every, self.drop_below = 16, 0.5
+
+    def drop_finished(self, writing):
+        """Leave finished rows out of the batch, where that makes it smaller by enough. `[N * K]` bool: not yet finished."""
+        keep, groups = pack(writing[self.rows].view(-1, self.K))
+        if len(keep) <= self.drop_below * len(self.rows):
+            self.rows, self.K = self.rows[keep], len(keep) // len(groups)
+            self.position = self.position[keep]
+            self.keep(keep, groups)
+
+
+def pack(writing):
+    """Which rows stay: groups with a row still writing, as many rows of each as the busiest group needs.
+
+    `[N, K] bool -> [N' * K'], [N']`: indices of rows, those still writing first in each group, and of groups.
+    """
+    N, K = writing.shape
+    busiest = int(writing.sum(1).max())
+    groups = writing.any(1).nonzero()[:, 0]
+    order = writing[groups].sort(dim=1, descending=True, stable=True).indices[:, :busiest]  # [N', K']
+    return (groups[:, None] * K + order).flatten(), groups
 
 
 class PlainDecoder(Decoder):
@@ -134,16 +160,16 @@ class PlainDecoder(Decoder):
         self.mask = torch.cat([mask, mask.new_ones(N, policy.reading.max_new_tokens)], 1).repeat_interleave(K, 0)
 
     def step(self, token):
-        """Feed one token a row. `[R] -> [R, 1, D]` twice: states for the head, and states to pool."""
+        """Feed one token per row. `[R] -> [R, 1, D]` twice: states for the head, and states to pool."""
         self.t += 1
-        found = self.policy.forward(token[:, None], self.mask[:, : self.P + self.t], self.position, self.cache)[:2]
+        hidden, to_pool, _ = self.policy.forward(token[:, None], self.mask[:, : self.P + self.t], self.position, self.cache)
         self.position = self.position + 1
-        return found
+        return hidden, to_pool
 
     def keep(self, rows, groups):
-        """Go on with these rows alone, K' for each of these prompts."""
+        """Continue with these rows of the batch alone, K' for each of these prompts."""
         self.cache.batch_select_indices(rows)
-        self.mask, self.position = self.mask[rows], self.position[rows]
+        self.mask = self.mask[rows]
 
 
 class SharedDecoder(Decoder):
@@ -166,8 +192,8 @@ class SharedDecoder(Decoder):
     def _forward(self):
         """The step itself, over tensors that stay where they are."""
         if self.fixed:
-            self.cache.written = self.place[: self.cache.length] <= self.cache.at
-        return self.policy.forward(self.token, self.mask, self.position, self.cache, shared=self.cache)[:2]
+            self.cache.filled = self.place[: self.cache.length] <= self.cache.at
+        return self.policy.forward(self.token, self.mask, self.position, self.cache, shared_cache=self.cache)[:2]
 
     def step(self, token):
         """As PlainDecoder.step. What it returns is overwritten by the next step."""
@@ -178,11 +204,12 @@ class SharedDecoder(Decoder):
             self.token = token[:, None].clone()
             self.replay = self._captured() if self.capture else self._forward
         self.token.copy_(token[:, None])
-        found = self.replay()
+        states = self.replay()
+        # In place: a captured step reads these very tensors again.
         self.t += 1
         self.position += 1
         self.cache.at += 1
-        return found
+        return states
 
     def _captured(self):
         """The step as a CUDA graph: a function that replays it. Where that fails, the step itself."""
@@ -193,7 +220,7 @@ class SharedDecoder(Decoder):
                 self._forward()  # libraries set themselves up on the first call; it writes what the replay will write again
             torch.cuda.current_stream().wait_stream(side)
             with torch.cuda.graph(graph):
-                found = self._forward()
+                states = self._forward()
         except RuntimeError as error:
             warnings.warn(f"the decoding step cannot be captured as a CUDA graph, so it is slower ({error})", stacklevel=2)
             self.capture = False
@@ -201,7 +228,7 @@ class SharedDecoder(Decoder):
 
         def replay():
             graph.replay()
-            return found
+            return states
 
         return replay
 
@@ -209,4 +236,4 @@ class SharedDecoder(Decoder):
         """As PlainDecoder.keep."""
         for layer in self.cache.layers:
             layer.keep(rows, groups, self.t)
-        self.mask, self.position, self.replay = self.mask[groups], self.position[rows], None
+        self.mask, self.replay = self.mask[groups], None

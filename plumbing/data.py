@@ -19,6 +19,8 @@ import random
 import reprlib
 import tempfile
 
+from plumbing.errors import GraceError, first_line
+
 COLUMNS = {  # what we call it: what it may be called in a file, first match wins
     "query": ("query", "anchor", "sent0"),
     "positive": ("positive", "pos", "sent1"),
@@ -29,15 +31,6 @@ COLUMNS = {  # what we call it: what it may be called in a file, first match win
     "score": ("score",),
 }
 FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
-
-
-class GraceError(ValueError):
-    """Something the user can put right: the message says what and how. Shown without a traceback."""
-
-
-def first_line(error):
-    """What a library says went wrong, without its advice to developers."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def load_folder(path, config=None, **options):

@@ -22,8 +22,8 @@ import shutil
 import numpy as np
 import torch
 
-from data import GraceError, first_line
-from report import read_metrics
+from plumbing.errors import GraceError, first_line
+from plumbing.report import read_metrics
 
 RESUME = "; then --resume goes on: the checkpoints that were there before are whole"
 
