@@ -156,7 +156,6 @@ class Trainer:
         self.policy, self.reference, self.rows, self.config = policy, reference, rows, config
         self.sampler = policy.bfloat16_copy() if config.dtype == "bfloat16" else policy
         self.optimizer = torch.optim.AdamW(policy.model.parameters(), config.lr, weight_decay=config.weight_decay, fused=True)
-        self.generator = torch.Generator(policy.device).manual_seed(config.seed)
         self.step_number = 0
         # Token budgets; halved when the device runs out of memory.
         self.sample_tokens, self.tokens_per_batch = config.sample_tokens, config.tokens_per_batch
@@ -200,12 +199,7 @@ class Trainer:
         """Phase 2 within the device's memory, from the newest weights. Returns what `roll_out` returns."""
         if self.sampler is not self.policy:
             self.sampler.copy_weights(self.policy)
-        state = self.generator.get_state()
-
-        def attempt(budget):
-            self.generator.set_state(state)  # a second attempt draws what the first one would have drawn
-            return roll_out(self.sampler, texts, self.config, self.generator, budget)
-
+        attempt = lambda budget: roll_out(self.sampler, texts, self.config, self.step_number, budget)
         least = self.config.rollouts * self.policy.reading.max_new_tokens
         where = f"step {self.step_number + 1}: --sample-tokens"
         result, self.sample_tokens = within_memory(attempt, self.sample_tokens, least, where)
@@ -253,8 +247,9 @@ class Trainer:
         """
         config, (N, K) = self.config, A.shape
         stats, norms = [], []
-        for _ in range(config.epochs):
-            order = torch.randperm(N, generator=self.generator, device=A.device)
+        for epoch in range(config.epochs):
+            shuffled = np.random.default_rng([config.seed, self.step_number, 3, epoch]).permutation(N)
+            order = torch.from_numpy(shuffled).to(A.device)
             for minibatch in order.tensor_split(config.minibatches):
                 least, where = int(self.cost(rollouts)[minibatch].max()), f"step {self.step_number + 1}: --tokens-per-batch"
                 backward = lambda budget: self.backward(minibatch, rollouts, A, g, budget)  # noqa: B023

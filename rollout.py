@@ -15,6 +15,7 @@ Shapes: N prompts (one group of rollouts each), P prompt positions, K rollouts p
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
@@ -64,25 +65,38 @@ def tempered(logits, temperature):
     return torch.log_softmax(logits if temperature in (0, 1) else logits / temperature, -1)
 
 
-def draw(logits, temperature, generator=None):
-    """One token per row and its log-probability. `[N, V] -> [N], [N]`.
+def draw(logits, temperature, uniform=None):
+    """One token per row and its log-probability. `[R, V], t, [R] -> [R], [R]`.
 
-    No top-p and no top-k: what is sampled from must be what is scored. Inverse transform sampling needs one
-    random number per row, where `torch.multinomial` draws V of them and, on a GPU, costs a host sync.
+    uniform: numbers in [0, 1), one per row; None where the temperature is 0. No top-p and no top-k: what is sampled
+    from must be what is scored. Inverse transform sampling needs one random number per row, where
+    `torch.multinomial` draws V of them and, on a GPU, costs a host sync.
     """
     probabilities = tempered(logits, temperature).exp()
     if temperature == 0:
         token = logits.argmax(-1, keepdim=True)
     else:
         below = probabilities.cumsum(-1)
-        at = torch.rand(len(logits), 1, generator=generator, device=logits.device, dtype=logits.dtype) * below[:, -1:]
+        at = uniform[:, None].to(below.dtype) * below[:, -1:]
         token = torch.searchsorted(below, at, right=True).clamp(max=logits.shape[1] - 1)
     return token[:, 0], probabilities.gather(1, token)[:, 0].log()
 
 
+def uniforms(seed, *shape, device=None):
+    """Numbers in [0, 1), `[*shape]` float32, from a seed of one or more integers: the same on every device.
+
+    All chance of a batch is drawn here, before the first token: one number per text, rollout and position. So what is
+    sampled depends on these alone, not on how the work is split, packed or repeated.
+    """
+    return torch.from_numpy(np.random.default_rng(seed).random(shape, dtype=np.float32)).to(device)
+
+
 @torch.no_grad()
-def sample(policy, prompts, K=1, temperature=1.0, generator=None):
-    """K rationales of each prompt: one prefill per prompt, then one token at a time (Eq. 9 to 12). `-> Rollouts`."""
+def sample(policy, prompts, K=1, temperature=0.0, uniform=None):
+    """K rationales of each prompt: one prefill per prompt, then one token at a time (Eq. 9 to 12). `-> Rollouts`.
+
+    uniform: `uniforms(seed, N, K, max_new_tokens)`; None where the temperature is 0.
+    """
     N, pooling = len(prompts.ids), policy.reading.pooling
     hidden, to_pool, cache = policy.prefill(prompts.ids, prompts.mask, prompts.n_shared)
     finite("what the policy computes from a prompt", hidden[:, -1])  # nothing could be drawn from that
@@ -90,7 +104,8 @@ def sample(policy, prompts, K=1, temperature=1.0, generator=None):
     state = fold(None, to_pool, prompts.counted[:, prompts.n_shared :], pooling).repeat_interleave(K, 0)  # [N*K, D]
     last = hidden[:, -1].repeat_interleave(K, 0)  # every prompt ends at -1
     decoder = policy.decoder(cache, prompts.mask, K)
-    ids, logprobs, lengths, finished, state = write(policy, decoder, last, state, temperature, generator)
+    uniform = uniform if uniform is None else uniform.flatten(0, 1)  # [N*K, T]
+    ids, logprobs, lengths, finished, state = write(policy, decoder, last, state, temperature, uniform)
     T = int(lengths.max())
     mask = length_mask(lengths, T)
     return Rollouts(
@@ -107,13 +122,14 @@ def sample(policy, prompts, K=1, temperature=1.0, generator=None):
     )
 
 
-def write(policy, decoder, last, state, temperature, generator=None):
+def write(policy, decoder, last, state, temperature, uniform=None):
     """The decoding loop: every rollout's rationale, a token at a time, from the state before its first token.
 
     decoder  `.rows [R]`: the rollouts still in its batch; `.step(token [R])` feeds a token per row and returns hidden
              states, for the head and to pool, `[R, 1, D]`; `.drop_finished(writing)` may take rows out of the batch
     last     `[n, D]` what predicts the first token
     state    `[n, D]` the prompt's tokens, folded; each token that is fed is folded in, the end token too
+    uniform  `[n, T]` what each rollout draws at each position, or None
     Returns ids and logprobs `[n, T]`, of which the first `lengths [n]` count, finished `[n]` and the state `[n, D]`.
 
     A rollout that draws an end token is fed that token and pooled; what it writes while it stays in the batch after that
@@ -127,7 +143,7 @@ def write(policy, decoder, last, state, temperature, generator=None):
     last, state = last.clone(), state.clone()  # edited in place below
     for t in range(T):
         rows = decoder.rows  # all tensors here stay whole; the batch is some of their rows
-        token, logprob = draw(policy.logits(last[rows]), temperature, generator)
+        token, logprob = draw(policy.logits(last[rows]), temperature, uniform if uniform is None else uniform[rows, t])
         ids[rows, t], logprobs[rows, t] = token, logprob
         hidden, to_pool = decoder.step(token)
         # The token just fed counts if its rollout had not ended before it: so an end token counts.
@@ -142,11 +158,12 @@ def write(policy, decoder, last, state, temperature, generator=None):
     return ids, logprobs, lengths, ~writing, state
 
 
-def sample_in_parts(policy, prompts, K, temperature, generator, budget):
+def sample_in_parts(policy, prompts, K, temperature, uniform, budget):
     """`sample`, a few prompts at a time: no more than `budget` tokens in the key-value cache (at least one prompt)."""
-    P, T = prompts.ids.shape[1], policy.reading.max_new_tokens
-    rows = max(1, budget // (P + K * T if policy.prompts_once else K * (P + T)))
-    parts = [sample(policy, prompts[i : i + rows], K, temperature, generator) for i in range(0, len(prompts.ids), rows)]
+    N, P, T = *prompts.ids.shape, policy.reading.max_new_tokens
+    n = max(1, budget // (P + K * T if policy.prompts_once else K * (P + T)))
+    places = [slice(i, i + n) for i in range(0, N, n)]
+    parts = [sample(policy, prompts[at], K, temperature, uniform if uniform is None else uniform[at]) for at in places]
     return parts[0] if len(parts) == 1 else join(parts, prompts)
 
 
@@ -202,21 +219,23 @@ def split_by_role(x, texts, roles):
     return parts
 
 
-def roll_out(policy, texts, config, generator, budget):
+def roll_out(policy, texts, config, step, budget):
     """Phase 2: K rationales per text of a trained role, one per text of the others, as anchors (Eq. 12, 20).
 
-    Returns the trained roles' `Rollouts`, and the embeddings of every role as `Batch` has them.
+    Returns the trained roles' `Rollouts`, and the embeddings of every role as `Batch` has them. What is drawn is a
+    function of `config.seed` and `step`; budget: see `sample_in_parts`.
     """
 
-    def draw(roles, K, temperature):
-        prompts = policy.prompts(texts_of(texts, roles))
-        rollouts = sample_in_parts(policy, prompts, K, temperature, generator, budget)
+    def draw_roles(roles, K, temperature, stream):
+        prompts, T = policy.prompts(texts_of(texts, roles)), policy.reading.max_new_tokens
+        uniform = uniforms([config.seed, step, stream], len(prompts.ids), K, T, device=policy.device)
+        rollouts = sample_in_parts(policy, prompts, K, temperature, uniform, budget)
         return rollouts, split_by_role(rollouts.embeddings, texts, roles)
 
-    rollouts, embeddings = draw(config.roles, config.rollouts, config.temperature)
+    rollouts, embeddings = draw_roles(config.roles, config.rollouts, config.temperature, 1)
     anchors = [role for role in texts if role not in config.roles]
     if texts_of(texts, anchors):
-        fixed, more = draw(anchors, 1, config.anchor_temperature)
+        fixed, more = draw_roles(anchors, 1, config.anchor_temperature, 2)
         rollouts.n_cut += fixed.n_cut
     else:  # every role is trained, or M = 0: an empty sum over negatives
         more = split_by_role(rollouts.embeddings[:0, :1], texts, anchors) if anchors else {}

@@ -21,7 +21,7 @@ from evaluation.metrics import normalize
 from plumbing.errors import GraceError
 from policy import Policy
 from pool import fold, unit
-from rollout import sample, token_logprobs
+from rollout import sample, token_logprobs, uniforms
 
 # ---------------------------------------------------------------- in batches, without a memory
 
@@ -62,16 +62,19 @@ def embed_prompts(policy, prompts):
 
 
 @torch.inference_mode()
-def encode_batch(policy, texts, temperature=0.0, generator=None, rationale=True):
+def encode_batch(policy, texts, temperature=0.0, seed=0, rationale=True):
     """One batch of texts, greedy or sampled, or the prompts alone. `-> Encoded`.
 
-    An empty text is allowed: its prompt still has tokens that count.
+    What is sampled about a text depends on seed and text alone, not on the batch it is in. An empty text is allowed: its prompt still has tokens that count.
     """
     prompts = policy.prompts(texts)
     if not rationale:
         vectors, rationales, finished = embed_prompts(policy, prompts), [""] * len(texts), np.ones(len(texts), bool)
     else:
-        rollouts = sample(policy, prompts, 1, temperature, generator)
+        T, uniform = policy.reading.max_new_tokens, None
+        if temperature:
+            uniform = torch.stack([uniforms([seed, *_key(text)], 1, T, device=policy.device) for text in texts])  # [n, 1, T]
+        rollouts = sample(policy, prompts, 1, temperature, uniform)
         vectors, finished = rollouts.embeddings[:, 0], rollouts.finished[:, 0].cpu().numpy()
         ids = [group[0] for group in rollouts.rationales()]
         rationales = [text.strip() for text in policy.tokenizer.batch_decode(ids, skip_special_tokens=True)]
@@ -81,11 +84,8 @@ def encode_batch(policy, texts, temperature=0.0, generator=None, rationale=True)
 def encode_distinct(policy, texts, temperature=0.0, seed=0, rationale=True, tokens_per_batch=8192):
     """Distinct texts, a batch at a time. Yields `{text: (vector [D], rationale, cut, finished)}` per batch."""
     for indices in token_batches(texts, tokens_per_batch, policy):
-        batch, generator = [texts[i] for i in indices], None
-        if temperature:  # each batch has its own seed, so that a stopped run draws what it would have drawn
-            digest = hashlib.sha256(json.dumps([seed, batch]).encode()).digest()[:8]
-            generator = torch.Generator(policy.device).manual_seed(int.from_bytes(digest, "big") >> 1)
-        x = encode_batch(policy, batch, temperature, generator, rationale)
+        batch = [texts[i] for i in indices]
+        x = encode_batch(policy, batch, temperature, seed, rationale)
         yield dict(zip(batch, zip(x.vectors, x.rationales, x.cut.tolist(), x.finished.tolist())))
 
 

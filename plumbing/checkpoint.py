@@ -1,14 +1,14 @@
 """What a run leaves on the disk: checkpoints that are whole or not there, and a result that nothing overwrites.
 
-    OUT/checkpoints/00000050/     the policy as a model folder; trainer.pt: optimizer, step, settings, progress,
-                                  every random state; manifest.json: each file's size and SHA-256
+    OUT/checkpoints/00000050/     the policy as a model folder; trainer.pt: optimizer, step, settings, progress;
+                                  manifest.json: each file's size and SHA-256
     OUT/summary.json              written last of all: where it is, the run is finished
 
 A folder is written beside its place, flushed to the disk, and renamed, so that a kill or a power cut leaves the
-old one or the new one. What a disk then does to it is found by the manifest when it is read, and the checkpoint
+old one or the new one. What a disk damages later shows against the manifest when it is read, and the checkpoint
 before is used. No file is ever unpickled: weights are safetensors, trainer.pt is read with `weights_only=True`.
 
-The data needs no cursor of its own: a step's batch is a function of seed and step (`Trainer.batch`).
+Neither data nor sampling needs a cursor: a step's batch and what it draws are functions of seed and step.
 """
 
 import contextlib
@@ -41,7 +41,7 @@ def _flush(path):
 
 @contextlib.contextmanager
 def _writing(path, beside=None, then=""):
-    """Whatever fails in here is said in one sentence, and `beside`, the half that was written, is removed."""
+    """Any failure in here becomes a GraceError of one sentence, and `beside`, the half that was written, is removed."""
     try:
         yield
     except Exception as error:  # safetensors, torch and tokenizers each have their own for a full disk
@@ -64,7 +64,7 @@ def write_atomically(path, text):
 
 
 def append(path, text):
-    """Add to the end of a file. Raises GraceError where that fails; a resumed run takes away a torn line."""
+    """Add to the end of a file. Raises GraceError where that fails; a resumed run drops a torn line."""
     with _writing(path, then=RESUME), open(path, "a") as file:
         file.write(text)
 
@@ -91,7 +91,7 @@ def save_checkpoint(trainer, out, **progress):
     folder = os.path.join(out, "checkpoints", f"{trainer.step_number:08d}")
     beside, metrics = f"{folder}.tmp", os.path.join(out, "metrics.jsonl")
     state = {"step": trainer.step_number, "config": dataclasses.asdict(trainer.config), "progress": progress}
-    state |= {"optimizer": trainer.optimizer.state_dict(), "random": _random_states(trainer.generator)}
+    state |= {"optimizer": trainer.optimizer.state_dict(), "random": _random_states()}
     with _writing(folder, beside, RESUME):
         _empty(beside)
         trainer.policy.save(beside)
@@ -135,7 +135,7 @@ def checkpoints(out):
 
 
 def damage(folder):
-    """What is wrong with a checkpoint, by its manifest; None where nothing is."""
+    """What is wrong with a checkpoint, by its manifest, or None."""
     try:
         with open(os.path.join(folder, "manifest.json")) as file:
             manifest = json.load(file)
@@ -153,17 +153,17 @@ def damage(folder):
 
 
 def newest_whole(out):
-    """The newest checkpoint that is what was written, or None where there is none at all. Each damaged one gets a line.
+    """The newest checkpoint that passes its manifest, or None where there is none at all. Prints a line per damaged one.
 
-    Raises GraceError if there are checkpoints, and all of them are damaged: to start anew is for the user to decide.
+    Raises GraceError if there are checkpoints and all of them are damaged: to start anew is for the user to decide.
     """
-    found = checkpoints(out)
-    for folder in reversed(found):
+    folders = checkpoints(out)
+    for folder in reversed(folders):
         if (problem := damage(folder)) is None:
             return folder
         print(f"{folder} is damaged ({problem}): using the one before")
-    if found:
-        raise GraceError(f"{out}: none of its {len(found)} checkpoints is whole; --overwrite starts the run anew")
+    if folders:
+        raise GraceError(f"{out}: none of its {len(folders)} checkpoints is whole; --overwrite starts the run anew")
     return None
 
 
@@ -185,7 +185,7 @@ def restore(trainer, state, metrics_file):
     for group in trainer.optimizer.param_groups:  # as --may-change may have them
         group |= {"lr": trainer.config.lr, "weight_decay": trainer.config.weight_decay}
     trainer.step_number = state["step"]
-    _set_random_states(state["random"], trainer.generator)
+    _set_random_states(state["random"])
     kept = [line for line, metrics in read_metrics(metrics_file) if metrics["step"] <= state["step"]]
     if len(kept) < state["step"]:
         print(f"{metrics_file} has lost lines: {len(kept)} of {state['step']} are there")
@@ -193,15 +193,17 @@ def restore(trainer, state, metrics_file):
     return state["progress"]
 
 
-# ---------------------------------------------------------------- random states, and the data they were drawn over
+# ---------------------------------------------------------------- random states, and the data
 
 
-def _random_states(generator):
-    """Every source of chance, in types that `torch.load(weights_only=True)` reads. Only the sampler's is drawn from
-    here; the others are saved for whatever a model, or an experiment, draws on its own."""
+def _random_states():
+    """The global generators, in types that `torch.load(weights_only=True)` reads.
+
+    A training step draws from none of them: its data and its sampling are functions of seed and step. They are
+    saved for whatever a model, or an experiment, draws by itself.
+    """
     name, keys, *more = np.random.get_state()
     return {
-        "sampler": generator.get_state(),
         "python": random.getstate(),
         "numpy": (name, keys.tolist(), *more),
         "torch": torch.get_rng_state(),
@@ -209,10 +211,7 @@ def _random_states(generator):
     }
 
 
-def _set_random_states(states, generator):
-    if len(states["sampler"]) != len(generator.get_state()):
-        raise GraceError("the checkpoint was made on another kind of device, whose random numbers cannot be drawn here")
-    generator.set_state(states["sampler"])
+def _set_random_states(states):
     random.setstate(states["python"])
     name, keys, *more = states["numpy"]
     np.random.set_state((name, np.array(keys, dtype=np.uint32), *more))
@@ -223,7 +222,7 @@ def _set_random_states(states, generator):
 
 def digest(rows):
     """A fingerprint of the training rows: a file can change under its name."""
-    found = hashlib.sha256()
+    hasher = hashlib.sha256()
     for row in rows:
-        found.update(json.dumps(row, sort_keys=True).encode())
-    return found.hexdigest()[:16]
+        hasher.update(json.dumps(row, sort_keys=True).encode())
+    return hasher.hexdigest()[:16]
