@@ -4,7 +4,7 @@
 
 For each distinct text the encoder writes a rationale and pools text and rationale, by the same code
 as training. A text is never read twice (Sprint asks for 202,000 texts, of which 8,932 differ), and
-what was read is kept on disk: a stopped evaluation, run again, goes on where it was.
+each vector is kept on disk: an evaluation that was stopped, started again, resumes.
 
 Decoding is greedy unless a temperature is given. The released evaluation samples at temperature 1.0,
 where the same text gets another vector each time; `--temperature 1 --samples 3` takes the mean of
@@ -16,19 +16,18 @@ In mteb's own harness: `mteb.evaluate(mteb_encoder(GraceEncoder("DIR")), [mteb.g
 import argparse
 import json
 import os
-import platform
 import sys
 import time
 
 import datasets
 import numpy as np
-import torch
 import transformers
 
 from evaluation.encoder import GraceEncoder, MeanEncoder
 from evaluation.tasks import FAMILIES, SUBSET, TASKS, choose_tasks, evaluate_tasks
 from plumbing.checkpoint import write_atomically
 from plumbing.errors import GraceError
+from plumbing.report import versions
 from pool import POOLS
 
 PAPER = "the paper's GRACE (Qwen2.5-3B, supervised) over the same 16 tasks: 55.89"
@@ -54,10 +53,10 @@ def means(results):
     families = {}
     for name, result in results.items():
         families.setdefault(TASKS[name].family, []).append(result["main_score"])
-    found = {family: float(np.mean(families[family])) for family in FAMILIES if family in families}
+    mean = {family: float(np.mean(families[family])) for family in FAMILIES if family in families}
     if set(SUBSET) <= results.keys():
-        found["all 16 tasks"] = float(np.mean([results[name]["main_score"] for name in SUBSET]))
-    return found
+        mean["all 16 tasks"] = float(np.mean([results[name]["main_score"] for name in SUBSET]))
+    return mean
 
 
 def table(results):
@@ -77,13 +76,13 @@ def main(arguments):
     add = parser.add_argument
     add("--model", required=True, help="checkpoint folder or hub id")
     add("--tasks", nargs="+", default=["subset"], help="task names or families, by commas or spaces, or subset [subset]")
-    add("--data-dir", help="one folder a task, named as the task; without it, the hub at the pinned revisions")
+    add("--data-dir", help="one folder per task, named as the task; without it, the hub at the pinned revisions")
     add("--out", help="JSON file of scores, settings, versions and counts")
-    add("--cache", default="runs/cache", help="folder of what was already read; --cache '' for none [runs/cache]")
+    add("--cache", default="runs/cache", help="folder of the vectors read so far; --cache '' for none [runs/cache]")
     add("--no-rationale", action="store_true", help="embed the prompt alone")
     add("--temperature", type=float, default=0.0, help="sample rationales instead of decoding greedily [0]")
     add("--seed", type=int, default=0, help="of the sampling [0]")
-    add("--samples", type=int, default=1, help="mean of this many sampled embeddings a text [1]")
+    add("--samples", type=int, default=1, help="mean of this many sampled embeddings per text [1]")
     add("--instruction", help="the system message")
     add("--max-prompt-tokens", type=int, help="longer texts lose their end")
     add("--max-new-tokens", type=int, help="the longest rationale")
@@ -126,8 +125,8 @@ def evaluate(args):
     counts = {key: sum(encoder.counts[key] for encoder in encoders) for key in first.counts}
     print("\n" + table(results))
     print(
-        f"{counts['asked']} texts asked for, {counts['distinct']} distinct: {counts['read']} read now, {counts['remembered']} "
-        f"remembered; {counts['cut']} cut at the limit, {counts['unfinished']} rationales unfinished, {counts['empty']} empty; "
+        f"{counts['requested']} texts requested, {counts['distinct']} distinct: {counts['read']} read now, "
+        f"{counts['remembered']} remembered; {counts['cut']} cut at the limit, {counts['unfinished']} rationales unfinished, {counts['empty']} empty; "
         f"{time.time() - start:.0f} s"
     )
     record = {
@@ -138,11 +137,7 @@ def evaluate(args):
         "data": args.data_dir or {name: [TASKS[name].path, TASKS[name].revision] for name in results},
         "texts": counts,
         "seconds": time.time() - start,
-        "versions": {
-            "python": platform.python_version(),
-            **{module.__name__: module.__version__ for module in (torch, transformers, datasets, np)},
-            "sklearn": getattr(sys.modules.get("sklearn"), "__version__", None),  # defines two of the scores
-        },
+        "versions": versions(),
     }
     if args.out:
         os.makedirs(os.path.dirname(os.path.abspath(args.out)), exist_ok=True)

@@ -65,7 +65,8 @@ def embed_prompts(policy, prompts):
 def encode_batch(policy, texts, temperature=0.0, seed=0, rationale=True):
     """One batch of texts, greedy or sampled, or the prompts alone. `-> Encoded`.
 
-    What is sampled about a text depends on seed and text alone, not on the batch it is in. An empty text is allowed: its prompt still has tokens that count.
+    What is sampled about a text depends on seed and text alone, not on the batch it is in. An empty text is
+    allowed: its prompt still has tokens that count.
     """
     prompts = policy.prompts(texts)
     if not rationale:
@@ -244,7 +245,7 @@ class GraceEncoder:
         """Texts requested, and distinct ones: read now, remembered, empty, cut at the limit, rationale unfinished."""
         empty, cut, unfinished = (sum(flags) for flags in zip(*self.flags.values())) if self.flags else (0, 0, 0)
         distinct = {"distinct": len(self.flags), "read": self.n_read, "remembered": len(self.flags) - self.n_read}
-        return {"asked": self.n_requested, **distinct, "empty": empty, "cut": cut, "unfinished": unfinished}
+        return {"requested": self.n_requested, **distinct, "empty": empty, "cut": cut, "unfinished": unfinished}
 
 
 def _key(text):

@@ -1,6 +1,7 @@
-"""The scores of retrieval, similarity and clustering, on plain numpy arrays: what mteb's v1 tasks compute.
+"""The scores of retrieval and similarity, on plain numpy arrays: what mteb's v1 tasks compute.
 
-Each function is short, pure and says which library it agrees with; the tests hold it against that one.
+Each function is short, pure and says which library it agrees with; the tests hold it against that one. What a task
+takes from a library as it is (v-measure, k-means, logistic regression, a p-value) is in tasks.py.
 """
 
 import numpy as np
@@ -8,7 +9,7 @@ import torch
 
 
 def average_ranks(x):
-    """Ranks from 1, ties sharing the mean of their places (scipy.stats.rankdata). `[n] -> [n]` float64."""
+    """Ranks from 1, ties sharing the mean of their ranks (scipy.stats.rankdata). `[n] -> [n]` float64."""
     x = np.asarray(x, dtype=np.float64)
     order = np.argsort(x, kind="stable")
     _, first, group, counts = np.unique(x[order], return_index=True, return_inverse=True, return_counts=True)
@@ -23,23 +24,6 @@ def spearman(x, y):
     a, b = a - a.mean(), b - b.mean()
     spread = np.sqrt((a @ a) * (b @ b))
     return float(np.clip(a @ b / spread, -1, 1)) if spread else float("nan")
-
-
-def spearman_p(rho, n):
-    """The two-sided p-value that scipy.stats.spearmanr gives with a correlation over n pairs.
-
-    rho * sqrt((n - 2) / (1 - rho^2)) is compared with Student's t of n - 2 degrees of freedom, whose tail
-    is integrated here: with x = sin(angle), it is the integral of cos(angle)^(n - 3) beyond asin(|rho|).
-    """
-    if n < 3 or abs(rho) == 1:
-        return 0.0 if n >= 3 else float("nan")
-    nodes, weights = np.polynomial.legendre.leggauss(200)
-
-    def integral(low, high):
-        angle = (high - low) / 2 * nodes + (high + low) / 2
-        return (high - low) / 2 * float(weights @ np.cos(angle) ** (n - 3))
-
-    return integral(np.arcsin(abs(rho)), np.pi / 2) / integral(0, np.pi / 2)
 
 
 def row_norms(x):
@@ -102,22 +86,3 @@ def average_precision(labels, scores):
     last = np.append(scores[1:] != scores[:-1], True)  # the last place of each distinct score
     precision, recall = hits[last] / (np.flatnonzero(last) + 1), hits[last] / hits[-1]
     return float(np.diff(recall, prepend=0) @ precision)
-
-
-def v_measure(labels, clusters):
-    """Harmonic mean of homogeneity and completeness, from entropies in nats (sklearn's v_measure_score)."""
-    labels, clusters = (np.unique(x, return_inverse=True)[1] for x in (labels, clusters))
-    table = np.zeros((labels.max() + 1, clusters.max() + 1))
-    np.add.at(table, (labels, clusters), 1)
-    p = table / table.sum()
-
-    def entropy(q):
-        q = q[q > 0]
-        return float(-(q * np.log(q)).sum())
-
-    of_labels, of_clusters = entropy(p.sum(1)), entropy(p.sum(0))
-    shared = of_labels + of_clusters - entropy(p)  # mutual information
-    homogeneity = shared / of_labels if of_labels else 1.0
-    completeness = shared / of_clusters if of_clusters else 1.0
-    both = homogeneity + completeness
-    return 2 * homogeneity * completeness / both if both else 0.0

@@ -1,7 +1,8 @@
 """The 16 tasks of the paper's MTEB subset: where their data is and by which protocol they are scored.
 
-Scores are those of mteb's v1 tasks for the same vectors, ties, rounding and quirks included. Two of them
-are *defined* by scikit-learn's estimators (MiniBatchKMeans, LogisticRegression) and use these.
+Scores are those of mteb's v1 tasks for the same vectors, ties, rounding and quirks included. Where a score is
+*defined* by a library's function (scikit-learn's MiniBatchKMeans, v-measure and LogisticRegression, scipy's p-value),
+that function is used.
 `evaluate_tasks` takes any function from texts to vectors.
 """
 
@@ -24,8 +25,6 @@ from evaluation.metrics import (
     ranking,
     row_norms,
     spearman,
-    spearman_p,
-    v_measure,
 )
 from plumbing.data import load_folder, open_dataset
 from plumbing.errors import GraceError, first_line
@@ -79,12 +78,12 @@ def choose_tasks(names):
     for name in names.split(",") if isinstance(names, str) else names:
         name = name.strip()
         family = [task for task, spec in TASKS.items() if spec.family == name and task in SUBSET]
-        found = list(SUBSET) if name == "subset" else family or ([name] if name in TASKS else [])
-        if not found:
+        matches = list(SUBSET) if name == "subset" else family or ([name] if name in TASKS else [])
+        if not matches:
             raise GraceError(
                 f"unknown task {name!r}: give subset, a family ({', '.join(FAMILIES)}) or any of {', '.join(TASKS)}"
             )
-        chosen += [task for task in found if task not in chosen]
+        chosen += [task for task in matches if task not in chosen]
     return chosen
 
 
@@ -99,7 +98,7 @@ def load(name, data_dir, configs=(None,), split="test"):
 
     task, folder = TASKS[name], os.path.join(data_dir or "", name)
     if data_dir and not os.path.isdir(folder):
-        raise GraceError(f"{folder}: no such folder; --data-dir holds one folder a task, named as the task")
+        raise GraceError(f"{folder}: no such folder; --data-dir holds one folder per task, named as the task")
     if not data_dir and task.path is None:
         raise GraceError(f"{name} is not on the hub: give --data-dir")
     source, wanted = folder if data_dir else task.path, [c for c in (task.language, *configs) if c]
@@ -110,13 +109,13 @@ def load(name, data_dir, configs=(None,), split="test"):
         folders = [path for c in wanted if os.path.isdir(path := os.path.join(folder, c))]
         files = [path for c in wanted for path in glob.glob(os.path.join(glob.escape(folder), f"{glob.escape(c)}.*"))]
         if not data_dir and (config or None in configs):
-            found = load_dataset(source, config, revision=task.revision)
+            splits = load_dataset(source, config, revision=task.revision)
         elif config or (None in configs and not folders and not files):
-            found = load_folder(folder, config)
+            splits = load_folder(folder, config)
         elif folders:
-            found = load_folder(folders[0])
+            splits = load_folder(folders[0])
         elif files:
-            found = {split if None not in configs else "test": open_dataset(files[0])}
+            splits = {split if None not in configs else "test": open_dataset(files[0])}
         else:
             raise GraceError(f"{source}: no {' or '.join(map(repr, configs))} (a configuration, sub-folder or file)")
     except GraceError:
@@ -125,10 +124,10 @@ def load(name, data_dir, configs=(None,), split="test"):
         raise GraceError(
             f"{name}: {source} cannot be read ({first_line(error)}). Without a network give --data-dir."
         ) from error
-    alone = None not in configs and len(found) == 1  # a corpus has one split, whatever its name
-    if split not in found and not alone:
-        raise GraceError(f"{name}: {source} has no split {split!r}; it has {', '.join(found)}")
-    rows = next(iter(found.values())) if alone else found[split]
+    alone = None not in configs and len(splits) == 1  # a corpus has one split, whatever its name
+    if split not in splits and not alone:
+        raise GraceError(f"{name}: {source} has no split {split!r}; it has {', '.join(splits)}")
+    rows = next(iter(splits.values())) if alone else splits[split]
     if task.language and "lang" in rows.column_names:
         rows = rows.filter(lambda row: row["lang"] == task.language)
     if not len(rows):
@@ -138,15 +137,16 @@ def load(name, data_dir, configs=(None,), split="test"):
 
 def columns(rows, name, *wanted):
     """Columns as lists; each wanted one may have alternatives, `sentence1|sent1`. Raises GraceError."""
-    found = []
+    lists = []
     for column in wanted:
         present = next((c for c in column.split("|") if c in rows.column_names), None)
         if present is None:
             raise GraceError(f"{name}: no column {column!r}; it has {', '.join(rows.column_names)}")
-        found.append(list(rows[present]))
-        if None in found[-1]:
-            raise GraceError(f"{name}, row {found[-1].index(None) + 1}: no {present}")
-    return found
+        values = list(rows[present])
+        if None in values:
+            raise GraceError(f"{name}, row {values.index(None) + 1}: no {present}")
+        lists.append(values)
+    return lists
 
 
 # ---------------------------------------------------------------- the protocols
@@ -168,22 +168,23 @@ def search(encode, corpus, queries, qrels, not_itself=False, candidates=None, to
     Returns, per query, the gains in ranked order. candidates `{query: [document]}`: rank only those. A query
     without judgements is dropped; one whose judgements are all 0 stays.
     """
-    asked = [q for q in queries if q in qrels]
-    if not asked:
+    judged = [q for q in queries if q in qrels]
+    if not judged:
         raise GraceError("no query has a relevance judgement: are the ids of queries and qrels the same?")
-    documents = list(corpus) if candidates is None else list(dict.fromkeys(d for q in asked for d in candidates[q]))
+    documents = list(corpus) if candidates is None else list(dict.fromkeys(d for q in judged for d in candidates[q]))
     if missing := [d for d in documents if d not in corpus]:
         raise GraceError(f"candidate {missing[0]!r} is not in the corpus")
     place = {d: i for i, d in enumerate(documents)}
-    vectors = F.normalize(torch.from_numpy(encode([queries[q] for q in asked] + [corpus[d] for d in documents])))
-    asking, answering = vectors[: len(asked)], vectors[len(asked) :]
-    scores = asking @ answering.T if candidates is None else None  # [Q, D] in one product, so that ties fall as in mteb
+    vectors = F.normalize(torch.from_numpy(encode([queries[q] for q in judged] + [corpus[d] for d in documents])))
+    query_vectors, document_vectors = vectors[: len(judged)], vectors[len(judged) :]
+    # All scores in one product [Q, D], so that ties fall as in mteb.
+    scores = query_vectors @ document_vectors.T if candidates is None else None
     ranked = {}
-    for i, q in enumerate(asked):
+    for i, q in enumerate(judged):
         among, near = documents, None if scores is None else scores[i]
         if near is None:
             among = list(dict.fromkeys(candidates[q]))
-            near = (asking[i : i + 1] @ answering[[place[d] for d in among]].T)[0]
+            near = (query_vectors[i : i + 1] @ document_vectors[[place[d] for d in among]].T)[0]
         order = [among[j] for j in ranking(near.numpy(), among, top_k)]
         ranked[q] = [qrels[q].get(d, 0) for d in order if not (not_itself and d == q)]
     return ranked
@@ -214,8 +215,8 @@ def reranking(encode, name, data_dir):
     """MAP over each query's candidates (mteb 2: layout of a retrieval task, plus `top_ranked`)."""
     corpus, queries, qrels = _retrieval_data(name, data_dir)
     candidates = {
-        str(q): [str(d) for d in found]
-        for q, found in zip(*columns(load(name, data_dir, ("top_ranked",)), name, "query-id", "corpus-ids"))
+        str(q): [str(d) for d in documents]
+        for q, documents in zip(*columns(load(name, data_dir, ("top_ranked",)), name, "query-id", "corpus-ids"))
     }
     ranked = search(encode, corpus, {q: queries[q] for q in queries if q in candidates}, qrels, candidates=candidates)
     scores = [
@@ -247,13 +248,13 @@ def pair(encode, name, data_dir):
         scores["dot"].append(np.array([x @ y for x, y in zip(a, b)]))
         scores["euclidean"].append(-row_norms(a - b))
         scores["manhattan"].append(-np.abs(a - b).sum(1))
-    found = {f"{kind}_ap": average_precision(labels, np.concatenate(parts)) for kind, parts in scores.items()}
-    return {"main_score": max(found.values()), "max_ap": max(found.values()), **found}
+    precision = {f"{kind}_ap": average_precision(labels, np.concatenate(parts)) for kind, parts in scores.items()}
+    return {"main_score": max(precision.values()), "max_ap": max(precision.values()), **precision}
 
 
 def clustering(encode, name, data_dir):
     """Mean v-measure over the sets, each clustered by mini-batch k-means with as many clusters as labels."""
-    MiniBatchKMeans = _sklearn("cluster").MiniBatchKMeans
+    MiniBatchKMeans, v_measure = _library("sklearn.cluster").MiniBatchKMeans, _library("sklearn.metrics").v_measure_score
     scores = []
     for sentences, labels in zip(*columns(load(name, data_dir), name, "sentences", "labels")):
         k_means = MiniBatchKMeans(n_clusters=len(set(labels)), batch_size=500, n_init="auto", random_state=42)
@@ -262,29 +263,29 @@ def clustering(encode, name, data_dir):
 
 
 def classification(encode, name, data_dir):
-    """Mean accuracy of ten logistic regressions, each fitted to a few shots a label.
+    """Mean accuracy of ten logistic regressions, each fitted to a few shots per label.
 
     The order of the training rows is shuffled in place before each: the shuffles add up, as in mteb.
     """
-    LogisticRegression = _sklearn("linear_model").LogisticRegression
+    LogisticRegression = _library("sklearn.linear_model").LogisticRegression
     texts, labels = columns(load(name, data_dir, split="train"), name, "text", "label")
     test_texts, test_labels = columns(load(name, data_dir), name, "text", "label")
     if len(set(labels)) < 2:
         raise GraceError(f"{name}: the training split has a single label")
-    order, drawn = list(range(len(texts))), []
+    order, experiments = list(range(len(texts))), []
     for _ in range(10):
         np.random.RandomState(42).shuffle(order)
-        seen = dict.fromkeys(labels, 0)
-        drawn.append([])
+        count, shots = dict.fromkeys(labels, 0), []
         for i in order:
-            if seen[labels[i]] < TASKS[name].samples_per_label:
-                seen[labels[i]] += 1
-                drawn[-1].append(i)
-    needed = sorted({i for shots in drawn for i in shots})
+            if count[labels[i]] < TASKS[name].samples_per_label:
+                count[labels[i]] += 1
+                shots.append(i)
+        experiments.append(shots)
+    needed = sorted({i for shots in experiments for i in shots})
     place = {i: n for n, i in enumerate(needed)}
     vectors = encode([texts[i] for i in needed] + test_texts)
     test, accuracies = vectors[len(needed) :], []
-    for shots in drawn:
+    for shots in experiments:
         model = LogisticRegression(max_iter=100, random_state=42)
         model.fit(vectors[[place[i] for i in shots]], [labels[i] for i in shots])
         accuracies.append(float(np.mean(model.predict(test) == np.array(test_labels))))
@@ -296,13 +297,13 @@ def classification(encode, name, data_dir):
 
 
 def summarization(encode, name, data_dir):
-    """Spearman, a row, of the human judgement and the largest cosine to a human summary.
+    """Spearman, per row, of the human judgement and the largest cosine to a human summary.
 
     The v1 task averages (rho + p-value) / 2: a bug that mteb keeps so that scores stay comparable, and
     that the paper's figures contain. `cosine_spearman_v2` is the mean rho. A row in which either side is
     constant is skipped.
     """
-    rows = load(name, data_dir)
+    rows, spearmanr = load(name, data_dir), _library("scipy.stats").spearmanr
     human, machine, relevance = columns(rows, name, "human_summaries", "machine_summaries", "relevance")
     vectors = F.normalize(torch.from_numpy(encode([t for h, m in zip(human, machine) for t in h + m])))
     rhos, mixed, at = [], [], 0
@@ -311,7 +312,7 @@ def summarization(encode, name, data_dir):
         scores = [(one[None] @ mine[: len(h)].T).max().item() for one in mine[len(h) :]]
         if len(set(gold)) > 1 and len(set(scores)) > 1:
             rhos.append(spearman(scores, gold))
-            mixed.append((rhos[-1] + spearman_p(rhos[-1], len(gold))) / 2)
+            mixed.append((rhos[-1] + spearmanr(scores, gold).pvalue) / 2)
     if not rhos:
         raise GraceError(f"{name}: no row has two different scores on both sides")
     return {
@@ -322,11 +323,12 @@ def summarization(encode, name, data_dir):
     }
 
 
-def _sklearn(module):
+def _library(module):
+    """A module of scikit-learn or scipy. Raises GraceError where it is not installed."""
     try:
-        return importlib.import_module(f"sklearn.{module}")
+        return importlib.import_module(module)
     except ImportError as error:
-        raise GraceError("clustering and classification scores are scikit-learn's: pip install scikit-learn") from error
+        raise GraceError("some scores are defined by scikit-learn and scipy: pip install scikit-learn") from error
 
 
 PROTOCOLS = {f.__name__: f for f in (retrieval, reranking, clustering, pair, classification, sts, summarization)}

@@ -275,8 +275,8 @@ def load_rows(config, skipped=None):
             rows = random.Random(config.seed).sample(rows, len(rows))
             size = min(256, len(rows) // 10)
             heldout, rows = rows[:size], rows[size:]
-        seen = {row[role] for row in heldout for role in ("query", "positive")}
-        rows = [row for row in rows if row["query"] not in seen and row["positive"] not in seen]
+        held_out = {row[role] for row in heldout for role in ("query", "positive")}
+        rows = [row for row in rows if row["query"] not in held_out and row["positive"] not in held_out]
     if len(rows) < config.batch:
         raise GraceError(f"{config.data}: its {len(rows)} training rows are fewer than --batch {config.batch}")
     return rows, heldout, graded

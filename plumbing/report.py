@@ -6,7 +6,6 @@ import platform
 import sys
 
 import torch
-import transformers
 
 
 def peak_memory_gb(device):
@@ -34,9 +33,10 @@ def read_metrics(path):
 
 
 def versions():
-    """What a result depends on besides the code, `{name: version}`."""
-    modules = {module.__name__: module.__version__ for module in (torch, transformers)}
-    return {"python": platform.python_version(), **modules}
+    """What a result depends on besides the code: `{name: version}` of Python and of the libraries in use."""
+    names = "torch", "transformers", "datasets", "numpy", "sklearn"  # sklearn defines two of the evaluation's scores
+    loaded = {name: sys.modules[name].__version__ for name in names if name in sys.modules}
+    return {"python": platform.python_version(), **loaded}
 
 
 def show_rationales(history, texts):
