@@ -126,8 +126,8 @@ def evaluate(args):
     print("\n" + table(results))
     print(
         f"{counts['requested']} texts requested, {counts['distinct']} distinct: {counts['read']} read now, "
-        f"{counts['remembered']} remembered; {counts['cut']} cut at the limit, {counts['unfinished']} rationales unfinished, {counts['empty']} empty; "
-        f"{time.time() - start:.0f} s"
+        f"{counts['remembered']} remembered; {counts['cut']} cut at the limit, {counts['unfinished']} rationales unfinished, "
+        f"{counts['empty']} empty; {time.time() - start:.0f} s"
     )
     record = {
         "model": args.model,
