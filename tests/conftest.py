@@ -1,17 +1,39 @@
-"""Tiny models and tokenizers, built in place: no test needs a network, a GPU or a download."""
+"""What many tests share, built in place: tiny models, a tokenizer, a run. No test needs a network, a GPU or a download."""
 
+import copy
+import json
 import os
-import sys
+import shutil
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
 
+import grace  # noqa: E402
 import toy  # noqa: E402
-from policy import Policy, Reading  # noqa: E402
+from config import Config  # noqa: E402
+from policy import Policy  # noqa: E402
+from prompt import Reading  # noqa: E402
+from rollout import sample, uniforms  # noqa: E402
+
+TEXTS = [
+    "the angry doctor bought the lamp near the forest around noon .",
+    "somebody sold the boat",
+    "around winter , near the street , the tall child found the sofa .",
+]
+ROWS = [
+    {
+        "query": f"the {a} doctor bought the lamp",
+        "positive": f"somebody {b} the boat around noon .",
+        "negative": [f"the {c} child"],
+    }
+    for a, b, c in zip("old young tall rich".split(), "sold found fixed hid".split(), "quiet smart happy angry".split())
+]
+
+# ---------------------------------------------------------------- networks
 
 COMMON = dict(
     hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
@@ -34,12 +56,12 @@ ARCHITECTURES = ["Qwen2", "Qwen3", "Llama", "Gemma", "GPT2"]
 def build(architecture, vocab_size, seed=0, **overrides):
     """A random network of a named architecture, with weights large enough for distinct predictions."""
     settings = dict(COMMON) if architecture != "GPT2" else {k: v for k, v in COMMON.items() if "token_id" in k}
-    config = getattr(transformers, architecture + "Config")(
+    settings = getattr(transformers, architecture + "Config")(
         vocab_size=vocab_size, initializer_range=0.3, **{**settings, **SMALL[architecture], **overrides}
     )
     torch.manual_seed(seed)
     suffix = "LMHeadModel" if architecture == "GPT2" else "ForCausalLM"
-    return getattr(transformers, architecture + suffix)(config)
+    return getattr(transformers, architecture + suffix)(settings)
 
 
 @pytest.fixture(scope="session")
@@ -59,16 +81,94 @@ def make_policy(tokenizer):
     return make
 
 
+def rolled(policy, texts=TEXTS, K=3, temperature=1.0, seed=0):
+    """K sampled rationales per text."""
+    uniform = uniforms(seed, len(texts), K, policy.reading.max_new_tokens)
+    return sample(policy, policy.prompts(texts), K, temperature, uniform)
+
+
+def gradient(policy, value):
+    """The gradient of a value at all of the policy's weights, as one vector."""
+    policy.model.zero_grad()
+    value.backward()
+    return torch.cat([p.grad.flatten() for p in policy.model.parameters() if p.grad is not None])
+
+
+def weights(policy):
+    """A copy of all of the policy's weights, as one vector."""
+    return torch.cat([p.detach().flatten() for p in policy.model.parameters()])
+
+
+# ---------------------------------------------------------------- training
+
+
+def config(**settings):
+    """The settings of a small batch."""
+    return Config(**{**dict(batch=4, rollouts=3, steps=2, lr=1e-3), **settings})
+
+
+def descent(policy, **settings):
+    """A Trainer of `ROWS` by plain, unclipped gradient descent: Adam and clipping would hide a gradient of a wrong scale."""
+    trainer = grace.Trainer(policy, copy.deepcopy(policy), ROWS, config(max_grad_norm=1e9, **settings))
+    trainer.optimizer = torch.optim.SGD(policy.model.parameters(), lr=1e-2)
+    return trainer
+
+
 @pytest.fixture(scope="session")
 def tiny_world(tmp_path_factory):
-    """The embedded default after a warm start of a few steps: a real folder, a poor policy."""
+    """The embedded default after a warm start of a few steps: a real folder, a poor policy. Not to be written to."""
     folder = tmp_path_factory.mktemp("world")
     toy.build(str(folder), seed=0, train=64, heldout=16, steps=30)
     return folder
 
 
-TEXTS = [
-    "the angry doctor bought the lamp near the forest around noon .",
-    "somebody sold the boat",
-    "around winter , near the street , the tall child found the sofa .",
-]
+def command(world, out, *more, heldout=True):
+    """The arguments of a small training run in a world. `more`: further flags, which override these."""
+    given = f"--model {world}/model --data {world}/data/train.jsonl --out {out} --batch 4 --rollouts 2 --steps 3 --lr 1e-3"
+    given += f" --heldout {world}/data/heldout.jsonl" if heldout else ""
+    return f"{given} --save-every 1 --eval-every 5 {' '.join(more)}".split()
+
+
+@pytest.fixture(scope="session")
+def finished_run(tiny_world, tmp_path_factory):
+    """A run of four steps, the last two checkpoints included. Not to be written to."""
+    out = tmp_path_factory.mktemp("finished")
+    grace.main(command(tiny_world, out, "--steps 4"))
+    return out
+
+
+@pytest.fixture
+def two_checkpoints(finished_run, tmp_path):
+    """A copy of that run, killed in its final evaluation."""
+    out = tmp_path / "out"
+    shutil.copytree(finished_run, out)
+    (out / "summary.json").unlink()
+    return out
+
+
+def same(one, two):
+    """Assert that two finished runs are equal to the bit: weights, metrics, rationales and scores; times and memory aside."""
+    same_weights(one, two)
+
+    def metrics(out):
+        lines = [json.loads(line) for line in open(os.path.join(out, "metrics.jsonl"))]
+        return [{name: x for name, x in line.items() if not name.endswith(("_s", "_gb"))} for line in lines]
+
+    def scores(out):
+        with open(os.path.join(out, "summary.json")) as file:
+            summary = json.load(file)
+        return {name: x for name, x in summary.items() if name.startswith(("before", "after"))}
+
+    def rationales(out):
+        with open(os.path.join(out, "rationales.md")) as file:
+            return file.read()
+
+    assert metrics(one) == metrics(two) and [line["step"] for line in metrics(one)] == [*range(1, len(metrics(one)) + 1)]
+    assert rationales(one) == rationales(two)
+    assert scores(one) == scores(two) and scores(one).keys() >= {"before", "after"}
+
+
+def same_weights(one, two):
+    """Assert that two folders hold the same model, to the bit."""
+    a, b = (load_file(os.path.join(out, "model.safetensors")) for out in (one, two))
+    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)

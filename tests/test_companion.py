@@ -15,7 +15,7 @@ from tables import EXPERIMENTS, NO_PATHWISE
 
 import config
 import eval_mteb_subset
-from policy import Reading
+from prompt import Reading
 
 with open(os.path.join("docs", "companion.md"), encoding="utf-8") as file:
     PAGE = file.read()

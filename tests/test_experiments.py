@@ -8,31 +8,29 @@ import run
 import torch
 from algorithms import ALGORITHMS, DAPO, GRPO, DrGRPO, ReinforcePlusPlus, ReMax
 from baselines import Contrastive, PathwiseAlone, SimCSE
-from conftest import TEXTS
+from conftest import ROWS, TEXTS, config
 from record import Place, rounded
 from synthetic_tasks import write_all
 from tables import EXPERIMENTS, Claim
-from test_grace import ROWS, config
 
-from grace import batch_roles, roll_out
 from plumbing.errors import GraceError
-from rollout import sample
+from rollout import make_batch, roll_out, sample
 
 # ---------------------------------------------------------------- algorithms
 
 
 def prepared(policy, algorithm, **settings):
-    """A trainer of an algorithm, and a batch's rollouts as its `advantage` sees them."""
+    """A trainer of an algorithm, rewards, and the batch as its `advantage` gets it."""
     trainer = algorithm(policy, None, ROWS, config(**settings))
-    texts, twins = batch_roles(ROWS)
-    rollouts, embeddings = roll_out(policy, texts, trainer.config, torch.Generator().manual_seed(1))
-    R = torch.randn(rollouts.finished.shape, generator=torch.Generator().manual_seed(2))
-    return trainer, R, rollouts, texts, embeddings, twins
+    batch = make_batch(ROWS)
+    batch.rollouts, batch.embeddings = roll_out(policy, batch.texts, trainer.config, step=0, budget=trainer.sample_tokens)
+    R = torch.randn(batch.rollouts.finished.shape, generator=torch.Generator().manual_seed(2))
+    return trainer, R, batch
 
 
 def test_grpo_divides_by_the_groups_deviation(make_policy):
-    trainer, R, *rest = prepared(make_policy(), GRPO)
-    A = trainer.advantage(R, *rest)
+    trainer, R, batch = prepared(make_policy(), GRPO)
+    A = trainer.advantage(R, batch)
     for rewards, found in zip(R.tolist(), A.tolist()):
         mean = sum(rewards) / len(rewards)
         std = math.sqrt(sum((r - mean) ** 2 for r in rewards) / len(rewards))
@@ -40,23 +38,24 @@ def test_grpo_divides_by_the_groups_deviation(make_policy):
 
 
 def test_reinforce_plus_plus_looks_at_the_whole_batch(make_policy):
-    trainer, R, *rest = prepared(make_policy(), ReinforcePlusPlus)
+    trainer, R, batch = prepared(make_policy(), ReinforcePlusPlus)
     flat = R.flatten().tolist()
     mean = sum(flat) / len(flat)
     std = math.sqrt(sum((r - mean) ** 2 for r in flat) / (len(flat) - 1))
     expected = [(r - mean) / std for r in flat]
-    assert trainer.advantage(R, *rest).flatten().tolist() == pytest.approx(expected, rel=1e-4)
+    assert trainer.advantage(R, batch).flatten().tolist() == pytest.approx(expected, rel=1e-4)
 
 
 def test_dapo_drops_groups_without_spread_and_taxes_length(make_policy):
-    trainer, R, rollouts, *rest = prepared(make_policy(), DAPO, gamma=3.0)
+    trainer, R, batch = prepared(make_policy(), DAPO, gamma=3.0)
+    rollouts = batch.rollouts
     R[1] = 0.7  # and equal lengths: a group without spread
     rollouts.mask[:] = torch.arange(rollouts.mask.shape[2]) < torch.randint(1, 7, (*R.shape, 1))
     rollouts.mask[1] = rollouts.mask[1, :1]
     rollouts.finished[:] = True
     rollouts.finished[0, 0] = False
     R[0, 0] -= 3.0  # what judge took for not ending
-    A, limit = trainer.advantage(R, rollouts, *rest), 6
+    A, limit = trainer.advantage(R, batch), 6
     for n, group in enumerate(R.tolist()):
         lengths = rollouts.mask[n].sum(-1).tolist()
         taxed = [r - min(max((length - 0.8 * limit) / (0.2 * limit), 0), 1) for r, length in zip(group, lengths)]
@@ -70,8 +69,8 @@ def test_dapo_drops_groups_without_spread_and_taxes_length(make_policy):
 
 @pytest.mark.parametrize("algorithm, low, high", [(DAPO, 0.2, 0.28), (DrGRPO, 0.2, 0.2)])
 def test_the_other_surrogates_token_by_token(make_policy, algorithm, low, high):
-    trainer, R, rollouts, *rest = prepared(make_policy(), algorithm)
-    A = trainer.advantage(R, rollouts, *rest)
+    trainer, R, batch = prepared(make_policy(), algorithm)
+    A, rollouts = trainer.advantage(R, batch), batch.rollouts
     new = rollouts.logprobs + 0.4 * torch.randn(rollouts.logprobs.shape, generator=torch.Generator().manual_seed(3))
     found, clipped = trainer.surrogate(new, rollouts, A), [0, 0]
     lengths = rollouts.mask.sum(-1)
@@ -90,15 +89,15 @@ def test_the_other_surrogates_token_by_token(make_policy, algorithm, low, high):
 def test_remax_subtracts_the_greedy_rationales_reward(make_policy):
     """Its reward written out in loops: InfoNCE, consistency, and InfoNCE against the nearest rollouts."""
     policy = make_policy().__class__(make_policy().model.double(), make_policy().tokenizer, make_policy().reading)
-    trainer, R, rollouts, texts, embeddings, twins = prepared(policy, ReMax, infonce_temperature=0.3)
+    trainer, R, batch = prepared(policy, ReMax, infonce_temperature=0.3)
     c, B = trainer.config, len(ROWS)
-    found = R - trainer.advantage(R, rollouts, texts, embeddings, twins)
-    q, p, n = (embeddings[role].tolist() for role in ("query", "positive", "negative"))
+    found = R - trainer.advantage(R, batch)
+    q, p, n = (batch.embeddings[role].tolist() for role in ("query", "positive", "negative"))
     dot = lambda a, b: sum(x * y for x, y in zip(a, b))
     mean = lambda values: sum(values) / len(values)
     expected = []
     for role, mine, other in (("query", q, p), ("positive", p, q)):
-        for i, text in enumerate(texts[role]):
+        for i, text in enumerate(batch.texts[role]):
             greedy = sample(policy, policy.prompts([text]), 1, 0.0)
             h, reward = greedy.embeddings[0, 0].tolist(), 0.0
             own = mean([dot(h, x) for x in other[i]])
@@ -157,7 +156,8 @@ def embedded(policy, text):
 def test_the_contrastive_loss_and_its_gradient(make_policy, text_weight):
     policy = make_policy(double=True)
     trainer = Contrastive(policy, None, ROWS, config(text_weight=text_weight, infonce_temperature=0.3))
-    texts, twins = batch_roles(ROWS)
+    batch = make_batch(ROWS)
+    texts, twins = batch.texts, batch.twins
     read = {role: [embedded(policy, text) for text in texts[role]] for role in texts}
     q, p, n = ([h for h, _ in read[role]] for role in ("query", "positive", "negative"))
     terms = []
@@ -178,8 +178,8 @@ def test_simcse_drops_out_only_in_its_own_reading(make_policy):
     trainer = SimCSE(policy, None, [{"text": t} for t in TEXTS], config(mode="unsupervised", batch=2, text_weight=0.0))
     views, read = [], trainer.read
     trainer.read = lambda texts, share: views.append(read(texts, share)) or views[-1]
-    texts, twins = batch_roles([{"text": t} for t in TEXTS])
-    loss = trainer.loss(texts, twins)
+    batch = make_batch([{"text": t} for t in TEXTS])
+    loss = trainer.loss(batch.texts, batch.twins)
     (one, _), (two, _) = views
     scores = (one @ two.T) / trainer.config.infonce_temperature
     assert loss.item() == pytest.approx((-(scores.diagonal() - scores.exp().sum(1).log()).mean()).item(), rel=1e-9)
