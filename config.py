@@ -15,6 +15,7 @@ import torch
 
 from plumbing.errors import GraceError
 from pool import POOLS
+from prompt import Reading
 
 RECIPES = {  # a recipe only sets defaults: any of them can be given on the command line
     "paper": dict(
@@ -27,7 +28,7 @@ RECIPES = {  # a recipe only sets defaults: any of them can be given on the comm
     ),
 }  # fmt: skip
 HOW_LONG_AND_WHERE = {  # settings that a resumed run may change: none moves its gradients
-    "steps", "out", "resume", "overwrite", "may_change", "on_bad_row", "save_every", "eval_every",
+    "steps", "out", "resume", "overwrite", "may_change", "on_bad_row", "save_every", "save_minutes", "eval_every",
     "kernel", "recompute", "tokens_per_batch", "sample_tokens",
 }  # fmt: skip
 
@@ -55,7 +56,7 @@ class Config:
     infonce_temperature: float = setting(0.05, "softmax temperature of the InfoNCE reward", above=0)
     gamma: float = setting(1.0, "length penalty of a rollout without an end token, Eq. 28", least=0)
     relative_length_penalty: bool = setting(None, "(recipe) subtract gamma instead of replacing the reward")
-    negatives: int = setting(None, "hard negatives a row, M (default: as many as every row has)", least=0)
+    negatives: int = setting(None, "hard negatives per row, M (default: as many as every row has)", least=0)
     # What is learned from it
     pathwise: float = setting(None, "(recipe) weight c of the pathwise term; 0: Eq. 19 alone", least=0)
     kl: float = setting(None, "(recipe) weight of the KL term to the starting policy", least=0)
@@ -63,33 +64,34 @@ class Config:
     normalize: bool = setting(False, "divide advantages by the group's standard deviation, Eq. 7")
     length_normalize: bool = setting(None, "(recipe) mean over a rationale's tokens (Eq. 8) instead of their sum (Eq. 19)")
     clip_eps: float = setting(0.2, "the probability ratio is clipped to 1 +- this, Eq. 8", above=0)
-    minibatches: int = setting(1, "optimizer steps over one batch of rollouts (the released code: 4)", least=1)
+    minibatches: int = setting(1, "optimizer steps per batch of rollouts (the released code: 4)", least=1)
     epochs: int = setting(1, "passes over one batch of rollouts", least=1)
     lr: float = setting(1e-6, "learning rate of AdamW", above=0)
     lr_decay: bool = setting(False, "let the learning rate fall linearly to 0")
     weight_decay: float = setting(0.01, "weight decay of AdamW", least=0)
     max_grad_norm: float = setting(1.0, "the gradient is clipped to this norm", above=0)
     # How much of it
-    batch: int = setting(64, "instances a step, B", least=1)
-    rollouts: int = setting(8, "rollouts a prompt, K", least=1)
+    batch: int = setting(64, "instances per step, B", least=1)
+    rollouts: int = setting(8, "rollouts per prompt, K", least=1)
     steps: int = setting(1000, "training steps", least=1)
     temperature: float = setting(None, "(recipe) rollouts are sampled, and scored, at this temperature", above=0)
     anchor_temperature: float = setting(None, "(recipe) temperature of the roles that are not trained", least=0)
     seed: int = setting(0, "of the data order and of all sampling", least=0)
-    # How a text is read (default: as the checkpoint says in grace_config.json)
-    instruction: str = setting(None, "the system message")
-    max_prompt_tokens: int = setting(None, "longer texts lose their end", least=1)
-    max_new_tokens: int = setting(None, "the longest rationale, T", least=1)
-    pooling: str = setting(None, "what becomes the embedding, Sec. 5.4", POOLS)
+    # How a text is read: as the checkpoint's grace_config.json says, unless given
+    instruction: str = setting(None, "(reading) the system message")
+    max_prompt_tokens: int = setting(None, "(reading) longer texts lose their end", least=1)
+    max_new_tokens: int = setting(None, "(reading) the longest rationale in tokens, T", least=1)
+    pooling: str = setting(None, "(reading) what becomes the embedding, Sec. 5.4", POOLS)
     # Evaluation and the machine
     heldout: str = setting(None, "triplets to evaluate on (default: 1 row in 10 of the data, at most 256)")
     graded: str = setting(None, "sentence pairs with scores, for a Spearman correlation")
     eval_every: int = setting(50, "evaluate, and add to rationales.md, every so many steps; 0: only before and after", least=0)
-    save_every: int = setting(0, "write a checkpoint to resume from every so many steps; 0: only the final model", least=0)
-    resume: bool = setting(False, "go on from the newest whole checkpoint under --out")
-    may_change: str = setting(None, "settings in which a resumed run may differ from what it was: NAME,NAME")
-    overwrite: bool = setting(False, "start anew in an --out that holds a model or checkpoints: they go")
-    on_bad_row: str = setting("error", "a row of the data that cannot be used stops the run, or is listed", ("error", "skip"))
+    save_minutes: float = setting(10.0, "write a checkpoint to resume from every so many minutes; 0: not by time", least=0)
+    save_every: int = setting(0, "write a checkpoint every so many steps; 0: not by steps", least=0)
+    resume: bool = setting(False, "continue from the newest undamaged checkpoint under --out")
+    may_change: str = setting(None, "settings that a resumed run may change: NAME,NAME")
+    overwrite: bool = setting(False, "start anew in an --out that holds a model or checkpoints: they are deleted")
+    on_bad_row: str = setting("error", "what an unusable row of the data does: stop the run, or be listed", ("error", "skip"))
     sample_tokens: int = setting(
         131072, "token budget of the sampler's key-value cache; lower it when memory is short", least=1
     )
@@ -133,7 +135,7 @@ class Config:
         if self.minibatches > self.batch * len(self.roles):
             raise GraceError(f"--minibatches {self.minibatches}: a batch has only {self.batch * len(self.roles)} groups")
         if self.resume and self.overwrite:
-            raise GraceError("--resume goes on and --overwrite starts anew: give one of them")
+            raise GraceError("--resume continues a run and --overwrite starts anew: give one of them")
         if unknown := set(self.changeable) - {field.name for field in dataclasses.fields(self)}:
             raise GraceError(f"--may-change {','.join(sorted(unknown))}: there is no such setting")
         if self.dtype == "bfloat16" and not self.device.startswith("cuda"):
@@ -171,14 +173,21 @@ class Config:
 
 
 def parse(arguments, description):
-    """Command-line arguments to a Config: one flag a field."""
+    """Command-line arguments to a Config: one flag per field."""
     parser = argparse.ArgumentParser("grace.py", description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     for field in dataclasses.fields(Config):
-        default = "" if field.default is None else f" [{field.default}]"
-        options = {"help": field.metadata["help"] + default, "default": field.default}
+        options = {"help": field.metadata["help"] + _shown_default(field), "default": field.default}
         if field.type is bool:
             options["action"] = argparse.BooleanOptionalAction
         else:
             options |= {"type": field.type, "choices": field.metadata["choices"]}
         parser.add_argument("--" + field.name.replace("_", "-"), **options)
     return Config(**vars(parser.parse_args(arguments)))
+
+
+def _shown_default(field):
+    """What a setting is where neither the command line nor the checkpoint sets it, for --help."""
+    if field.name in RECIPES["full"]:
+        return f" [full: {RECIPES['full'][field.name]}, paper: {RECIPES['paper'][field.name]}]"
+    value = getattr(Reading, field.name, None) if field.metadata["help"].startswith("(reading)") else field.default
+    return "" if value is None else f" [{value}]".replace("%", "%%")

@@ -27,24 +27,26 @@ never touches the network, and add -c * sum(g . h(theta)) to the loss. The updat
 computes h(theta) anyway, and since g is fixed the term splits over micro-batches exactly (as in
 GradCache, Gao et al. 2021). `--pathwise c` weighs it; 0 is the paper.
 
-When is the sum exact? Where a rollout's reward depends on its own embedding alone (fixed anchors, as
-in Eq. 12, and no consistency term), with log-probabilities summed over tokens (`--no-length-normalize`)
-and c = (K-1)/K, because a mean that includes the rollout itself shrinks the first term by that factor.
-Where rollouts stand in each other's rewards, as queries and positives do here, an advantage credits a
-rollout with its own reward only, while g has all of them: there, c weighs the two terms.
+When is the sum exact? Where a rollout's reward depends on its own embedding alone: fixed anchors (Eq. 12), no
+consistency term, and under the paper's reward lambda2 = 0, because Eq. 15 is the same for a whole group and so moves
+g but no advantage. Then, with log-probabilities summed over tokens (`--no-length-normalize`) and c = (K-1)/K, the sum
+is (K-1)/K times the gradient: a group mean that includes the rollout itself shrinks the first term by that factor.
+(Anchors depend on theta as well; both terms hold them constant.) Where rollouts stand in each other's rewards, as
+queries and positives do here, an advantage credits a rollout with its own reward only, while g has all of them:
+there, c weighs the two terms.
 
 Where this departs from the paper, each a setting, all undone by `--recipe paper`:
 
 1. The reward is InfoNCE instead of Eq. 13 and 15, which cancel in the advantage (reward.py).
 2. The pathwise term.
 3. Queries are rolled out and trained like positives; in Eq. 12 they are fixed anchors.
-4. Log-probabilities are summed over tokens, as in Eq. 19, not averaged as in Eq. 8: so c weighs the terms alike at any
-   length, and c < 1 leaves the rationale more of the work.
-5. Two light terms keep the policy what it was. The language-model loss on the texts' own tokens, whose hidden states the
-   update has anyway, keeps it a language model (as mixing in pre-training text does, Ouyang et al. 2022); a KL term (k3)
-   on the rationales' tokens keeps their words what a reader takes them for.
-6. Rollouts are drawn, and scored, at temperature 0.7 instead of 1, nearer to the greedy rationale that is used in the end.
-   A name that is right when greedy but often wrong when drawn is punished for the draws, and the policy stops naming.
+4. Log-probabilities are summed over tokens, as in Eq. 19; Eq. 8 takes their mean. With sums, one c fits rationales of
+   every length, and a c below 1 makes the policy rely on what it writes.
+5. Two terms keep the policy close to where it started. The text term is plain language-model training on the training
+   texts, whose hidden states the update has anyway (as mixing in pre-training text does, Ouyang et al. 2022). A light
+   KL term on the rationales' tokens keeps their words in their old meaning.
+6. Rollouts are drawn, and scored, at temperature 0.7 instead of 1, closer to the greedy rationale that is used in the
+   end. A name that is right when greedy but often wrong when drawn is punished for the draws, and the policy stops naming.
 7. The length penalty is relative (reward.py).
 
 Shapes: B instances, K rollouts per group, M hard negatives, N groups (B per trained role), T tokens,
@@ -65,7 +67,7 @@ import reward as rewards
 import similarity
 from config import parse
 from evaluation.encoder import GraceEncoder, encode_texts, text_loss
-from evaluation.tasks import evaluate_triplets
+from evaluation.tasks import evaluate_heldout
 from plumbing.data import load_rows
 from plumbing.errors import GraceError, finite, first_line
 from plumbing.guard import finished_summary, inspected, save_batch, within_memory
@@ -111,7 +113,12 @@ def clipped_objective(logprobs, old_logprobs, advantage, mask, clip_eps, length_
 
 
 def kl_k3(logprobs, reference, mask):
-    """KL(policy || reference), Schulman's k3 estimator, mean over tokens. `[N, K, T] x 3 -> [N, K]`."""
+    """Schulman's k3 estimator of KL(policy || reference), mean over tokens. `[N, K, T] x 3 -> [N, K]`.
+
+    Value and gradient are of two different divergences. With r = reference / policy the value r - 1 - log r has the
+    mean KL(policy || reference); minimised on the policy's own samples, its gradient is E[(1 - r) grad log pi], which
+    is that of KL(reference || policy). So the term keeps likely what the reference finds likely.
+    """
     log_ratio = reference - logprobs
     return masked_mean(log_ratio.exp() - 1 - log_ratio, mask)
 
@@ -227,7 +234,7 @@ class Trainer:
             value = value + config.text_weight * text_logprobs
         if config.pathwise:
             value = value + config.pathwise * pathwise(g, scores.embeddings)
-        stats = {"approx_kl": kl_k3(part.logprobs, logprobs, mask), "text_loss": -text_logprobs.expand_as(value)}
+        stats = {"approx_kl": kl_k3(part.logprobs, logprobs, mask), "prompt_loss": -text_logprobs.expand_as(value)}
         if config.kl:
             with torch.no_grad():
                 at_start = score(self.reference, part, config.temperature).logprobs
@@ -323,22 +330,25 @@ def train(config, make_trainer=Trainer):
     policy = Policy.load(run.checkpoint or config.model, config.device, config.dtype, **config.reading)
     reference = Policy.load(config.model, config.device, config.dtype, **config.reading) if config.kl else None
     trainer = make_trainer(policy, reference, rows, config)
-    texts = [row.get("query") or row["text"] for row in (heldout or rows)[:6]]  # whose rationales are shown
+    shown = [row.get("query") or row["text"] for row in (heldout or rows)[:6]]
 
-    def evaluate():
-        scores = evaluate_triplets(policy, heldout, graded) if heldout else {"text_loss": text_loss(policy, texts)}
-        return scores, encode_texts(policy, texts).rationales
+    def evaluate(rationale=True):
+        if not heldout:  # fewer than ten rows of data
+            return {"text_loss": text_loss(policy, shown)}
+        return evaluate_heldout(policy, heldout, graded, rationale, config.temperature)
+
+    def rationales():
+        return dict(zip(shown, encode_texts(policy, shown).rationales))
 
     print(
         f"{len(rows)} training rows ({len(rows[0].get('negative', []))} negatives each), {len(heldout)} held-out, "
         f"{sum(p.numel() for p in policy.model.parameters()) / 1e6:.2f} M parameters on {policy.device}"
     )
-    run.begin(trainer, texts, evaluate)
+    run.begin(trainer, evaluate, rationales)
     with run:
         while trainer.step_number < config.steps:
             run.record(trainer.step())
-    # The same checkpoint with nothing written: what the rationale is worth.
-    return run.finish((lambda: evaluate_triplets(policy, heldout, graded, rationale=False)) if heldout else None)
+    return run.finish()
 
 
 def explain(arguments):

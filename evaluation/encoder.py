@@ -90,10 +90,10 @@ def encode_distinct(policy, texts, temperature=0.0, seed=0, rationale=True, toke
         yield dict(zip(batch, zip(x.vectors, x.rationales, x.cut.tolist(), x.finished.tolist())))
 
 
-def encode_texts(policy, texts, rationale=True, tokens_per_batch=8192):
-    """Any number of texts, greedily; equal ones are read once. `-> Encoded`."""
+def encode_texts(policy, texts, **options):
+    """Any number of texts; equal ones are read once. `-> Encoded`. options: see `encode_distinct`; greedy by default."""
     known = {}
-    for batch in encode_distinct(policy, list(dict.fromkeys(texts)), rationale=rationale, tokens_per_batch=tokens_per_batch):
+    for batch in encode_distinct(policy, list(dict.fromkeys(texts)), **options):
         known |= batch
     vectors, rationales, cut, finished = zip(*(known[text] for text in texts))
     return Encoded(np.stack(vectors), list(rationales), np.array(cut), np.array(finished))

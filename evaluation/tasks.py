@@ -363,18 +363,27 @@ def evaluate_tasks(encode, tasks, data_dir=None, report=lambda name, result: Non
     return results
 
 
-def evaluate_triplets(policy, heldout, graded=None, rationale=True):
-    """Held-out triplets, greedy: is the right positive found among all positives and hard negatives?
+# ---------------------------------------------------------------- held-out rows of a training run
 
-    Returns nDCG@10, top-1 accuracy, with `graded` the Spearman correlation of cosine and score, the
-    language-modelling loss on the texts (nats a token), the share of rationales that ended, and
-    their mean length in words.
+
+def evaluate_heldout(policy, heldout, graded=None, rationale=True, temperature=1.0):
+    """Held-out rows and graded pairs to scores by name: `evaluate_triplets` or `evaluate_texts`, as the rows are."""
+    if heldout and "text" in heldout[0]:
+        return evaluate_texts(policy, [row["text"] for row in heldout], graded, rationale, temperature)
+    return evaluate_triplets(policy, heldout, graded, rationale)
+
+
+def evaluate_triplets(policy, heldout, graded=None, rationale=True):
+    """Held-out triplets, greedy: does a query find its positive among all positives and hard negatives?
+
+    Returns nDCG@10, top-1 accuracy, with `graded` the Spearman correlation of cosine and score, and what
+    `describe_rationales` says.
     """
     relevant = {}
     for row in heldout:
         relevant.setdefault(row["query"], {})[row["positive"]] = 1
     documents = list(dict.fromkeys([r["positive"] for r in heldout] + [n for r in heldout for n in r["negative"]]))
-    one, two, grades = graded or ([], [], [])
+    one, two, _ = graded or ([], [], [])
     texts = list(dict.fromkeys([*relevant, *documents, *one, *two]))
     encoded = encode_texts(policy, texts, rationale=rationale)
     known = dict(zip(texts, encoded.vectors))
@@ -385,8 +394,41 @@ def evaluate_triplets(policy, heldout, graded=None, rationale=True):
         "top1": float(np.mean([gains[0] for gains in ranked.values()])),
     }
     if graded:
-        result["spearman"] = spearman(cosine(encode(one), encode(two)), grades)
+        result["spearman"] = graded_spearman(encode, graded)
+    return result | (describe_rationales(policy, [*relevant, *documents], encoded) if rationale else {})
+
+
+def evaluate_texts(policy, texts, graded=None, rationale=True, temperature=1.0):
+    """Held-out texts without labels: does a text find itself by another rationale, among all the others?
+
+    Returns nDCG@10 of one sampled rationale's embedding against a second one's of every text (`self_ndcg_at_10`), and
+    their alignment, the mean squared distance of the two; of greedy embeddings the uniformity, log mean exp(-2 squared
+    distance) over different texts (both Wang & Isola 2020; lower is better), with `graded` the Spearman correlation,
+    and what `describe_rationales` says. Without rationales a text has one embedding: uniformity and correlation alone.
+    """
+    texts, result = list(dict.fromkeys(texts)), {}
+    greedy = encode_texts(policy, texts, rationale=rationale)
     if rationale:
-        result |= {"text_loss": text_loss(policy, [*relevant, *documents]), "finished": float(encoded.finished.mean())}
-        result["words"] = float(np.mean([len(w.split()) for w in encoded.rationales]))
-    return result
+        one, two = (encode_texts(policy, texts, temperature=temperature, seed=seed).vectors for seed in (0, 1))
+        scores = one @ two.T
+        rank = (scores >= scores.diagonal()[:, None]).sum(1)  # 1 is best; a tie counts against the text
+        result["self_ndcg_at_10"] = float(np.where(rank <= 10, 1 / np.log2(rank + 1), 0).mean())
+        result["alignment"] = float(((one - two) ** 2).sum(1).mean())
+    if len(texts) > 1:
+        apart = (2 - 2 * greedy.vectors @ greedy.vectors.T)[~np.eye(len(texts), dtype=bool)]
+        result["uniformity"] = float(np.log(np.exp(-2 * apart).mean()))
+    if graded:
+        result["spearman"] = graded_spearman(lambda texts: encode_texts(policy, texts, rationale=rationale).vectors, graded)
+    return result | (describe_rationales(policy, texts, greedy) if rationale else {})
+
+
+def graded_spearman(encode, graded):
+    """Spearman's correlation of cosine and score over `(sentences1, sentences2, scores)`."""
+    one, two, scores = graded
+    return spearman(cosine(encode(one), encode(two)), scores)
+
+
+def describe_rationales(policy, texts, encoded):
+    """The language-model loss on the texts (nats per token), the share of rationales that ended, their mean words."""
+    words = float(np.mean([len(rationale.split()) for rationale in encoded.rationales]))
+    return {"text_loss": text_loss(policy, texts), "finished": float(encoded.finished.mean()), "words": words}

@@ -232,6 +232,11 @@ def read_triplets(source, negatives=None, split="train", skipped=None):
     needed = ("query", "positive", "negative") if negatives else ("query", "positive")
     rows = _rows(source, split, make, needed, ("negative",), skipped)
     M = min(len(row["negative"]) for row in rows) if negatives is None else negatives
+    if negatives is None and (more := sum(len(row["negative"]) > M for row in rows)):
+        print(
+            f"{source}: {more} of {len(rows)} rows have more than {M} negatives, but every row must have as many: {M} each are "
+            f"used. --negatives {M + 1} --on-bad-row skip leaves out the rows with fewer."
+        )
     return [{**row, "negative": row["negative"][:M]} for row in rows]
 
 
@@ -260,10 +265,10 @@ def read_pairs(source, split="test", skipped=None):
 
 
 def load_rows(config, skipped=None):
-    """What a run reads: training rows, held-out triplets (or none), graded pairs (or None); `skipped`: see `_rows`.
+    """What a run reads: training rows, held-out rows, graded pairs (or None); `skipped`: see `_rows`.
 
-    Without --heldout one supervised row in ten is held out, at most 256. No training row shares a
-    query or positive with a held-out one. Raises GraceError if fewer rows than a batch remain.
+    Without --heldout one row in ten is held out, at most 256. No training row shares a text, a query or
+    a positive with a held-out one. Raises GraceError if fewer rows than a batch remain.
     """
     graded = read_pairs(config.graded, "train", skipped) if config.graded else None
     heldout = read_triplets(config.heldout, skipped=skipped) if config.heldout else []
@@ -271,12 +276,13 @@ def load_rows(config, skipped=None):
         rows = read_texts(config.data, skipped=skipped)
     else:
         rows = read_triplets(config.data, config.negatives, skipped=skipped)
-        if not heldout:
-            rows = random.Random(config.seed).sample(rows, len(rows))
-            size = min(256, len(rows) // 10)
-            heldout, rows = rows[:size], rows[size:]
-        held_out = {row[role] for row in heldout for role in ("query", "positive")}
-        rows = [row for row in rows if row["query"] not in held_out and row["positive"] not in held_out]
+    if not heldout:
+        rows = random.Random(config.seed).sample(rows, len(rows))
+        size = min(256, len(rows) // 10)
+        heldout, rows = rows[:size], rows[size:]
+    roles = "text", "query", "positive"
+    held_out = {row[role] for row in heldout for role in roles if role in row}
+    rows = [row for row in rows if held_out.isdisjoint(row[role] for role in roles if role in row)]
     if len(rows) < config.batch:
         raise GraceError(f"{config.data}: its {len(rows)} training rows are fewer than --batch {config.batch}")
     return rows, heldout, graded

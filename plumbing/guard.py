@@ -10,6 +10,7 @@ A full disk and a damaged checkpoint are checkpoint.py's; a broken row of data i
 """
 
 import contextlib
+import itertools
 import json
 import math
 import os
@@ -155,10 +156,11 @@ def claim(config):
     return checkpoint
 
 
-def delete_stale(out, checkpoint=None):
+def delete_stale(out, checkpoint=None, keep_metrics=True):
     """Delete stale files: the mark of a finished run, and what a kill left half written.
 
-    checkpoint: the one being resumed; newer ones are damaged and deleted. None: everything of an earlier run is deleted.
+    checkpoint: the one being resumed; newer ones are damaged and deleted. None: everything of an earlier run is deleted,
+    but for its metrics.jsonl, which with `keep_metrics` is renamed to metrics.1.jsonl (or .2, .3, ...).
     """
     folder = os.path.join(out, "checkpoints")
     for name in os.listdir(out):
@@ -170,4 +172,8 @@ def delete_stale(out, checkpoint=None):
         if not checkpoint or name > os.path.basename(checkpoint):
             shutil.rmtree(os.path.join(folder, name))
     if not checkpoint:
-        write_atomically(os.path.join(out, "metrics.jsonl"), "")
+        metrics = os.path.join(out, "metrics.jsonl")
+        if keep_metrics and os.path.isfile(metrics) and os.path.getsize(metrics):
+            n = next(n for n in itertools.count(1) if not os.path.exists(os.path.join(out, f"metrics.{n}.jsonl")))
+            os.rename(metrics, os.path.join(out, f"metrics.{n}.jsonl"))
+        write_atomically(metrics, "")

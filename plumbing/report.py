@@ -59,11 +59,12 @@ def show_skipped(skipped, out):
 def show_summary(summary):
     """Before, after, and after without rationales, as a table for the terminal."""
     names = list(summary["after"])
-    lines = [f"{'':24}" + "".join(f"{name:>12}" for name in names)]
+    width = {name: max(12, len(name) + 2) for name in names}
+    lines = [f"{'':24}" + "".join(f"{name:>{width[name]}}" for name in names)]
     for moment in ("before", "after", "after_without_rationale"):
         if scores := summary.get(moment):
-            values = (f"{scores[name]:12.3f}" if name in scores else f"{'':12}" for name in names)
-            lines.append(f"{moment.replace('_', ' '):24}" + "".join(values))
+            cells = (f"{scores[name]:{width[name]}.3f}" if name in scores else " " * width[name] for name in names)
+            lines.append(f"{moment.replace('_', ' '):24}" + "".join(cells))
     return "\n".join(lines)
 
 

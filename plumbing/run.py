@@ -29,9 +29,9 @@ class Run:
 
         run = Run(config)                  claims --out; `run.checkpoint` is the one to resume from, or None
         run.check(rows)                    the checkpoint must be of these settings and rows
-        run.begin(trainer, texts, evaluate)    restores the checkpoint or clears --out, evaluates the start
+        run.begin(trainer, ...)            restores the checkpoint or clears --out, evaluates the start
         with run: run.record(metrics)      after every step; ends the process after a stop signal
-        run.finish(...)                    saves the model and writes summary.json
+        run.finish()                       saves the model, evaluates it, writes summary.json
 
     Raises GraceError for anything that the user can put right.
     """
@@ -55,19 +55,19 @@ class Run:
         if self.checkpoint:
             self.state = read_state(self.checkpoint, self.config, rows)
 
-    def begin(self, trainer, texts, evaluate):
+    def begin(self, trainer, evaluate, rationales):
         """Put the trainer where the checkpoint left it, or start with a clean folder; then evaluate the start.
 
-        texts     whose rationales are shown along the training
-        evaluate  `() -> (scores {name: number}, rationales of the texts)`
+        evaluate    `(rationale=True) -> {name: score}` of the policy as it is now, on held-out rows
+        rationales  `() -> {text: rationale}` of the texts that rationales.md shows
         """
-        self.trainer, self.texts, self.evaluate_policy = trainer, texts, evaluate
+        self.trainer, self.scores, self.rationales = trainer, evaluate, rationales
         if self.state:
             self.progress = restore(trainer, self.state, self.metrics_file)
             print(f"resumed from {self.checkpoint}")
         elif self.config.resume:
             print(f"no checkpoint under {self.config.out} to resume from: starting at step 0")
-        delete_stale(self.config.out, self.checkpoint)
+        delete_stale(self.config.out, self.checkpoint, keep_metrics=not self.config.overwrite)
         if self.skipped:
             write_atomically(self.path("skipped_rows.json"), json.dumps(self.skipped, indent=1))
             print(show_skipped(self.skipped, self.config.out))
@@ -79,22 +79,36 @@ class Run:
         write_atomically(self.path("run.json"), json.dumps(about, indent=2))
 
     def evaluate(self):
-        """Scores of the policy as it is now. The texts' rationales are added to rationales.md."""
-        scores, rationales = self.evaluate_policy()
-        self.progress["history"].append((self.trainer.step_number, rationales))
-        write_atomically(self.path("rationales.md"), show_rationales(self.progress["history"], self.texts))
-        tqdm.write(f"step {self.trainer.step_number:4d}  " + "  ".join(f"{k} {v:.3f}" for k, v in scores.items()))
+        """Scores of the policy as it is now; the texts' rationales are added to rationales.md."""
+        scores, step, rationales = self.scores(), self.trainer.step_number, self.rationales()
+        self.progress["history"].append((step, list(rationales.values())))
+        write_atomically(self.path("rationales.md"), show_rationales(self.progress["history"], list(rationales)))
+        tqdm.write(f"step {step:4d}  " + "  ".join(f"{k} {v:.3f}" for k, v in scores.items()))
         return scores
 
     def __enter__(self):
         self.bar = tqdm(total=self.config.steps, initial=self.trainer.step_number, unit="step", dynamic_ncols=True)
         self.seconds_before, self.started = self.progress["seconds"], time.time()
+        self.saved, self.saved_at = self.trainer.step_number, time.time()
         self.signals.__enter__()
         return self
 
-    def __exit__(self, *error):
+    def __exit__(self, kind, error, trace):
         self.bar.close()
-        self.signals.__exit__(*error)
+        self.signals.__exit__(kind, error, trace)
+        # A step of one update fails before that update, so that the state is the last step's. Of several, some may be done.
+        whole = self.config.minibatches * self.config.epochs == 1
+        if isinstance(error, Exception) and whole and self.trainer.step_number > self.saved:
+            try:
+                self.save()
+                print(f"step {self.trainer.step_number} was the last whole one and is saved: --resume continues from it")
+            except GraceError as problem:  # a full disk stops the run and then the saving; the first error is raised
+                print(problem)
+
+    def save(self):
+        """Write a checkpoint of the trainer as it is now."""
+        save_checkpoint(self.trainer, self.config.out, **self.progress)
+        self.saved, self.saved_at = self.trainer.step_number, time.time()
 
     def record(self, metrics):
         """Log one step; evaluate and write a checkpoint where one is due. Raises SystemExit after SIGTERM or Ctrl-C."""
@@ -115,22 +129,20 @@ class Run:
                 self.board.add_scalar(name, value, step)
         self.progress["seconds"] = self.seconds_before + time.time() - self.started
         stop = self.signals.received
-        if stop or (config.save_every and (step % config.save_every == 0 or step == config.steps)):
-            save_checkpoint(self.trainer, config.out, **self.progress)
+        by_steps = config.save_every and (step % config.save_every == 0 or step == config.steps)
+        by_time = config.save_minutes and time.time() - self.saved_at >= 60 * config.save_minutes
+        if stop or by_steps or by_time:
+            self.save()
         if stop:
             self.bar.close()
-            print(f"stopped after step {step}, with a checkpoint: the same command with --resume goes on")
+            print(f"stopped after step {step}, with a checkpoint: the same command with --resume continues")
             sys.exit(128 + stop)
 
-    def finish(self, evaluate_without_rationale=None):
-        """Save the model, evaluate it, write summary.json. Returns the summary.
-
-        evaluate_without_rationale: `() -> scores` of the same checkpoint with nothing written, or None.
-        """
+    def finish(self):
+        """Save the model, evaluate it with and without rationales, write summary.json. Returns the summary."""
         save_model(self.trainer.policy, self.config.out)  # first: the evaluation can take long, and be stopped
         summary = {"before": self.progress["before"], "after": self.evaluate()}
-        if evaluate_without_rationale:
-            summary["after_without_rationale"] = evaluate_without_rationale()
+        summary["after_without_rationale"] = self.scores(rationale=False)  # what is the rationale worth?
         summary |= {
             "seconds": self.progress["seconds"],
             "seed": self.config.seed,
