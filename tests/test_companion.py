@@ -1,9 +1,8 @@
-"""docs/companion.md says where everything is: every name, flag, command, value and link in it is held against the code.
+"""docs/companion.md says where everything is: every name, flag, command, value and link in it is checked against the code.
 
-And docs/first-hour.md: its commands, its links, and the rows it quotes from the results.
+So are the commands and links of docs/first-hour.md, and the rows that it quotes from the results.
 """
 
-import functools
 import importlib
 import os
 import re
@@ -29,15 +28,36 @@ def is_file(name):
     return any(os.path.isfile(os.path.join(folder, name)) for folder in (".", "experiments", "docs"))
 
 
+def resolve(name):
+    """What a dotted name stands for: the longest module at its beginning, then attributes. AssertionError if it is nothing."""
+    parts = name.split(".")
+    lengths = [n for n in range(1, len(parts) + 1) if is_file(os.path.join(*parts[:n]) + ".py")]
+    assert lengths, f"{name}: it begins with no module"
+    value = importlib.import_module(".".join(parts[: lengths[-1]]))
+    for part in parts[lengths[-1] :]:
+        assert hasattr(value, part), f"{name}: there is no {part}"
+        value = getattr(value, part)
+    return value
+
+
+def code_names(text):
+    """Every dotted name in a text that begins with a module or a folder of modules, in its pictures, too."""
+    ours = lambda part: is_file(part + ".py") or os.path.isfile(os.path.join(part, "__init__.py"))
+    names = {m[0] for m in re.finditer(r"(?<![\w/])[a-z_]+(?:\.\w+)+", text)}
+    return {name for name in names if ours(name.split(".")[0]) and not is_file(name)}
+
+
 def test_names_lead_to_code():
-    names = {name for name in SPANS if re.fullmatch(r"\w+(\.\w+)+", name)}
-    names |= {m[0] for m in re.finditer(r"\b[a-z_]+(?:\.\w+)+", PAGE) if is_file(m[0].split(".")[0] + ".py")}  # pictures, too
-    names = {name for name in names if not is_file(name)}
+    names = {name for name in SPANS if re.fullmatch(r"\w+(\.\w+)+", name) and not is_file(name)} | code_names(PAGE)
     for name in names:
-        module, *path = name.split(".")
-        assert is_file(module + ".py"), f"{name}: there is no {module}.py"
-        functools.reduce(getattr, path, importlib.import_module(module))  # an AttributeError names what is missing
+        resolve(name)
     assert len(names) >= 40
+
+
+@pytest.mark.parametrize("name", ["similarity.no_such", "evaluation.no_such.encode", "no_such.name", "grace.Trainer.no_such"])
+def test_a_name_without_code_is_caught(name):
+    with pytest.raises(AssertionError, match=r"no module|there is no no_such"):
+        resolve(name)
 
 
 def test_flags_exist_and_take_their_values(capsys):
@@ -120,9 +140,10 @@ def test_the_first_hour_quotes_rows_that_stand_in_the_results():
 
 
 def test_the_first_hour_s_commands_and_links():
-    changed = re.findall(r"^OUT=runs/(\S+) bash train\.sh full (--.*)$", HOUR.replace("\\\n", ""), flags=re.M)
-    runs = {name: config.parse(shlex.split(flags), "") for name, flags in changed}
-    assert len(runs) == 4
+    commands = re.findall(r"^OUT=runs/(\S+) bash train\.sh events ?(.*)$", HOUR.replace("\\\n", ""), flags=re.M)
+    runs = {name: config.parse(shlex.split(flags), "") for name, flags in commands}
+    assert len(runs) == 6 and runs["events-paper"].recipe == "paper"
+    assert set(re.findall(r"\bruns/([\w-]+)", HOUR)) == set(runs)  # what is read later was written by one of these
     given = {name: value for name, value in NO_PATHWISE.items() if name not in ("trainer", "recipe")}
     assert {name: getattr(runs["reward-alone"], name) for name in given} == given
     for path, _, word in re.findall(COMMAND, HOUR):
@@ -130,3 +151,18 @@ def test_the_first_hour_s_commands_and_links():
             assert word in file.read()
     targets = re.findall(r"\]\(([^)#]+)\)", HOUR)
     assert len(targets) >= 2 and all(os.path.exists(os.path.join("docs", target)) for target in targets)
+
+
+@pytest.mark.parametrize("page", ["reliability", "benchmarks"])
+def test_names_files_and_flags_of_other_pages(page, capsys):
+    with open(os.path.join("docs", page + ".md"), encoding="utf-8") as file:
+        text = file.read()
+    for name in code_names(text):
+        resolve(name)
+    paths = re.findall(r"(?<![\w/.])(?:tests|bench|speed|experiments)/[\w/.]*\w", text)
+    assert len(paths) >= 6 and all(os.path.exists(path) for path in paths), paths
+    with pytest.raises(SystemExit):
+        config.parse(["--help"], "")
+    known = {*re.findall(FLAG, capsys.readouterr().out), "--n", "--repeats"}  # those two are of bench/encode.py
+    flags = {flag for span in re.findall(r"`(--[^`]+)`", text) for flag in re.findall(FLAG, span)}
+    assert len(flags) >= 5 and flags <= known
