@@ -1,8 +1,8 @@
 """Every setting of a run: one typed dataclass, two recipes, and the command line made from them.
 
-A recipe only sets defaults. `paper` is the paper to the letter; `full`, the default, repairs what
-cannot teach there (grace.py lists the departures). Each choice is a setting of its own, so any step
-between the two can be run.
+A recipe only sets defaults. `paper` is the paper's equations as they stand; `full`, the default, repairs what
+cannot teach there (grace.py lists the departures). Each choice is a setting of its own, so any step between the
+two can be run.
 """
 
 import argparse

@@ -35,7 +35,9 @@ is (K-1)/K times the gradient: a group mean that includes the rollout itself shr
 queries and positives do here, an advantage credits a rollout with its own reward only, while g has all of them:
 there, c weighs the two terms.
 
-Where this departs from the paper, each a setting, all undone by `--recipe paper`:
+Where this departs from the paper's equations, each a setting, all undone by `--recipe paper`. (Four things of the
+released run are left to flags: its limit, `--max-new-tokens 2048`; its wording, `--instruction`; its four optimizer
+steps per batch, `--minibatches 4`; and instances that share a text stay out of each other's negatives in any case.)
 
 1. The reward is InfoNCE instead of Eq. 13 and 15, which cancel in the advantage (reward.py).
 2. The pathwise term.
