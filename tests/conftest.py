@@ -16,6 +16,7 @@ import grace  # noqa: E402
 import toy  # noqa: E402
 from config import Config  # noqa: E402
 from policy import Policy  # noqa: E402
+from pool import unit  # noqa: E402
 from prompt import Reading  # noqa: E402
 from rollout import sample, uniforms  # noqa: E402
 
@@ -85,6 +86,18 @@ def rolled(policy, texts=TEXTS, K=3, temperature=1.0, seed=0):
     """K sampled rationales per text."""
     uniform = uniforms(seed, len(texts), K, policy.reading.max_new_tokens)
     return sample(policy, policy.prompts(texts), K, temperature, uniform)
+
+
+def by_full_forward(policy, rollouts, n, k, temperature=1.0):
+    """One rollout's log-probabilities and embedding by the library's own model: no padding, no cache. `[T'], [D]`."""
+    prompt = rollouts.prompt_ids[n][rollouts.prompt_mask[n].bool()]
+    rationale = rollouts.ids[n, k][rollouts.mask[n, k].bool()]
+    out = policy.model(input_ids=torch.cat([prompt, rationale])[None], output_hidden_states=True, use_cache=False)
+    logprobs = torch.log_softmax(out.logits[0, len(prompt) - 1 : -1] / temperature, -1)
+    counted = torch.cat([rollouts.counted[n][rollouts.prompt_mask[n].bool()], torch.ones_like(rationale)]).bool()
+    states = out.hidden_states[-2 if policy.reading.pooling == "penultimate" else -1][0][counted]
+    how = {"max": lambda h: h.max(0).values, "eos": lambda h: h[-1]}.get(policy.reading.pooling, lambda h: h.mean(0))
+    return logprobs.gather(1, rationale[:, None])[:, 0], unit(how(states))
 
 
 def gradient(policy, value):

@@ -1,6 +1,7 @@
 """Small made-up tasks of every family, in the hub's layout, with the cases that trip an implementation:
 ties, empty titles, unjudged queries, graded and zero judgements, a query that is a document, one-label sets."""
 
+import functools
 import hashlib
 import json
 import random
@@ -10,13 +11,19 @@ import numpy as np
 WORDS = [f"w{i}" for i in range(60)]
 
 
+@functools.cache
+def word_vector(word):
+    """A fixed random vector."""
+    seed = int.from_bytes(hashlib.md5(word.encode()).digest()[:4], "big")
+    return np.random.default_rng(seed).standard_normal(24).astype(np.float32)
+
+
 def encode(texts):
-    """A cheap deterministic encoder: a fixed random vector a word, added up. Equal bags of words tie."""
+    """A cheap deterministic encoder: one vector per word, added up. Equal bags of words tie."""
     vectors = np.zeros((len(texts), 24), np.float32)
     for row, text in zip(vectors, texts):
         for word in text.split():
-            seed = int.from_bytes(hashlib.md5(word.encode()).digest()[:4], "big")
-            row += np.random.default_rng(seed).standard_normal(24).astype(np.float32)
+            row += word_vector(word)
         row[0] += 0.1
     return vectors
 
@@ -50,19 +57,19 @@ def readme(folder, configs):
     (folder / "README.md").write_text("\n".join([*lines, "---", ""]))
 
 
-def retrieval(folder, rng, documents=60, queries=12, candidates=0):
+def retrieval(folder, rng, documents=60, n_queries=12, candidates=0):
     corpus = [{"_id": f"d{i}", "title": rng.choice(["", "w1 w2"]), "text": sentence(rng) + " "} for i in range(documents)]
     for i in range(0, documents, 7):
         corpus[i]["text"], corpus[i]["title"] = corpus[0]["text"], corpus[0]["title"]  # exact ties
-    asked = [{"_id": f"q{i}", "text": sentence(rng)} for i in range(queries)]
-    asked[0] = {"_id": "d5", "text": corpus[5]["text"]}  # a query that is its own document
-    asked[1]["text"] = corpus[0]["text"]
+    queries = [{"_id": f"q{i}", "text": sentence(rng)} for i in range(n_queries)]
+    queries[0] = {"_id": "d5", "text": corpus[5]["text"]}  # a query that is its own document
+    queries[1]["text"] = corpus[0]["text"]
     judged = [
         {"query-id": q["_id"], "corpus-id": f"d{i}", "score": rng.choice([0, 1, 2])}
-        for q in asked[:-2]
+        for q in queries[:-2]
         for i in rng.sample(range(documents), 5)
     ]  # the last two queries have no judgement
-    judged += [{"query-id": asked[1]["_id"], "corpus-id": f"d{i}", "score": 1} for i in (7, 14)]
+    judged += [{"query-id": queries[1]["_id"], "corpus-id": f"d{i}", "score": 1} for i in (7, 14)]
     for row in judged:
         row["score"] = 0 if row["query-id"] == "q3" else row["score"]  # judged, and nothing is right
         row["score"] = 1 if row["query-id"] == "q4" else row["score"]
@@ -73,7 +80,7 @@ def retrieval(folder, rng, documents=60, queries=12, candidates=0):
         "default": {"test": "qrels.jsonl"},
     }
     rows(folder / "corpus.jsonl", corpus)
-    rows(folder / "queries.jsonl", asked)
+    rows(folder / "queries.jsonl", queries)
     rows(folder / "qrels.jsonl", unique.values())
     if candidates:
         top = [
@@ -84,7 +91,7 @@ def retrieval(folder, rng, documents=60, queries=12, candidates=0):
                     | {row["corpus-id"] for row in unique.values() if row["query-id"] == q["_id"]}
                 ),
             }
-            for q in asked
+            for q in queries
         ]
         rows(folder / "top.jsonl", top)
         configs["top_ranked"] = {"test": "top.jsonl"}
@@ -92,11 +99,11 @@ def retrieval(folder, rng, documents=60, queries=12, candidates=0):
 
 
 def write_all(base, seed=0):
-    """One folder a task under `base`. Returns the task names."""
+    """One folder per task under `base`. Returns the task names."""
     rng = random.Random(seed)
     retrieval(base / "SciFact", rng)
     retrieval(base / "ArguAna", rng)
-    retrieval(base / "NFCorpus", rng, documents=1300, queries=8)  # more documents than the top 1000
+    retrieval(base / "NFCorpus", rng, documents=1300, n_queries=8)  # more documents than the top 1000
     retrieval(base / "SciDocsRR", rng, candidates=9)
     sts = []
     for i in range(80):

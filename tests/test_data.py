@@ -3,14 +3,14 @@
 import json
 
 import pytest
-import torch  # noqa: F401  (before datasets, as everywhere)
+from conftest import command, config
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 import grace
-from config import Config
 from plumbing.data import load_rows, open_dataset, read_pairs, read_texts, read_triplets
 from plumbing.errors import GraceError
+from rollout import make_batch
 
 
 def write(path, rows):
@@ -43,15 +43,17 @@ def test_names(tmp_path, names):
     assert read_triplets(write(tmp_path / "x.jsonl", rows)) == READ
 
 
-def test_number_of_negatives(tmp_path):
+def test_number_of_negatives(tmp_path, capsys):
     rows = [
         {"query": "a", "positive": "b", "negative": ["c", "d", "e"]},
         {"query": "f", "positive": "g", "negative": ["h", "i"]},
     ]
     path = write(tmp_path / "x.jsonl", rows)
     assert [row["negative"] for row in read_triplets(path)] == [["c", "d"], ["h", "i"]]
+    assert "1 of 2 rows have more than 2 negatives" in (printed := capsys.readouterr().out) and "--negatives 3" in printed
     assert [row["negative"] for row in read_triplets(path, 1)] == [["c"], ["h"]]
     assert [row["negative"] for row in read_triplets(path, 0)] == [[], []]
+    assert capsys.readouterr().out == ""
     with pytest.raises(GraceError, match="line 2: has 2 negatives, --negatives asks for 3"):
         read_triplets(path, 3)
     none = write(tmp_path / "y.jsonl", [{"query": "a", "positive": "b"}])
@@ -98,7 +100,7 @@ def test_broken_files(tmp_path, content, message):
 
 
 @pytest.mark.parametrize("source", ["missing.jsonl", "./missing", "/missing/folder", "someone/some-dataset-on-the-hub"])
-def test_what_is_not_there(source):
+def test_missing_sources(source):
     with pytest.raises(GraceError, match="no such file|cannot be read"):
         read_triplets(source)
 
@@ -109,13 +111,13 @@ def test_unknown_format(tmp_path):
         read_texts(str(tmp_path / "x.xlsx"))
 
 
-def test_words_that_csv_readers_take_for_missing(tmp_path):
+def test_words_that_mean_missing_in_csv(tmp_path):
     path = tmp_path / "x.csv"
     path.write_text("text\nNA\nNone\nnull\n")
     assert [row["text"] for row in read_texts(str(path))] == ["NA", "None", "null"]
 
 
-def test_texts_a_line_each(tmp_path):
+def test_one_text_per_line(tmp_path):
     path = tmp_path / "x.txt"
     path.write_text("one\n\ntwo é\n", encoding="utf-8")
     assert read_texts(str(path)) == [{"text": "one"}, {"text": "two é"}]
@@ -133,11 +135,17 @@ def test_bad_pairs_are_named(tmp_path, row):
         read_pairs(write(tmp_path / "x.jsonl", [good, {**good, **{k: str(v) if v == v and v else v for k, v in row.items()}}]))
 
 
-def test_no_training_row_shares_a_text_with_a_held_out_one(tmp_path):
+def test_held_out_rows_share_no_text(tmp_path):
+    """With a training row: neither labelled rows nor texts that are there twice."""
     rows = [{"query": f"q{i // 2}", "positive": f"p{i}", "negative": "n"} for i in range(40)]
-    train, heldout, _ = load_rows(Config(data=write(tmp_path / "x.jsonl", rows), batch=2))
+    train, heldout, _ = load_rows(config(data=write(tmp_path / "x.jsonl", rows), batch=2))
     assert len(heldout) == 4 and not {r["query"] for r in train} & {r["query"] for r in heldout}
     assert len(train) + len(heldout) < 40  # the other row of a held-out query is in neither
+    path = write(tmp_path / "y.jsonl", [{"text": f"t{i // 2}"} for i in range(40)])
+    train, heldout, _ = load_rows(config(data=path, mode="unsupervised", batch=2))
+    assert (
+        len(heldout) == 4 and not {r["text"] for r in train} & {r["text"] for r in heldout} and len(train) + len(heldout) < 40
+    )
 
 
 # ---------------------------------------------------------------- lines that are not what they should be
@@ -208,47 +216,43 @@ def test_enormous_lines_and_mixed_types(tmp_path):
     assert len(read_texts(str(tmp_path / "x.csv"))[0]["text"]) == len(long)
 
 
-def test_rows_that_are_there_twice_stay_and_are_twins(tmp_path):
+def test_rows_that_are_there_twice(tmp_path):
     rows = read_triplets(write(tmp_path / "x.jsonl", [GOOD[0], GOOD[1], GOOD[0]]))
     assert len(rows) == 3
-    _, twins = grace.batch_roles(rows)
+    twins = make_batch(rows).twins
     assert twins[0, 2] and twins[2, 0] and twins.sum() == 5
 
 
-def test_bad_rows_are_skipped_where_asked_and_listed(tmp_path):
+def test_bad_rows_are_skipped_and_listed(tmp_path):
     path = tmp_path / "x.jsonl"
     path.write_bytes(
         LINE + b"{half\n" + LINE + b'{"query": "caf\xe9", "positive": "b"}\n' + b'{"query": "", "positive": "b"}\n'
     )
     skipped = []
     assert read_triplets(str(path), skipped=skipped) == READ[:1] * 2
-    assert [bad["where"] for bad in skipped] == ["line 2", "line 4", "line 5"] and skipped[2][
-        "why"
-    ] == "query is empty, not a text"
+    assert [bad["where"] for bad in skipped] == ["line 2", "line 4", "line 5"]
+    assert skipped[2]["why"] == "query is empty, not a text"
     assert {bad["file"] for bad in skipped} == {str(path)} and json.dumps(skipped)
     path.write_bytes(b"{half\n" * 3)
     with pytest.raises(GraceError, match="no rows are left, all 3 were skipped; line 1: cannot be read as JSON"):
         read_triplets(str(path), skipped=[])
 
 
-def test_a_run_lists_what_it_skipped(tiny_world, tmp_path, capsys):
-    data = tmp_path / "data.jsonl"
+def test_run_lists_what_it_skipped(tiny_world, tmp_path, capsys):
+    data, out = tmp_path / "data.jsonl", tmp_path / "out"
     lines = (tiny_world / "data" / "train.jsonl").read_bytes()
     data.write_bytes(lines + b'{"query": "caf\xe9", "positive": "b"}\n' * 7)
-    command = (
-        f"--model {tiny_world}/model --data {data} --out {tmp_path / 'out'} --batch 4 --rollouts 2 --steps 1 --eval-every 0"
-    )
+    arguments = command(tiny_world, out, f"--data {data} --steps 1 --eval-every 0")
     with pytest.raises(SystemExit, match="data.jsonl, line 65: query is not UTF-8"):
-        grace.main(command.split())
-    grace.main((command + " --on-bad-row skip").split())
+        grace.main(arguments)
+    grace.main([*arguments, "--on-bad-row", "skip"])
     printed = capsys.readouterr().out
-    assert printed.count("skipped: ") == 5 and f"7 rows skipped; {tmp_path}/out/skipped_rows.json lists them all" in printed
-    assert [bad["where"] for bad in json.loads((tmp_path / "out" / "skipped_rows.json").read_text())] == [
-        f"line {i}" for i in range(65, 72)
-    ]
+    assert printed.count("skipped: ") == 5 and f"7 rows skipped; {out}/skipped_rows.json lists them all" in printed
+    skipped = json.loads((out / "skipped_rows.json").read_text())
+    assert [bad["where"] for bad in skipped] == [f"line {i}" for i in range(65, 72)]
 
 
-def test_a_damaged_parquet_file(tmp_path):
+def test_damaged_parquet_file(tmp_path):
     import pandas
 
     path = tmp_path / "x.parquet"
@@ -288,18 +292,18 @@ files = st.tuples(
 @example(content=b'{"query": "a", "positive": "b", "negative": 1e999}', suffix=".jsonl", skip=False)
 @example(content=b'{"sentence1": "a", "sentence2": "b", "score": ' + b"9" * 400 + b"}", suffix=".jsonl", skip=False)
 @example(content=b'{"query": ' * 5000, suffix=".jsonl", skip=True)
-def test_a_thousand_malformed_files_end_in_rows_or_in_our_own_error(tmp_path_factory, content, suffix, skip):
-    """And what comes back is what the docstrings promise."""
+def test_a_thousand_malformed_files(tmp_path_factory, content, suffix, skip):
+    """They end in rows, which are what the docstrings promise, or in a GraceError of one line."""
     path = tmp_path_factory.getbasetemp() / f"fuzz{suffix}"
     path.write_bytes(content)
     for read in (read_triplets, read_texts, read_pairs):
         skipped = [] if skip else None
         try:
-            found = read(str(path), skipped=skipped)
+            rows = read(str(path), skipped=skipped)
         except GraceError as error:
             assert str(path) in str(error) and "\n" not in str(error)
             continue
-        texts = found[0] + found[1] if read is read_pairs else [x for row in found for x in row.values()]
+        texts = rows[0] + rows[1] if read is read_pairs else [x for row in rows for x in row.values()]
         texts = [text for x in texts for text in (x if isinstance(x, list) else [x])]
         assert texts and all(isinstance(text, str) and text.strip() and text.encode() for text in texts)
         assert not skipped or json.dumps(skipped)

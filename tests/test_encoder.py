@@ -1,4 +1,4 @@
-"""The encoder: nothing read twice, nothing lost, and errors that say what to do."""
+"""The encoder: texts in any company get the same vectors, nothing is read twice or lost, and errors say what to do."""
 
 import json
 import os
@@ -7,47 +7,116 @@ import subprocess
 import sys
 import time
 
-import encoder as encoder_module
 import numpy as np
 import pytest
+import torch
 from conftest import TEXTS
 
 import eval_mteb_subset
-from evaluation.encoder import GraceEncoder, MeanEncoder, fingerprint
+from evaluation import encoder as encoder_module
+from evaluation.encoder import (
+    Encoded,
+    GraceEncoder,
+    MeanEncoder,
+    embed_prompts,
+    encode_batch,
+    encode_texts,
+    fingerprint,
+    text_loss,
+    token_batches,
+)
 from plumbing.errors import GraceError
-from rollout import Encoded, encode, encode_batch
+from pool import unit
+
+# ---------------------------------------------------------------- in batches
+
+
+def test_embeddings_do_not_depend_on_the_company(make_policy):
+    """Greedy or sampled: alone, in a batch, in another order, repeated: the same embedding and rationale."""
+    policy = make_policy()
+    for temperature in (0.0, 1.0):
+        whole = encode_texts(policy, TEXTS, temperature=temperature)
+        for i, text in enumerate(TEXTS):
+            alone = encode_texts(policy, [text], temperature=temperature)
+            np.testing.assert_allclose(alone.vectors[0], whole.vectors[i], rtol=1e-5, atol=1e-5)
+            assert alone.rationales[0] == whole.rationales[i]
+        order = [2, 0, 1, 0]
+        texts = [TEXTS[i] for i in order]
+        shuffled = encode_texts(policy, texts, temperature=temperature, tokens_per_batch=1)
+        np.testing.assert_allclose(shuffled.vectors, whole.vectors[order], rtol=1e-5, atol=1e-5)
+
+
+def test_token_batches(make_policy):
+    """Every text once, within the budget."""
+    texts = [TEXTS[i % 3] + " x" * i for i in range(40)]
+    parts = list(token_batches(texts, 300, make_policy()))
+    assert sorted(i for part in parts for i in part) == list(range(40)) and len(parts) > 3
+
+
+def test_empty_text_has_an_embedding(make_policy):
+    vectors = encode_texts(make_policy(), ["", TEXTS[0]]).vectors
+    assert abs((vectors**2).sum(1) - 1).max() < 1e-5
+
+
+def test_without_rationale(make_policy):
+    """The prompt alone, pooled."""
+    policy = make_policy()
+    x = policy.prompts(TEXTS[:1])
+    with torch.no_grad():
+        states = policy.model.base_model(input_ids=x.ids).last_hidden_state[0][x.counted[0].bool()]
+    torch.testing.assert_close(embed_prompts(policy, x)[0], unit(states.mean(0)), rtol=1e-5, atol=1e-5)
+    assert encode_texts(policy, TEXTS[:1], rationale=False).rationales == [""]
+    encoder = GraceEncoder(policy, rationale=False)
+    assert encoder.rationales(TEXTS) == [""] * 3 and encoder.counts["unfinished"] == 0
+
+
+def test_text_loss(make_policy):
+    """The mean over all tokens of the texts, one text at a time."""
+    policy = make_policy()
+    nats, count = 0.0, 0
+    for text in TEXTS:
+        x = policy.prompts([text])
+        logprobs = torch.log_softmax(policy.model(input_ids=x.ids).logits, -1)[0]
+        for at in x.text[0].nonzero()[:, 0].tolist():
+            nats -= logprobs[at - 1, x.ids[0, at]].item()
+            count += 1
+    assert count == sum(len(t.split()) for t in TEXTS)
+    assert text_loss(policy, TEXTS) == pytest.approx(nats / count, rel=1e-5)
+
+
+# ---------------------------------------------------------------- with a memory on disk
 
 
 @pytest.fixture
-def counted(monkeypatch):
+def read(monkeypatch):
     """The texts that the policy really read, in order."""
-    read = []
+    texts_read = []
 
     def counting(policy, texts, *more):
-        read.extend(texts)
+        texts_read.extend(texts)
         return encode_batch(policy, texts, *more)
 
     monkeypatch.setattr(encoder_module, "encode_batch", counting)
-    return read
+    return texts_read
 
 
-def test_it_is_the_rollout_code(make_policy):
+def test_encoder_is_encode_texts(make_policy):
     policy = make_policy()
-    expected = encode(policy, TEXTS)
+    expected = encode_texts(policy, TEXTS)
     encoder = GraceEncoder(policy)
     np.testing.assert_allclose(encoder.encode(TEXTS), expected.vectors, atol=1e-6)
     assert encoder.rationales(TEXTS) == expected.rationales
     assert encoder.encode(TEXTS).dtype == np.float32
 
 
-def test_no_text_is_read_twice(make_policy, counted, tmp_path):
+def test_no_text_is_read_twice(make_policy, read, tmp_path):
     policy = make_policy()
     first = GraceEncoder(policy, cache=tmp_path)
     many = first.encode([TEXTS[0], TEXTS[1], TEXTS[0], ""])
-    assert sorted(counted) == sorted([TEXTS[0], TEXTS[1], ""]) and (many[0] == many[2]).all()
+    assert sorted(read) == sorted([TEXTS[0], TEXTS[1], ""]) and (many[0] == many[2]).all()
     assert first.counts["empty"] == 1 and np.isfinite(many).all()
     again = GraceEncoder(policy, cache=tmp_path)  # as another process would
-    assert (again.encode([TEXTS[1], TEXTS[0]]) == many[[1, 0]]).all() and len(counted) == 3
+    assert (again.encode([TEXTS[1], TEXTS[0]]) == many[[1, 0]]).all() and len(read) == 3
     assert again.counts["read"] == 0 and again.counts["remembered"] == 2
 
 
@@ -71,28 +140,23 @@ def test_a_policy_brings_its_own_reading(make_policy, tmp_path):
         GraceEncoder(make_policy(), cache=tmp_path / "file")
 
 
-def test_another_way_of_reading_is_another_memory(make_policy, counted, tmp_path):
+def test_another_reading_is_another_memory(make_policy, read, tmp_path):
     policies = [make_policy(), make_policy(seed=1), make_policy(max_new_tokens=3), make_policy(pooling="eos")]
     assert len({fingerprint(p.model) for p in policies[:2]}) == 2
     for policy in policies:
         GraceEncoder(policy, cache=tmp_path).encode(TEXTS[:1])
     for more in ({"rationale": False}, {"temperature": 1.0}, {"temperature": 1.0, "seed": 1}):
         GraceEncoder(policies[0], cache=tmp_path, **more).encode(TEXTS[:1])
-    assert len(counted) == 7 and len(os.listdir(tmp_path)) == 7
+    assert len(read) == 7 and len(os.listdir(tmp_path)) == 7
 
 
-def test_sampling_repeats_by_seed_and_averages(make_policy):
+def test_sampling_repeats_by_seed(make_policy):
     policy = make_policy()
     one, same, other = (GraceEncoder(policy, temperature=1.0, seed=s).encode(TEXTS) for s in (0, 0, 1))
     assert (one == same).all() and abs(one - other).max() > 0.01
     both = MeanEncoder([GraceEncoder(policy, temperature=1.0, seed=s) for s in (0, 1)]).encode(TEXTS)
     mean = (one + other) / 2
     np.testing.assert_allclose(both, mean / np.linalg.norm(mean, axis=1, keepdims=True), atol=1e-6)
-
-
-def test_without_rationale(make_policy):
-    encoder = GraceEncoder(make_policy(), rationale=False)
-    assert encoder.rationales(TEXTS) == [""] * 3 and encoder.counts["unfinished"] == 0
 
 
 def test_bad_texts_vectors_and_files(make_policy, tmp_path, monkeypatch):
@@ -114,28 +178,28 @@ def test_bad_texts_vectors_and_files(make_policy, tmp_path, monkeypatch):
         GraceEncoder(policy).encode([TEXTS[1]])
 
 
-def test_the_memory_survives_a_kill(tiny_world, tmp_path):
+def test_memory_survives_a_kill(tiny_world, tmp_path):
     """SIGKILL while reading; what was read stays, the rest is read, and the result is the one never interrupted."""
-    texts = [f"the old doctor sold the boat near the inn around noon . {'the ' * (i % 17)}w{i}" for i in range(3000)]
+    texts = [f"the old doctor sold the boat near the inn around noon . {'the ' * (i % 17)}w{i}" for i in range(1000)]
     program = (
-        "import sys, json; sys.path.insert(0, '.'); from encoder import GraceEncoder; "
+        "import sys, json; from evaluation.encoder import GraceEncoder; "
         f"GraceEncoder({str(tiny_world / 'model')!r}, cache={str(tmp_path)!r}, tokens_per_batch=600)"
         ".encode(json.load(sys.stdin))"
     )
     process = subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     process.stdin.write(json.dumps(texts))
     process.stdin.close()
-    for _ in range(1200):  # at most two minutes
-        time.sleep(0.1)
+    for _ in range(6000):  # at most two minutes
+        time.sleep(0.02)
         if any(name.endswith(".sqlite") and os.path.getsize(tmp_path / name) > 100_000 for name in os.listdir(tmp_path)):
             break
         assert process.poll() is None, process.stderr.read()
     process.send_signal(signal.SIGKILL)
     process.wait()
     again = GraceEncoder(f"{tiny_world}/model", cache=tmp_path)
-    found = again.encode(texts)
-    assert 0 < again.counts["remembered"] < 3000 and again.counts["remembered"] + again.counts["read"] == 3000
-    np.testing.assert_allclose(found, GraceEncoder(again.policy).encode(texts), atol=1e-5)
+    vectors = again.encode(texts)
+    assert 0 < again.counts["remembered"] < 1000 and again.counts["remembered"] + again.counts["read"] == 1000
+    np.testing.assert_allclose(vectors, GraceEncoder(again.policy).encode(texts), atol=1e-5)
 
 
 # ---------------------------------------------------------------- the command line

@@ -11,35 +11,15 @@ import sys
 import pytest
 import torch
 import transformers
-from conftest import ARCHITECTURES, TEXTS, build
+from conftest import ARCHITECTURES, ROWS, build, command, config, descent, gradient, weights
 
 import grace
-from config import Config, parse
-from grace import Trainer, advantages, batch_roles, clipped_objective, judge, kl_k3, roll_out
-from plumbing.errors import GraceError
-from plumbing.report import effective_rank
-from policy import Policy, Reading
+from grace import Trainer, advantages, clipped_objective, judge, kl_k3, masked_mean
+from plumbing.data import open_dataset
+from policy import Policy
+from prompt import Reading
 from reward import infonce, paper_components
-from rollout import sample, score
-
-ROWS = [
-    {
-        "query": f"the {a} doctor bought the lamp",
-        "positive": f"somebody {b} the boat around noon .",
-        "negative": [f"the {c} child"],
-    }
-    for a, b, c in zip("old young tall rich".split(), "sold found fixed hid".split(), "quiet smart happy angry".split())
-]
-
-
-def config(**settings):
-    given = dict(batch=4, rollouts=3, steps=2, lr=1e-3, recipe="full")
-    return Config(**{**given, **settings})
-
-
-def rolled(policy, K=3, texts=TEXTS):
-    return sample(policy, policy.prompts(texts), K, 1.0, torch.Generator().manual_seed(0))
-
+from rollout import make_batch, sample, score, uniforms
 
 # ---------------------------------------------------------------- advantage, objective, KL
 
@@ -58,7 +38,7 @@ def test_clipped_objective_is_eq8(length_normalize):
     new, old = torch.randn(2, 3, 5, dtype=torch.float64) * 0.3, torch.randn(2, 3, 5, dtype=torch.float64) * 0.3
     A, lengths, eps = torch.randn(2, 3, dtype=torch.float64), [[5, 2, 1], [3, 4, 5]], 0.2
     mask = torch.tensor([[[int(t < n) for t in range(5)] for n in row] for row in lengths])
-    found = clipped_objective(new, old, A, mask, eps, length_normalize)
+    values = clipped_objective(new, old, A, mask, eps, length_normalize)
     clipped = 0
     for i, k in itertools.product(range(2), range(3)):
         total = 0.0
@@ -67,7 +47,7 @@ def test_clipped_objective_is_eq8(length_normalize):
             bounded = min(max(ratio, 1 - eps), 1 + eps)
             clipped += bounded != ratio
             total += min(ratio * float(A[i, k]), bounded * float(A[i, k]))
-        assert float(found[i, k]) == pytest.approx(total / (lengths[i][k] if length_normalize else 1), abs=1e-12)
+        assert float(values[i, k]) == pytest.approx(total / (lengths[i][k] if length_normalize else 1), abs=1e-12)
     assert clipped > 5  # the clip is at work
 
 
@@ -87,9 +67,9 @@ def test_kl_k3_is_zero_at_equality_and_unbiased():
     assert float(kl_k3(p.view(1, 1, 7), p.view(1, 1, 7), torch.ones(1, 1, 7))) == 0
 
 
-def test_effective_rank():
-    assert float(effective_rank(torch.eye(5))) == pytest.approx(5, rel=1e-4)
-    assert float(effective_rank(torch.ones(5, 5))) == pytest.approx(1, abs=1e-3)
+def test_masked_mean():
+    x, mask = torch.tensor([[1.0, 3.0, 50.0], [7.0, 50.0, 50.0]]), torch.tensor([[1, 1, 0], [1, 0, 0]])
+    assert masked_mean(x, mask).tolist() == [2.0, 7.0]
 
 
 # ---------------------------------------------------------------- what can teach, and what cannot
@@ -143,17 +123,17 @@ def test_the_rewards_gradient_at_the_embeddings():
     torch.testing.assert_close(g, torch.autograd.grad(written_out.sum(), p)[0])
 
 
-def test_twins_are_found_by_text():
+def test_twins_are_found():
     rows = copy.deepcopy(ROWS)
     rows[2]["positive"] = rows[0]["positive"]
     rows[3]["query"] = rows[1]["positive"]  # one's query, another's positive
-    texts, twins = batch_roles(rows)
-    assert texts["negative"] == [n for row in rows for n in row["negative"]]
+    batch = make_batch(rows)
+    assert batch.texts["negative"] == [n for row in rows for n in row["negative"]]
     expected = torch.eye(4, dtype=torch.bool)
     expected[0, 2] = expected[2, 0] = expected[1, 3] = expected[3, 1] = True
-    assert torch.equal(twins, expected)
-    texts, twins = batch_roles([{"text": "a"}, {"text": "b"}, {"text": "a"}], anchored=True)
-    assert texts["anchor"] == texts["text"] and twins.sum() == 5
+    assert torch.equal(batch.twins, expected)
+    batch = make_batch([{"text": "a"}, {"text": "b"}, {"text": "a"}], anchored=True)
+    assert batch.texts["anchor"] == batch.texts["text"] and batch.twins.sum() == 5
 
 
 # ---------------------------------------------------------------- the full gradient, by enumeration
@@ -169,27 +149,20 @@ def enumerable():
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<end>", unk_token="c")
     model = build("GPT2", 4, eos_token_id=3).double()
     policy = Policy(model, tokenizer, Reading("a", 32, 2))
-    written = [[3]] + [[x, y] for x in range(3) for y in range(4)]
-    prompt = policy.prompts(["a b b"])
-    rollouts = sample(policy, prompt, len(written), 1.0, torch.Generator().manual_seed(0))
-    ids, mask = torch.zeros(1, 13, 2, dtype=torch.long), torch.ones(1, 13, 2, dtype=torch.long)
-    for k, w in enumerate(written):
-        ids[0, k, : len(w)] = torch.tensor(w)
-    mask[0, 0, 1] = 0
-    rollouts.ids, rollouts.mask = ids, mask
+    rationales = [[3]] + [[x, y] for x in range(3) for y in range(4)]
+    rollouts = sample(policy, policy.prompts(["a b b"]), 13, 1.0, uniforms(0, 1, 13, 2))
+    rollouts.ids, rollouts.mask = torch.zeros(1, 13, 2, dtype=torch.long), torch.ones(1, 13, 2, dtype=torch.long)
+    for k, ids in enumerate(rationales):
+        rollouts.ids[0, k, : len(ids)] = torch.tensor(ids)
+    rollouts.mask[0, 0, 1] = 0
     with torch.no_grad():
-        rollouts.logprobs, rollouts.embeddings = score(policy, rollouts)
+        scores = score(policy, rollouts)
+    rollouts.logprobs, rollouts.embeddings = scores.logprobs, scores.embeddings
     return policy, rollouts
 
 
-def gradient(policy, value):
-    policy.model.zero_grad()
-    value.backward()
-    return torch.cat([p.grad.flatten() for p in policy.model.parameters() if p.grad is not None])
-
-
 @pytest.mark.parametrize("reward", ["infonce", "paper"])
-def test_the_full_gradient_is_exact(enumerable, reward):
+def test_full_gradient_is_exact(enumerable, reward):
     """E over all 169 groups of two = (K-1)/K times the gradient of the exactly computed E[R]; Eq. 19 alone is not it."""
     policy, every = enumerable
     D, K = every.embeddings.shape[2], 2
@@ -206,10 +179,10 @@ def test_the_full_gradient_is_exact(enumerable, reward):
             return infonce(roles["positive"], roles["query"], given.infonce_temperature)[:1] / given.tau
         return paper_components(roles)["contrastive"][:1] / given.tau
 
-    logprobs, h = score(policy, every)
-    probability = logprobs.sum(-1).exp()[0]  # [13]
+    scores = score(policy, every)
+    probability = scores.logprobs.sum(-1).exp()[0]  # [13]
     assert probability.sum().item() == pytest.approx(1, abs=1e-12)  # these are all there are
-    exact = gradient(policy, (probability * rewards_of(h)[0]).sum())
+    exact = gradient(policy, (probability * rewards_of(scores.embeddings)[0]).sum())
 
     fixed = {"query": anchors[:2, None], "positive": every.embeddings.expand(2, -1, -1)}
     fixed["negative"] = anchors[2].expand(2, 1, 1, D)
@@ -235,15 +208,15 @@ def test_the_full_gradient_is_exact(enumerable, reward):
 
 
 def prepared(policy, **settings):
-    """A trainer, one batch of its rollouts, and what they are worth."""
-    trainer = Trainer(policy, copy.deepcopy(policy), ROWS, config(**settings))
-    texts, twins = batch_roles(trainer.batch(), anchored=trainer.config.reward == "paper")
-    rollouts, found = roll_out(policy, texts, trainer.config, trainer.generator)
-    R, _, g = judge(found, rollouts.finished, twins, trainer.config)
+    """A trainer as `descent` makes it, one batch of its rollouts, and what they are worth."""
+    trainer = descent(policy, **settings)
+    batch = make_batch(trainer.next_rows(), anchored=trainer.config.reward == "paper")
+    rollouts, embeddings = trainer.sample(batch.texts)
+    R, _, g = judge(embeddings, rollouts.finished, batch.twins, trainer.config)
     return trainer, rollouts, advantages(R), g
 
 
-def test_gradient_of_the_loss_against_finite_differences(make_policy):
+def test_loss_by_finite_differences(make_policy):
     """With clip, KL, pathwise and text terms all active, off policy."""
     policy = make_policy("GPT2", double=True)
     trainer, rollouts, A, g = prepared(policy, kl=0.5, pathwise=0.7, clip_eps=0.05, text_weight=0.3)
@@ -251,8 +224,8 @@ def test_gradient_of_the_loss_against_finite_differences(make_policy):
         torch.manual_seed(3)
         for p in policy.model.parameters():
             p += 0.01 * torch.randn_like(p)
-    value, seen = trainer.objective(rollouts, A, g)
-    assert 0.05 < float(seen["clip_fraction"].mean()) < 0.95 and float(seen["kl_start"].mean()) > 1e-4
+    value, stats = trainer.objective(rollouts, A, g)
+    assert 0.05 < float(stats["clip_fraction"].mean()) < 0.95 and float(stats["kl_start"].mean()) > 1e-4
     gradient(policy, value.sum())
     checked = 0
     for p in policy.model.parameters():
@@ -269,68 +242,64 @@ def test_gradient_of_the_loss_against_finite_differences(make_policy):
     assert checked > 20
 
 
-def test_the_text_term_is_the_language_models_loss_on_the_texts(make_policy):
+def test_text_term_is_the_language_models_loss(make_policy):
     """One text at a time, in a forward pass of its own: all its tokens after the first, and the template's."""
     policy = make_policy(double=True)
     trainer, rollouts, A, g = prepared(policy, text_weight=0.7)
-    with_text, seen = trainer.objective(rollouts, A, g)
+    with_text, stats = trainer.objective(rollouts, A, g)
     trainer.config.text_weight = 0.0
     without, _ = trainer.objective(rollouts, A, g)
-    for n, text in enumerate([row[role] for role in ("query", "positive") for row in trainer.batch()]):
+    for n, text in enumerate([row[role] for role in ("query", "positive") for row in trainer.next_rows()]):
         x = policy.prompts([text])
-        said = torch.log_softmax(policy.model(input_ids=x.ids).logits[0], -1)
+        logprobs = torch.log_softmax(policy.model(input_ids=x.ids).logits[0], -1)
         at = x.counted[0].nonzero()[1:, 0]
-        expected = said[at - 1, x.ids[0, at]].mean().item()
+        expected = logprobs[at - 1, x.ids[0, at]].mean().item()
         assert len(at) >= 3 and (with_text - without)[n].tolist() == pytest.approx([0.7 * expected] * A.shape[1], rel=1e-5)
-        assert seen["text_loss"][n].tolist() == pytest.approx([-expected] * A.shape[1], rel=1e-5)
+        assert stats["prompt_loss"][n].tolist() == pytest.approx([-expected] * A.shape[1], rel=1e-5)
 
 
 @pytest.mark.parametrize("minibatches", [1, 3])
 def test_micro_batches_cannot_change_the_update(make_policy, minibatches):
-    """By plain gradient descent, unclipped: Adam would hide a wrong scale."""
-    ends, splits = [], []
+    updates, splits = [], []
     for budget in (1, 80, 10**6):
         policy = make_policy("GPT2", double=True)
-        trainer, rollouts, A, g = prepared(
-            policy, tokens_per_batch=budget, minibatches=minibatches, epochs=2, max_grad_norm=1e9
-        )
-        trainer.optimizer = torch.optim.SGD(policy.model.parameters(), lr=1e-2)
-        splits.append([len(part) for part in trainer.micro_batches(torch.arange(len(A)), rollouts)])
-        start = torch.cat([p.detach().flatten() for p in policy.model.parameters()])
+        trainer, rollouts, A, g = prepared(policy, tokens_per_batch=budget, minibatches=minibatches, epochs=2)
+        splits.append([len(part) for part in trainer.micro_batches(torch.arange(len(A)), rollouts, budget)])
+        before = weights(policy)
         trainer.update(rollouts, A, g)
-        ends.append(torch.cat([p.detach().flatten() for p in policy.model.parameters()]) - start)
+        updates.append(weights(policy) - before)
     assert len(splits[0]) == 8 > len(splits[1]) > len(splits[2]) == 1 and len(set(splits[1])) > 1  # an uneven split
-    for end in ends[1:]:
-        assert (end - ends[0]).norm() < 1e-7 * ends[0].norm()
+    for update in updates[1:]:
+        assert (update - updates[0]).norm() < 1e-7 * updates[0].norm()
 
 
 def test_micro_batches_keep_to_the_budget(make_policy):
-    trainer, rollouts, A, _ = prepared(make_policy(), tokens_per_batch=100)
-    parts = list(trainer.micro_batches(torch.arange(len(A)), rollouts))
+    trainer, rollouts, A, _ = prepared(make_policy())
+    parts = list(trainer.micro_batches(torch.arange(len(A)), rollouts, 100))
     assert sorted(i for part in parts for i in part.tolist()) == list(range(8))
     for part in parts:
         trimmed = rollouts[part]
         assert len(part) == 1 or trimmed.prompt_ids.numel() + trimmed.ids.numel() <= 150  # the two maxima may be of two groups
 
 
-def test_the_first_ratio_is_one_and_later_ones_are_not(make_policy):
+def test_first_ratio_is_one(make_policy):
     policy = make_policy()
     metrics = Trainer(policy, copy.deepcopy(policy), ROWS, config(lr=0.05, minibatches=4)).step()
     assert metrics["first_ratio_off"] < 1e-4 < 0.01 < metrics["clip_fraction"]
     assert metrics["approx_kl"] > 1e-3
 
 
-def test_a_step_pushes_better_rationales_up(make_policy):
-    """With one rollout clearly better than its group, its log-probability rises and the others' falls."""
+def test_step_pushes_better_rationales_up(make_policy):
+    """With one rollout clearly better than its group, its log-probability rises more than the others'."""
     policy = make_policy()
-    trainer, rollouts, A, g = prepared(policy, pathwise=0.0, kl=0.0, text_weight=0.0, lr=1e-2, temperature=1.0)
+    trainer, rollouts, A, g = prepared(policy, pathwise=0.0, kl=0.0, text_weight=0.0, temperature=1.0)
     A = torch.zeros_like(A)
     A[0] = torch.tensor([2.0, -1.0, -1.0])
+    assert len({tuple(ids) for ids in rollouts.ids[0].tolist()}) == 3
     trainer.update(rollouts, A, g)
     with torch.no_grad():
-        change = ((score(policy, rollouts)[0] - rollouts.logprobs) * rollouts.mask).sum(-1)[0]
-    if len({tuple(x.tolist()) for x in rollouts.ids[0]}) == 3:
-        assert change[0] > 0 and change[0] > change[1:].max()
+        change = ((score(policy, rollouts).logprobs - rollouts.logprobs) * rollouts.mask).sum(-1)[0]
+    assert change[0] > 0 and change[0] > change[1:].max()
 
 
 SETTINGS = {
@@ -360,7 +329,7 @@ def test_every_kind_of_step(make_policy, name, M):
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_a_whole_step_on_every_architecture(make_policy, architecture):
+def test_step_on_every_architecture(make_policy, architecture):
     policy = make_policy(architecture)
     trainer = Trainer(policy, copy.deepcopy(policy), ROWS, config())
     first, second = trainer.step(), trainer.step()
@@ -368,38 +337,56 @@ def test_a_whole_step_on_every_architecture(make_policy, architecture):
     assert first["first_ratio_off"] < 1e-4 and first["grad_norm"] > 0
 
 
-def test_a_gradient_that_is_not_finite_stops_before_the_step(make_policy):
-    policy = make_policy()
-    trainer, rollouts, A, g = prepared(policy)
-    before = [p.clone() for p in policy.model.parameters()]
-    with pytest.raises(GraceError, match="not finite"):
-        trainer.update(rollouts, A.fill_(float("nan")), g)
-    assert all(torch.equal(a, b) for a, b in zip(before, policy.model.parameters()))
-
-
 def test_batches_are_whole_shuffled_passes(make_policy):
     trainer = Trainer(make_policy(), None, [{"text": str(i)} for i in range(10)], config(batch=4, mode="unsupervised"))
-    seen = []
+    order = []
     for step in range(5):
         trainer.step_number = step
-        seen += [int(row["text"]) for row in trainer.batch()]
-    assert sorted(seen[:10]) == sorted(seen[10:]) == list(range(10)) and seen[:10] != seen[10:]
+        order += [int(row["text"]) for row in trainer.next_rows()]
+    assert sorted(order[:10]) == sorted(order[10:]) == list(range(10)) and order[:10] != order[10:]
 
 
-# ---------------------------------------------------------------- whole runs, and bad input
+# ---------------------------------------------------------------- groups that teach little or nothing
 
 
-def command(world, out, *more):
-    given = f"--model {world}/model --data {world}/data/train.jsonl --heldout {world}/data/heldout.jsonl --out {out}"
-    return f"{given} --batch 4 --rollouts 2 --steps 3 --lr 1e-3 --eval-every 2".split() + list(more)
+@pytest.mark.parametrize("normalize", [False, True])
+def test_identical_rollouts_teach_nothing_by_score(make_policy, normalize):
+    """Whatever rounding does to their rewards."""
+    trainer, rollouts, _, _ = prepared(make_policy("GPT2", double=True), pathwise=0.0, kl=0.0, text_weight=0.0)
+    taught = lambda part, A: gradient(trainer.policy, trainer.objective(part, A, None)[0].sum()).norm()
+    usual = taught(rollouts[[0]], torch.tensor([[1.0, -1.0, 0.0]]).double())
+    alike = rollouts[[0]]
+    for name in ("ids", "mask", "logprobs"):
+        setattr(alike, name, getattr(alike, name)[:, :1].expand(-1, 3, -1).contiguous())
+    A = advantages(torch.tensor([[0.5, 0.5 + 1e-6, 0.5 - 2e-6]]).double(), normalize)
+    assert not normalize or A.abs().max() > 0.4  # the division blows rounding up ...
+    assert taught(alike, A) < 1e-9 * usual  # ... and yet nothing comes of it
 
 
-def test_a_run_writes_what_it_promises(tiny_world, tmp_path, capsys):
-    grace.main(command(tiny_world, tmp_path, "--graded", f"{tiny_world}/data/graded.jsonl"))
+def test_truncated_groups():
+    """A group that is all truncated teaches by its other rewards, or, under Eq. 28, not at all."""
+    torch.manual_seed(0)
+    h = torch.nn.functional.normalize(torch.randn(8, 3, 8, dtype=torch.float64), dim=-1)
+    roles = {"query": h[:4], "positive": h[4:], "negative": h[:4, None, :1]}
+    twins, none, every = torch.eye(4, dtype=torch.bool), torch.zeros(8, 3, dtype=torch.bool), torch.ones(8, 3, dtype=torch.bool)
+    A = advantages(judge(roles, none, twins, config())[0])
+    torch.testing.assert_close(A, advantages(judge(roles, every, twins, config())[0]))
+    assert A.abs().max() > 0.1
+    roles["query"] = h[:4, :1]
+    R, _, g = judge(roles, none[:4], twins, config(recipe="paper"))
+    assert advantages(R).abs().max() == 0 and g.abs().max() == 0
+
+
+# ---------------------------------------------------------------- whole runs
+
+
+def test_run_writes_what_it_promises(tiny_world, tmp_path, capsys):
+    grace.main(command(tiny_world, tmp_path, f"--eval-every 2 --graded {tiny_world}/data/graded.jsonl"))
     with open(tmp_path / "summary.json") as file:
         summary = json.load(file)
     for moment in ("before", "after"):
         assert {"ndcg_at_10", "top1", "spearman", "text_loss"} <= summary[moment].keys()
+    assert {"ndcg_at_10", "top1", "spearman"} == summary["after_without_rationale"].keys()
     assert summary["seed"] == 0 and summary["seconds"] > 0 and summary["config"]["reward"] == "infonce"
     lines = [json.loads(line) for line in open(tmp_path / "metrics.jsonl")]
     assert [line["step"] for line in lines] == [1, 2, 3]
@@ -420,107 +407,73 @@ def test_few_rows_and_one_instance(tiny_world, tmp_path):
     """Nothing to hold out, and a batch of one: documented, finite, and valid JSON."""
     data = tmp_path / "few.jsonl"
     data.write_text("".join(json.dumps({**row, "negative": row["negative"][0]}) + "\n" for row in ROWS))
-    given = f"--model {tiny_world}/model --data {data} --out {tmp_path} --recipe paper --batch 1 --rollouts 2 --steps 1"
-    grace.main(given.split())
+    grace.main(command(tiny_world, tmp_path, f"--data {data} --recipe paper --batch 1 --steps 1", heldout=False))
     assert json.loads((tmp_path / "metrics.jsonl").read_text())["cosine"] == pytest.approx(0, abs=1e-5)
-
-
-def test_anchors_are_drawn_in_one_order_whatever_the_hash_seed(tiny_world):
-    """Sets of strings are walked in an order that changes from process to process; sampling must not be."""
-    program = (
-        "import sys; sys.path.insert(0, '.'); import torch; from config import Config; from policy import Policy\n"
-        "from grace import Trainer; from data import read_triplets\n"
-        f"policy = Policy.load({str(tiny_world / 'model')!r}); rows = read_triplets({str(tiny_world / 'data/train.jsonl')!r})\n"
-        "print(Trainer(policy, None, rows, Config(recipe='paper', batch=4, rollouts=2)).step()['reward'])"
-    )
-    found = set()
-    for seed in "123":
-        run = subprocess.run(
-            [sys.executable, "-c", program], env={**os.environ, "PYTHONHASHSEED": seed}, capture_output=True, text=True
-        )
-        found.add(run.stdout)
-    assert len(found) == 1 and float(found.pop())
-
-
-def test_unsupervised_run_holds_no_labels(tiny_world, tmp_path):
-    given = f"--mode unsupervised --model {tiny_world}/model --data {tiny_world}/data/texts.jsonl --out {tmp_path}"
-    grace.main(f"{given} --batch 4 --rollouts 2 --steps 1".split())
     with open(tmp_path / "summary.json") as file:
         assert json.load(file)["after"].keys() == {"text_loss"}
 
 
-@pytest.mark.parametrize("flags, told", [("", True), ("--relative-length-penalty", False)])
-def test_a_run_that_cannot_learn_says_so(tiny_world, tmp_path, capsys, flags, told):
-    """Where no rationale ends, Eq. 28 gives all of them the same reward."""
-    given = f"--recipe paper --model {tiny_world}/model --data {tiny_world}/data/train.jsonl --out {tmp_path}"
-    grace.main(f"{given} --batch 4 --rollouts 2 --steps 2 --max-new-tokens 1 {flags}".split())
+def one_step(model):
+    """The reward of a step with two roles as anchors, and which of them a set names first."""
+    trainer = Trainer(Policy.load(model), None, ROWS, config(recipe="paper"))
+    return next(iter({"query", "negative"})), trainer.step()["reward"]
+
+
+def test_anchors_are_drawn_in_one_order(tiny_world):
+    """Sets of strings are walked in an order that changes from process to process; sampling must not depend on it."""
+    here, reward = one_step(f"{tiny_world}/model")
+    other = subprocess.run(
+        [sys.executable, "-c", f"from test_grace import one_step; print(*one_step('{tiny_world}/model'))"],
+        env={**os.environ, "PYTHONPATH": "tests", "PYTHONHASHSEED": "1" if here == "negative" else "2"},
+        capture_output=True,
+        text=True,
+    )
+    there, reward_there = other.stdout.split()
+    assert here != there, "both walk their sets in one order, and the test would prove nothing"
+    assert float(reward_there) == reward
+
+
+def test_unsupervised_run_holds_no_labels(tiny_world, tmp_path, capsys):
+    """It is evaluated on held-out texts alone."""
+    grace.main(
+        command(tiny_world, tmp_path, f"--mode unsupervised --data {tiny_world}/data/texts.jsonl --steps 1", heldout=False)
+    )
+    assert "0 negatives each" in capsys.readouterr().out
+    with open(tmp_path / "summary.json") as file:
+        summary = json.load(file)
+    assert {"self_ndcg_at_10", "alignment", "uniformity", "text_loss"} <= summary["after"].keys()
+    assert summary["after_without_rationale"].keys() == {"uniformity"}
+
+
+@pytest.mark.parametrize("flags, expected", [("", 1), ("--relative-length-penalty", 0)])
+def test_run_that_cannot_learn(tiny_world, tmp_path, capsys, flags, expected):
+    """Where no rationale ends, Eq. 28 gives all of them the same reward, and the first step says so."""
+    grace.main(command(tiny_world, tmp_path, "--recipe paper --steps 2 --max-new-tokens 1", flags))
     printed = capsys.readouterr().out
-    assert printed.count("all rollouts of a text got one reward, and 100% of rationales never end") == told
+    assert printed.count("all rollouts of a text got one reward, and 100% of rationales never end") == expected
 
 
-def test_rows_are_held_out_where_no_file_is_given(tiny_world, tmp_path, capsys):
-    given = f"--model {tiny_world}/model --data {tiny_world}/data/train.jsonl --out {tmp_path}"
-    grace.main(f"{given} --batch 4 --rollouts 2 --steps 1".split())
+def test_rows_are_held_out(tiny_world, tmp_path, capsys):
+    """Where no file is given."""
+    grace.main(command(tiny_world, tmp_path, "--steps 1", heldout=False))
     assert "58 training rows (1 negatives each), 6 held-out" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    "flags, message",
-    [
-        ("--rollouts 1", "a group of one has no advantage"),
-        ("--batch 1", "InfoNCE tells an instance from others"),
-        ("--train-roles query,answer", "one or more of query,positive,negative"),
-        ("--train-roles ,", "one or more of query,positive,negative"),
-        ("--reward paper --train-roles query,positive", "use --train-roles positive"),
-        ("--batch 2 --minibatches 5", "has only 4 groups"),
-        ("--temperature 0", "--temperature 0.0: must be above 0"),
-        ("--lr inf", "--lr inf: give a finite number"),
-        ("--pathwise nan", "give a finite number"),
-        ("--negatives -1", "must be at least 0"),
-        ("--seed -1", "must be at least 0"),
-        ("--device cuda", "finds no CUDA device"),
-        ("--train-roles query,query", "names a role twice"),
-        ("--steps 0", "--steps 0: must be at least 1"),
-        ("--dtype bfloat16 --device cpu", "compute type for CUDA"),
-        ("--batch 100", "fewer than --batch 100"),
-        ("--model no/such/model", "no/such/model: cannot be loaded"),
-        ("--data no-such-file.jsonl", "no-such-file.jsonl: no such file"),
-        ("--negatives 2", "has 1 negatives, --negatives asks for 2"),
-        ("--max-prompt-tokens 4", "leaves no room for a text"),
-        ("--max-new-tokens 400", "fills the model's context"),
-        ("--out /dev/null/x", "--out /dev/null/x: cannot be written to"),
-    ],
-)
-def test_bad_settings_end_in_one_sentence(tiny_world, tmp_path, flags, message):
-    with pytest.raises(SystemExit) as stop:
-        grace.main(command(tiny_world, tmp_path, *flags.split()))
-    assert message in str(stop.value) and str(stop.value).startswith("grace.py: ")
-
-
-@pytest.mark.parametrize("flags", ["--mode semi", "--recipe best", "--batch many", "--pooling median", "--unknown 1"])
-def test_unknown_flags_and_values_are_refused(flags, capsys):
-    with pytest.raises(SystemExit):
-        parse(flags.split(), "")
-    assert "error" in capsys.readouterr().err
-
-
-def test_a_config_made_in_python_is_checked_too():
-    with pytest.raises(GraceError, match="--mode semi: choose one of supervised, unsupervised"):
-        Config(mode="semi")
-
-
-def test_one_instance_is_enough_for_the_papers_reward(make_policy):
+def test_one_instance_is_enough_for_the_paper(make_policy):
     """Eq. 15 has nobody to compare with and is 0; the paper's batch sizes go down to 1."""
     metrics = Trainer(make_policy(), None, ROWS, config(recipe="paper", batch=1)).step()
     assert metrics["hard"] == 0 and math.isfinite(metrics["reward"])
 
 
-@pytest.mark.skipif(not os.path.isdir("../shared/checkpoints/stories260K"), reason="no real checkpoint beside the repository")
-@pytest.mark.parametrize("mode, data", [("supervised", "snli_dev_triplets"), ("unsupervised", "sentences")])
-def test_real_checkpoint_on_real_text(tmp_path, mode, data):
-    given = f"--model ../shared/checkpoints/stories260K --data ../shared/data/train/{data} --mode {mode} --out {tmp_path}"
-    grace.main(
-        f"{given} --batch 4 --rollouts 2 --steps 1 --max-new-tokens 4 --lr 1e-4 --eval-every 0".split()
-        + ["--instruction", "Say it again:"]
-    )
+REAL = os.path.join("..", "shared")
+
+
+@pytest.mark.skipif(not os.path.isdir(f"{REAL}/checkpoints/stories260K"), reason="no real checkpoint beside the repository")
+@pytest.mark.parametrize("mode, name", [("supervised", "snli_dev_triplets"), ("unsupervised", "sentences")])
+def test_real_checkpoint_on_real_text(tmp_path, mode, name):
+    rows, data = open_dataset(f"{REAL}/data/train/{name}").select(range(40)), tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = f"--model {REAL}/checkpoints/stories260K --data {data} --mode {mode} --out {tmp_path}"
+    given += " --batch 4 --rollouts 2 --steps 1 --max-new-tokens 4 --lr 1e-4 --eval-every 0"
+    grace.main([*given.split(), "--instruction", "Say it again:"])
     assert transformers.AutoModelForCausalLM.from_pretrained(tmp_path).config.model_type == "llama"

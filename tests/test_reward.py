@@ -14,8 +14,8 @@ def units(*shape, seed=0):
     return x / x.norm(dim=-1, keepdim=True)
 
 
-def close(found, expected):
-    torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64), rtol=1e-10, atol=1e-10)
+def close(values, expected):
+    torch.testing.assert_close(values, torch.tensor(expected, dtype=torch.float64), rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("B, K, M, D", [(5, 4, 2, 8), (1, 3, 1, 4), (3, 1, 0, 4), (2, 2, 3, 2)])
@@ -74,15 +74,16 @@ def test_infonce(mined, twinned, M):
     twins = torch.eye(B, dtype=torch.bool) if twinned else None
     if twinned:
         twins[0, 3] = twins[3, 0] = True
-    found = reward.infonce(rows, columns, 0.1, negatives, twins, mined)
-    close(found, infonce_by_loop(rows, columns, 0.1, negatives, twins, mined, False))
+    close(
+        reward.infonce(rows, columns, 0.1, negatives, twins, mined),
+        infonce_by_loop(rows, columns, 0.1, negatives, twins, mined, False),
+    )
 
 
 @pytest.mark.parametrize("mined", [False, True])
 def test_infonce_unsupervised(mined):
     x = units(4, 3, 6)
-    found = reward.infonce(x, x, 0.1, mined=mined, leave_one_out=True)
-    close(found, infonce_by_loop(x, x, 0.1, None, None, mined, True))
+    close(reward.infonce(x, x, 0.1, mined=mined, leave_one_out=True), infonce_by_loop(x, x, 0.1, None, None, mined, True))
 
 
 def test_infonce_ignores_a_rise_of_all_similarities():

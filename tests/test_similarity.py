@@ -1,4 +1,4 @@
-"""The in-batch similarity: a loop in float64, finite differences, bounded memory; the kernel in Triton's interpreter."""
+"""The in-batch similarity: the definition by a loop in float64, the tiles by the definition, the kernel by the tiles."""
 
 import importlib.util
 import math
@@ -11,8 +11,7 @@ import torch
 
 import similarity
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-SHAPES = [(5, 3, 2, 40), (1, 4, 3, 8), (7, 8, 1, 100), (3, 1, 4, 17), (20, 5, 3, 70), (2, 33, 2, 16)]  # B, K, rows a group, D
+SHAPES = [(5, 3, 2, 40), (1, 4, 3, 8), (7, 8, 1, 100), (3, 1, 4, 17), (20, 5, 3, 70), (2, 33, 2, 16)]  # B, K, rows per group, D
 
 
 def example(B, K, R, D, dtype=torch.float64, seed=0):
@@ -44,14 +43,36 @@ def by_loop(rows, columns, t, twins):
     return torch.tensor(table, dtype=torch.float64).T
 
 
-@pytest.mark.parametrize("block", [1, 10**6])
+def barred(twins, B):
+    """What is not another group: a group itself, and its twins."""
+    return torch.eye(B, dtype=torch.bool) | (False if twins is None else twins)
+
+
 @pytest.mark.parametrize("shape", SHAPES)
-def test_values(shape, block, monkeypatch):
-    monkeypatch.setattr(similarity, "TABLE", block)
+def test_values_of_the_definition(shape):
     rows, columns, twins = example(*shape)
     for mask in (None, twins):
-        found = torch.stack(similarity.group_similarity(rows, columns, 0.1, mask))
-        torch.testing.assert_close(found, by_loop(rows, columns, 0.1, mask), rtol=1e-10, atol=1e-10)
+        values = torch.stack(similarity.plain_similarity(rows, columns, 0.1, barred(mask, len(columns))))
+        torch.testing.assert_close(values, by_loop(rows, columns, 0.1, mask), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("block", [1, 100, 10**6])  # a row at a time, some rows, all of them
+@pytest.mark.parametrize("shape", SHAPES)
+def test_values_of_the_tiles(shape, block, monkeypatch):
+    """Values and gradients, with members that tie, with twins and without."""
+    monkeypatch.setattr(similarity, "TABLE", block)
+    rows, columns, twins = example(*shape)
+    assert shape[1] < 3 or torch.equal(columns[:, 1], columns[:, 2])
+    weights = torch.randn(4, len(rows), dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    for mask in (None, twins):
+        results = []
+        for function, other in ((similarity.group_similarity, mask), (similarity.plain_similarity, barred(mask, len(columns)))):
+            x, c = rows.clone().requires_grad_(), columns.clone().requires_grad_()
+            values = torch.stack(function(x, c, 0.1, other))
+            total = (values.masked_fill(values.isinf(), 0) * weights).sum()
+            results.append((values, *torch.autograd.grad(total, (x, c))))
+        for tiles, plain in zip(*results):
+            torch.testing.assert_close(tiles, plain, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("block", [1, 10**6])
@@ -63,35 +84,24 @@ def test_gradient(block, monkeypatch):
     assert torch.autograd.gradcheck(check, (rows.requires_grad_(), columns.requires_grad_()))
 
 
-def test_ties_share_the_gradient_as_torch_amax_does():
-    rows, columns, _ = example(4, 4, 1, 6)
-    rows.requires_grad_()
-    columns.requires_grad_()
-    found = torch.autograd.grad(similarity.group_similarity(rows, columns, 1.0).hard.sum(), (rows, columns))
-    table = torch.einsum("nd,bkd->nbk", rows, columns).amax(2)
-    off = 1 - torch.eye(4, dtype=torch.float64)
-    expected = torch.autograd.grad((table * off).sum() / 3, (rows, columns))
-    for x, y in zip(found, expected):
-        torch.testing.assert_close(x, y, rtol=1e-10, atol=1e-12)
-
-
-def test_a_small_temperature_neither_overflows_nor_vanishes():
+def test_small_temperature():
+    """It neither overflows nor vanishes."""
     rows, columns, _ = example(6, 2, 2, 9, torch.float32)
-    found = similarity.group_similarity(rows, columns, 1e-3)
+    values = similarity.group_similarity(rows, columns, 1e-3)
     expected = by_loop(rows, columns, 1e-3 * 10, None)[2]  # at a tenth the loop's own exp() still holds
-    assert torch.isfinite(found.mean).all() and torch.isfinite(found.nearest).all()
-    assert (found.nearest * 1e-3 - expected * 1e-2).abs().max() < 0.02  # both near the largest cosine
-    assert (found.nearest >= found.mean).all()
+    assert torch.isfinite(values.mean).all() and torch.isfinite(values.nearest).all()
+    assert (values.nearest * 1e-3 - expected * 1e-2).abs().max() < 0.02  # both near the largest cosine
+    assert (values.nearest >= values.mean).all()
 
 
 def test_bfloat16_is_computed_in_float32():
     rows, columns, _ = example(5, 3, 2, 64, torch.bfloat16)
     rows.requires_grad_()
-    found = similarity.group_similarity(rows, columns, 0.1)
-    assert found.mean.dtype == torch.float32
+    values = similarity.group_similarity(rows, columns, 0.1)
+    assert values.mean.dtype == torch.float32
     exact = by_loop(rows.detach().double(), columns.double(), 0.1, None)
-    torch.testing.assert_close(torch.stack(found).double(), exact, rtol=1e-5, atol=1e-5)
-    found.mean.sum().backward()
+    torch.testing.assert_close(torch.stack(values).double(), exact, rtol=1e-5, atol=1e-5)
+    values.mean.sum().backward()
     assert rows.grad.dtype == torch.bfloat16
 
 
@@ -105,11 +115,11 @@ def test_no_tensor_of_the_table_s_size(monkeypatch):
     from torch.utils._python_dispatch import TorchDispatchMode
 
     class Largest(TorchDispatchMode):
-        seen = 0
+        numel = 0
 
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             out = func(*args, **(kwargs or {}))
-            Largest.seen = max([Largest.seen, *(x.numel() for x in [out] if isinstance(x, torch.Tensor))])
+            Largest.numel = max([Largest.numel, *(x.numel() for x in [out] if isinstance(x, torch.Tensor))])
             return out
 
     monkeypatch.setattr(similarity, "TABLE", 2**14)
@@ -118,12 +128,11 @@ def test_no_tensor_of_the_table_s_size(monkeypatch):
     columns.requires_grad_()
     with Largest():
         sum(x.sum() for x in similarity.group_similarity(rows, columns, 0.1)).backward()
-    assert 0 < Largest.seen <= 512 * 512 // 4
+    assert 0 < Largest.numel <= 512 * 512 // 4
 
 
 INTERPRETED = """
-import sys, torch
-sys.path[:0] = [{root!r}, {tests!r}]
+import torch
 import similarity
 from test_similarity import SHAPES, example
 for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
@@ -133,10 +142,10 @@ for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
         results = []
         for similarity.kernel in ("off", "on"):
             x, c = rows.clone().requires_grad_(), columns.clone().requires_grad_()
-            found = torch.stack(similarity.group_similarity(x, c, 0.1, twins))
-            assert found.dtype == torch.float32
-            value = (found.masked_fill(found.isinf(), 0) * weights).sum()
-            results.append((found, *torch.autograd.grad(value, (x, c))))
+            values = torch.stack(similarity.group_similarity(x, c, 0.1, twins))
+            assert values.dtype == torch.float32
+            total = (values.masked_fill(values.isinf(), 0) * weights).sum()
+            results.append((values, *torch.autograd.grad(total, (x, c))))
         for ours, theirs in zip(*results):
             torch.testing.assert_close(ours.float(), theirs.float(), rtol=tolerance, atol=tolerance)
         print("equal", shape, dtype)
@@ -146,10 +155,9 @@ for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 def test_kernel_in_the_interpreter():
     """In a process of its own, because Triton reads TRITON_INTERPRET when it is imported."""
-    code = INTERPRETED.format(root=ROOT, tests=os.path.dirname(__file__))
     result = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
+        [sys.executable, "-W", "ignore", "-c", INTERPRETED],
+        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": "tests"},
         capture_output=True,
         text=True,
     )
@@ -166,7 +174,7 @@ def test_kernel_on_cuda(shape, monkeypatch):
     for how, precise in (("on", torch.float32), ("off", torch.float64)):
         monkeypatch.setattr(similarity, "kernel", how)
         x, c = rows.to(precise).requires_grad_(), columns.to(precise).requires_grad_()
-        found = torch.stack(similarity.group_similarity(x, c, 0.1, twins))
-        results.append((found, *torch.autograd.grad(found.masked_fill(found.isinf(), 0).sum(), (x, c))))
+        values = torch.stack(similarity.group_similarity(x, c, 0.1, twins))
+        results.append((values, *torch.autograd.grad(values.masked_fill(values.isinf(), 0).sum(), (x, c))))
     for ours, exact in zip(*results):
         torch.testing.assert_close(ours.double(), exact, rtol=1e-4, atol=1e-4)

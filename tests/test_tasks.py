@@ -1,14 +1,20 @@
 """The protocols: worked examples, the traps of MTEB's layouts, and bad input. tests/test_mteb.py compares with mteb."""
 
+import itertools
 import json
+import math
 import os
 
 import numpy as np
 import pytest
 import synthetic_tasks
+from conftest import TEXTS
 from synthetic_tasks import readme, rows
 
-from evaluation.tasks import FAMILIES, SUBSET, TASKS, choose_tasks, evaluate_tasks, evaluate_triplets, search
+from evaluation.encoder import GraceEncoder, encode_texts
+from evaluation.metrics import spearman
+from evaluation.tasks import FAMILIES, SUBSET, TASKS, choose_tasks, evaluate_heldout, evaluate_tasks, search
+from plumbing.data import read_pairs, read_triplets
 from plumbing.errors import GraceError
 
 REAL = os.path.abspath("../shared/data/eval")
@@ -57,12 +63,12 @@ def test_retrieval_by_hand(tmp_path):
     rows(folder / "corpus" / "test.jsonl", corpus)
     rows(folder / "queries" / "test.jsonl", queries)
     rows(folder / "qrels" / "test.jsonl", [{"query-id": q, "corpus-id": d, "score": s} for q, d, s in judged])
-    seen = []
-    encode = lambda texts: seen.extend(texts) or one_hot(texts)
-    found = evaluate_tasks(encode, ["SciFact"], str(tmp_path))["SciFact"]["main_score"]
-    assert "a b" in seen and "c" in seen and "d" not in seen  # stripped; the unjudged query is not even read
+    encoded = []
+    encode = lambda texts: encoded.extend(texts) or one_hot(texts)
+    score = evaluate_tasks(encode, ["SciFact"], str(tmp_path))["SciFact"]["main_score"]
+    assert "a b" in encoded and "c" in encoded and "d" not in encoded  # stripped; the unjudged query is not even read
     # x finds 1 at once; y ties 2 and 10, and "2" > "10" as a string, so 10 is second; w counts 0
-    assert found == pytest.approx(round((1 + 1 / np.log2(3) + 0) / 3, 5))
+    assert score == pytest.approx(round((1 + 1 / np.log2(3) + 0) / 3, 5))
 
 
 def test_a_query_that_is_its_own_document(synthetic):
@@ -79,13 +85,13 @@ def test_only_the_best_thousand_count():
 
 def test_local_folders_are_read_afresh(tmp_path):
     """`datasets` remembers a folder by its name: another of the same name must not be served from memory."""
-    for place, score in (("one", [1.0, 2.0, 3.0]), ("two", [3.0, 2.0, 1.0])):
+    for place, scores in (("one", [1.0, 2.0, 3.0]), ("two", [3.0, 2.0, 1.0])):
         folder = tmp_path / place / "STS17"
-        data = [{"sentence1": "a", "sentence2": t, "score": s} for t, s in zip(("a", "a b", "c"), score)]
+        data = [{"sentence1": "a", "sentence2": t, "score": s} for t, s in zip(("a", "a b", "c"), scores)]
         rows(folder / "en-en" / "test.jsonl", data)
         readme(folder, {"en-en": {"test": "en-en/test.jsonl"}})
-        found = evaluate_tasks(one_hot, ["STS17"], str(tmp_path / place))["STS17"]["main_score"]
-        assert found == pytest.approx(1.0 if place == "two" else -1.0)
+        result = evaluate_tasks(one_hot, ["STS17"], str(tmp_path / place))["STS17"]
+        assert result["main_score"] == pytest.approx(1.0 if place == "two" else -1.0)
 
 
 @pytest.mark.parametrize("as_config", [True, False])
@@ -101,15 +107,15 @@ def test_a_language_is_a_configuration_or_a_column(tmp_path, as_config):
 def test_pairs_may_come_a_row_each(tmp_path):
     data = [{"sentence1": "a", "sentence2": t, "labels": y} for t, y in (("a", 1), ("b", 0), ("a b", 1), ("c", 0))]
     rows(tmp_path / "SprintDuplicateQuestions" / "test.jsonl", data)
-    found = evaluate_tasks(one_hot, ["SprintDuplicateQuestions"], str(tmp_path))["SprintDuplicateQuestions"]
-    assert found["main_score"] == found["max_ap"] == 1.0
+    result = evaluate_tasks(one_hot, ["SprintDuplicateQuestions"], str(tmp_path))["SprintDuplicateQuestions"]
+    assert result["main_score"] == result["max_ap"] == 1.0
 
 
 def test_summarization_skips_constant_rows(tmp_path):
     row = {"human_summaries": ["a"], "machine_summaries": ["a", "a b", "c"], "relevance": [3.0, 2.0, 1.0]}
     rows(tmp_path / "SummEval" / "test.jsonl", [row, {**row, "relevance": [1.0, 1.0, 1.0]}])
-    found = evaluate_tasks(one_hot, ["SummEval"], str(tmp_path))["SummEval"]
-    assert found["cosine_spearman_v2"] == 1.0 and found["main_score"] == 0.5 and found["rows_skipped"] == 1
+    result = evaluate_tasks(one_hot, ["SummEval"], str(tmp_path))["SummEval"]
+    assert result["cosine_spearman_v2"] == 1.0 and result["main_score"] == 0.5 and result["rows_skipped"] == 1
 
 
 # ---------------------------------------------------------------- bad input
@@ -124,7 +130,7 @@ GOOD = [{"sentence1": "a", "sentence2": t, "score": s} for t, s in (("a", 2.0), 
 
 
 def test_missing_folder_column_split_and_hub(tmp_path):
-    with pytest.raises(GraceError, match="no such folder; --data-dir holds one folder a task"):
+    with pytest.raises(GraceError, match="no such folder; --data-dir holds one folder per task"):
         evaluate_tasks(one_hot, ["STS12"], str(tmp_path))
     with pytest.raises(GraceError, match="no column 'score'; it has sentence1, sentence2"):
         evaluate_tasks(one_hot, ["STSBenchmark"], sts(tmp_path, [{"sentence1": "a", "sentence2": "b"}]))
@@ -178,21 +184,41 @@ def test_what_the_encoder_must_not_do(tmp_path):
         evaluate_tasks(grows, ["STSBenchmark", "SICK-R"], folder)
 
 
-# ---------------------------------------------------------------- the embedded world, and real tasks
+# ---------------------------------------------------------------- held-out rows, and real tasks
 
 
-def test_the_world_as_tasks_scores_as_in_training(tiny_world):
+def test_world_as_tasks_scores_as_in_training(tiny_world):
     """grace.py's held-out evaluation and the two toy tasks are one evaluation."""
-    from evaluation.encoder import GraceEncoder
-    from plumbing.data import read_pairs, read_triplets
-
     encoder = GraceEncoder(f"{tiny_world}/model")
-    found = evaluate_tasks(encoder.encode, ["ToyRetrieval", "ToyPairs"], f"{tiny_world}/tasks")
+    results = evaluate_tasks(encoder.encode, ["ToyRetrieval", "ToyPairs"], f"{tiny_world}/tasks")
     heldout = read_triplets(f"{tiny_world}/data/heldout.jsonl")
     graded = read_pairs(f"{tiny_world}/data/graded.jsonl", split="train")
-    trained = evaluate_triplets(encoder.policy, heldout, graded)
-    assert found["ToyRetrieval"]["main_score"] == pytest.approx(trained["ndcg_at_10"], abs=2e-2)  # ids differ, so ties do
-    assert found["ToyPairs"]["main_score"] == pytest.approx(trained["spearman"], abs=1e-6)
+    scores = evaluate_heldout(encoder.policy, heldout, graded)
+    assert results["ToyRetrieval"]["main_score"] == pytest.approx(scores["ndcg_at_10"], abs=2e-2)  # ids differ, so ties do
+    assert results["ToyPairs"]["main_score"] == pytest.approx(scores["spearman"], abs=1e-6)
+
+
+def test_held_out_texts(make_policy):
+    """A text finds itself by another rationale: by loops over single texts; ties count against it, equal texts once."""
+    policy, texts = make_policy(), [*TEXTS, "", *(f"the boat w{i}" for i in range(9))]
+    graded = (TEXTS, [TEXTS[1], TEXTS[0], TEXTS[2]], [3, 1, 2])
+    scores = evaluate_heldout(policy, [{"text": text} for text in [*texts, texts[0]]], graded, temperature=2.0)
+    embed = lambda text, **more: encode_texts(policy, [text], **more).vectors[0].astype(float)
+    one, two = ([embed(text, temperature=2.0, seed=seed) for text in texts] for seed in (0, 1))
+    gains = []
+    for i, h in enumerate(one):
+        rank = sum(h @ other >= h @ two[i] - 1e-7 for other in two)
+        gains.append(1 / math.log2(rank + 1) if rank <= 10 else 0)
+    assert 0.1 < scores["self_ndcg_at_10"] < 0.99 and scores["self_ndcg_at_10"] == pytest.approx(np.mean(gains), abs=1e-5)
+    squared = [((a - b) ** 2).sum() for a, b in zip(one, two)]
+    assert scores["alignment"] == pytest.approx(np.mean(squared), abs=1e-5)
+    greedy = [embed(text) for text in texts]
+    pairs = [math.exp(-2 * ((a - b) ** 2).sum()) for a, b in itertools.permutations(greedy, 2)]
+    assert scores["uniformity"] == pytest.approx(math.log(np.mean(pairs)), abs=1e-4)
+    assert scores["spearman"] == pytest.approx(spearman([embed(a) @ embed(b) for a, b in zip(*graded[:2])], graded[2]))
+    assert {"text_loss", "finished", "words"} <= scores.keys()
+    alone = evaluate_heldout(policy, [{"text": text} for text in texts], graded, rationale=False)
+    assert alone.keys() == {"uniformity", "spearman"} and alone["uniformity"] != pytest.approx(scores["uniformity"], abs=1e-3)
 
 
 @pytest.mark.skipif(not os.path.isdir(REAL), reason="no real tasks beside the repository")
@@ -208,5 +234,5 @@ def test_real_tasks_are_read():
             row += 1e-3
         return vectors
 
-    found = evaluate_tasks(encode, "STSBenchmark,STS17,STS12,STS13,SICK-R", REAL)
-    assert all(0.3 < result["main_score"] < 0.9 for result in found.values())
+    results = evaluate_tasks(encode, "STSBenchmark,STS17,STS12,STS13,SICK-R", REAL)
+    assert all(0.3 < result["main_score"] < 0.9 for result in results.values())

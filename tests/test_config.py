@@ -1,0 +1,66 @@
+"""The configuration: impossible settings end in one sentence, before anything is loaded where that can be."""
+
+import pytest
+import torch
+from conftest import command
+
+import grace
+from config import Config, parse
+from plumbing.errors import GraceError
+
+CUDA = torch.cuda.is_available()
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ("--rollouts 1", "a group of one has no advantage"),
+        ("--batch 1", "InfoNCE tells an instance from others"),
+        ("--train-roles query,answer", "one or more of query,positive,negative"),
+        ("--train-roles ,", "one or more of query,positive,negative"),
+        ("--reward paper --train-roles query,positive", "use --train-roles positive"),
+        ("--batch 2 --minibatches 5", "has only 4 groups"),
+        ("--temperature 0", "--temperature 0.0: must be above 0"),
+        ("--lr inf", "--lr inf: give a finite number"),
+        ("--pathwise nan", "give a finite number"),
+        ("--negatives -1", "must be at least 0"),
+        ("--seed -1", "must be at least 0"),
+        pytest.param("--device cuda", "finds no CUDA device", marks=pytest.mark.skipif(CUDA, reason="there is one here")),
+        ("--train-roles query,query", "names a role twice"),
+        ("--steps 0", "--steps 0: must be at least 1"),
+        ("--dtype bfloat16 --device cpu", "compute type for CUDA"),
+        ("--batch 100", "fewer than --batch 100"),
+        ("--model no/such/model", "no/such/model: cannot be loaded"),
+        ("--data no-such-file.jsonl", "no-such-file.jsonl: no such file"),
+        ("--negatives 2", "has 1 negatives, --negatives asks for 2"),
+        ("--max-prompt-tokens 4", "leaves no room for a text"),
+        ("--max-new-tokens 400", "fills the model's context"),
+        ("--out /dev/null/x", "--out /dev/null/x: cannot be written to"),
+    ],
+)
+def test_bad_settings(tiny_world, tmp_path, flags, message):
+    with pytest.raises(SystemExit) as stop:
+        grace.main(command(tiny_world, tmp_path, flags))
+    assert message in str(stop.value) and str(stop.value).startswith("grace.py: ")
+
+
+@pytest.mark.parametrize("flags", ["--mode semi", "--recipe best", "--batch many", "--pooling median", "--unknown 1"])
+def test_unknown_flags_and_values(flags, capsys):
+    with pytest.raises(SystemExit):
+        parse(flags.split(), "")
+    assert "error" in capsys.readouterr().err
+
+
+def test_config_made_in_python():
+    with pytest.raises(GraceError, match="--mode semi: choose one of supervised, unsupervised"):
+        Config(mode="semi")
+
+
+def test_help_shows_defaults(capsys):
+    """Also where a recipe sets them, or the reading of a checkpoint."""
+    with pytest.raises(SystemExit):
+        parse(["--help"], "")
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "--pathwise PATHWISE" in printed and "[full: 0.3, paper: 0.0]" in printed
+    assert "--pooling {mean,penultimate,eos,max}" in printed and "[mean]" in printed
+    assert "--batch BATCH instances per step, B [64]" in printed

@@ -1,0 +1,138 @@
+"""The policy: which models are refused and why, loading without running anyone's code, saving, a copy in bfloat16."""
+
+import json
+import os
+import shutil
+
+import pytest
+import torch
+from conftest import TEXTS, build, by_full_forward, rolled
+
+import toy
+from evaluation.encoder import encode_texts
+from plumbing.errors import GraceError
+from policy import Policy
+from prompt import Reading
+from rollout import score
+
+# ---------------------------------------------------------------- models that are refused, and limits
+
+
+def test_model_that_does_more_than_its_head(tokenizer):
+    model = build("Llama", len(tokenizer))
+    forward = model.forward
+
+    def bent(*args, **kwargs):
+        out = forward(*args, **kwargs)
+        out.logits = out.logits * 1.5 + 1
+        return out
+
+    model.forward = bent
+    with pytest.raises(GraceError, match="not its output head"):
+        Policy(model, tokenizer, Reading(toy.INSTRUCTION, 64, 4))
+
+
+def test_no_end_token(monkeypatch):
+    tokenizer = toy.build_tokenizer()
+    monkeypatch.setattr(tokenizer, "_special_tokens_map", {**tokenizer._special_tokens_map, "eos_token": None})
+    with pytest.raises(GraceError, match="no end token"):
+        Policy(build("Qwen2", len(tokenizer), eos_token_id=None), tokenizer, Reading(toy.INSTRUCTION, 64, 4))
+
+
+def test_rationale_as_long_as_the_context(tokenizer):
+    with pytest.raises(GraceError, match="fills the model's context"):
+        Policy(build("GPT2", len(tokenizer)), tokenizer, Reading(toy.INSTRUCTION, max_new_tokens=128))
+
+
+def test_prompt_limit_gives_way_to_the_context(tokenizer):
+    with pytest.warns(UserWarning, match="limited to 120 tokens"):
+        policy = Policy(build("GPT2", len(tokenizer)), tokenizer, Reading(toy.INSTRUCTION, max_new_tokens=8))
+    assert policy.reading.max_prompt_tokens == 120
+
+
+def test_positions_counted_in_the_mask(tokenizer):
+    """They forbid sharing the instruction: MPT takes ALiBi distances from places in the row, not from position_ids."""
+    from transformers import MptConfig, MptForCausalLM
+
+    torch.manual_seed(0)
+    model = MptForCausalLM(MptConfig(d_model=32, n_heads=4, n_layers=2, vocab_size=len(tokenizer), max_seq_len=128))
+    policy = Policy(model, tokenizer, Reading(toy.INSTRUCTION, 64, 6))
+    assert not policy.can_share
+    rollouts = rolled(policy)
+    with torch.no_grad():
+        for n in range(3):
+            _, h = by_full_forward(policy, rollouts, n, 0)
+            torch.testing.assert_close(rollouts.embeddings[n, 0], h, rtol=1e-5, atol=1e-5)
+
+
+# ---------------------------------------------------------------- folders
+
+
+def test_saved_and_loaded(make_policy, tmp_path):
+    policy = make_policy(pooling="max")
+    policy.save(tmp_path)
+    again = Policy.load(str(tmp_path))
+    assert again.reading == policy.reading
+    assert (encode_texts(again, TEXTS).vectors == encode_texts(policy, TEXTS).vectors).all()
+    assert Policy.load(str(tmp_path), max_new_tokens=3).reading.max_new_tokens == 3
+
+
+def test_unknown_reading(make_policy, tmp_path):
+    make_policy().save(tmp_path)
+    (tmp_path / "grace_config.json").write_text('{"instruction": "x", "speed": 3}')
+    with pytest.raises(GraceError, match="unknown setting speed"):
+        Policy.load(str(tmp_path))
+
+
+class Evil:
+    """What unpickles as a call of os.mkdir."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+def test_no_pickle_is_read(tiny_world, tmp_path):
+    shutil.copytree(tiny_world / "model", tmp_path / "model")
+    os.remove(tmp_path / "model" / "model.safetensors")
+    torch.save({"x": Evil(str(tmp_path / "was-here"))}, tmp_path / "model" / "pytorch_model.bin")
+    with pytest.raises(GraceError, match="pickles, which can run code, and are not read.*convert it once"):
+        Policy.load(str(tmp_path / "model"))
+    assert not (tmp_path / "was-here").exists()
+
+
+def test_no_code_is_run(tiny_world, tmp_path):
+    shutil.copytree(tiny_world / "model", tmp_path / "model")
+    settings = json.loads((tmp_path / "model" / "config.json").read_text())
+    settings |= {"model_type": "mine", "auto_map": {"AutoConfig": "mine.Mine", "AutoModelForCausalLM": "mine.Mine"}}
+    (tmp_path / "model" / "config.json").write_text(json.dumps(settings))
+    (tmp_path / "model" / "mine.py").write_text(f"import os; os.mkdir({str(tmp_path / 'was-here')!r})")
+    with pytest.raises(GraceError, match="Code that comes with a model is not run here"):
+        Policy.load(str(tmp_path / "model"))
+    assert not (tmp_path / "was-here").exists()
+
+
+# ---------------------------------------------------------------- a copy to sample from
+
+
+def test_bfloat16_copy(make_policy):
+    policy = make_policy("Qwen2", tie_word_embeddings=True)
+    before = [p.clone() for p in policy.model.parameters()]
+    sampler = policy.bfloat16_copy()
+    rollouts = rolled(sampler, K=4)
+    assert {p.dtype for p in sampler.model.parameters()} == {torch.bfloat16}
+    assert sampler.head.weight is sampler.base.embed_tokens.weight  # still tied
+    assert all(torch.equal(p, q) and p.dtype == torch.float32 for p, q in zip(policy.model.parameters(), before))
+    assert rollouts.embeddings.dtype == rollouts.logprobs.dtype == torch.float32
+    with torch.no_grad():
+        scores = score(policy, rollouts)
+    gap = ((scores.logprobs - rollouts.logprobs) * rollouts.mask).abs()
+    assert 0 < gap.max() < 0.5 and gap.mean() < 0.05  # near, and not the same: the probability ratio accounts for it
+    assert (scores.embeddings * rollouts.embeddings).sum(-1).min() > 0.99
+    with torch.no_grad():
+        for p in policy.model.parameters():
+            p.add_(0.1)
+    sampler.copy_weights(policy)
+    assert torch.equal(next(sampler.model.parameters()), next(policy.model.parameters()).bfloat16())
