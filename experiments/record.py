@@ -4,6 +4,10 @@ A run is a flat dict: `trainer` (which of TRAINERS, or "none"), `world`, `seed`,
 where one experiment has both), and any settings of config.py.
 Its record holds all of it, the evaluations before and after (and after without a rationale), what the rationales are
 like, the course of the training, versions, wall time and the git revision. Weights are not kept.
+
+Records are lines of `results/WORLD.jsonl`, and of `results/real.jsonl` where the texts are real: one line per record,
+in the order of their keys. A key is made from whatever can change a run; settings at their defaults are left out of
+it, so a record stays valid when config.py gains a setting.
 """
 
 import contextlib
@@ -20,10 +24,9 @@ import zlib
 
 import numpy as np
 import torch
-import transformers
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path[:0] = [path for path in (ROOT, os.path.join(ROOT, "experiments")) if path not in sys.path]
+sys.path.insert(0, ROOT)
 
 from algorithms import ALGORITHMS  # noqa: E402
 from baselines import Contrastive, PathwiseAlone, SimCSE  # noqa: E402
@@ -31,12 +34,13 @@ from baselines import Contrastive, PathwiseAlone, SimCSE  # noqa: E402
 import grace  # noqa: E402
 import toy  # noqa: E402
 from config import RECIPES, Config  # noqa: E402
-from evaluation.encoder import GraceEncoder  # noqa: E402
+from evaluation.encoder import GraceEncoder, encode_texts  # noqa: E402
 from evaluation.tasks import evaluate_tasks, evaluate_triplets  # noqa: E402
 from plumbing.checkpoint import write_atomically  # noqa: E402
 from plumbing.data import load_rows  # noqa: E402
+from plumbing.report import read_metrics, versions  # noqa: E402
 from policy import Policy  # noqa: E402
-from rollout import encode, sample, score  # noqa: E402
+from rollout import sample, score  # noqa: E402
 
 TRAINERS = {"contrastive": Contrastive, "simcse": SimCSE, "pathwise": PathwiseAlone, **ALGORITHMS}
 UNREWARDED = ("none", "contrastive", "simcse")  # of a recipe they read the text term's weight alone
@@ -47,15 +51,59 @@ QUICK = dict(
 )  # not varied
 REAL_TASKS = ["STSBenchmark", "STS17", "SICK-R", "Banking77Classification"]
 FOLLOW = {  # instructions that a program can check, for backbones that were taught to follow any
-    "Answer with the single word yes.": lambda said: said.strip(" .!\n").lower() == "yes",
-    "Which number comes after 41? Answer with digits only.": lambda said: said.strip(" .\n") == "42",
-    "Repeat this word three times, with spaces between: stone": lambda said: said.lower().split() == ["stone"] * 3,
-    "Write the word HARBOUR in lower case and nothing else.": lambda said: said.strip(" .\n") == "harbour",
-    "List three colours, separated by commas.": lambda said: said.count(",") == 2,
-    "Write one sentence that ends with a question mark.": lambda said: said.strip().endswith("?"),
-    "What is the capital of France? Answer in one word.": lambda said: said.strip(" .\n").lower() == "paris",
-    "Translate into German, one word only: water": lambda said: said.strip(" .\n").lower() == "wasser",
+    "Answer with the single word yes.": lambda answer: answer.strip(" .!\n").lower() == "yes",
+    "Which number comes after 41? Answer with digits only.": lambda answer: answer.strip(" .\n") == "42",
+    "Repeat this word three times, with spaces between: stone": lambda answer: answer.lower().split() == ["stone"] * 3,
+    "Write the word HARBOUR in lower case and nothing else.": lambda answer: answer.strip(" .\n") == "harbour",
+    "List three colours, separated by commas.": lambda answer: answer.count(",") == 2,
+    "Write one sentence that ends with a question mark.": lambda answer: answer.strip().endswith("?"),
+    "What is the capital of France? Answer in one word.": lambda answer: answer.strip(" .\n").lower() == "paris",
+    "Translate into German, one word only: water": lambda answer: answer.strip(" .\n").lower() == "wasser",
 }
+
+
+# ---------------------------------------------------------------- where records are
+
+
+def read_records(path):
+    """The records of a file, `{key: record}`. Not to be changed: they are remembered as long as the file stays the same."""
+    try:
+        file = os.stat(path)
+    except FileNotFoundError:
+        return {}
+    return _read_records(path, (file.st_ino, file.st_mtime_ns, file.st_size))
+
+
+@functools.lru_cache(maxsize=8)
+def _read_records(path, version):
+    records = {}
+    with open(path) as file:
+        for line in file:
+            try:
+                record = json.loads(line)
+                records[record.pop("key")] = record  # of two with one key, the later line is the newer record
+            except (ValueError, KeyError, TypeError, AttributeError):
+                print(f"{path}: a line is no record and is skipped: its run will be made again")
+    return records
+
+
+def write_record(path, key, record):
+    """Put a record into its file, in place of the one that had its key.
+
+    Of two processes that write at the same time one waits for the other, and a reader sees the file before or after.
+    """
+    import fcntl  # not on Windows, where records can be read all the same
+
+    folder = os.path.dirname(path)
+    os.makedirs(folder, exist_ok=True)
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # held until the folder is closed
+        records = {**read_records(path), key: record}
+        lines = (json.dumps({"key": key, **records[key]}, separators=(",", ":")) + "\n" for key in sorted(records))
+        write_atomically(path, "".join(lines))
+    finally:
+        os.close(lock)
 
 
 @dataclasses.dataclass
@@ -82,8 +130,8 @@ class Place:
         given = {**({} if self.model else TOY), **{k: v for k, v in run.items() if k in fields}, **self.settings}
         return Config(**(given | QUICK if self.quick else given))
 
-    def path(self, run):
-        """Where the record of a run is: named by whatever could change it, defaults aside."""
+    def key(self, run):
+        """The name of a run's record: a digest of whatever could change it, defaults aside."""
         defaults = {f.name: f.default for f in dataclasses.fields(Config)} | {"device": None}
         unread = {"device"} | (set(RECIPES["full"]) - {"text_weight"} if run["trainer"] in UNREWARDED else set())
         settings = {k: v for k, v in dataclasses.asdict(self.config(run)).items() if v != defaults[k] and k not in unread}
@@ -91,25 +139,32 @@ class Place:
         about |= {"settings": settings, "quick": self.quick}
         if "backbone" not in run:
             about |= {k: getattr(self, k) for k in ("model", "data", "heldout", "graded") if getattr(self, k)}
-        name = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:10]
+        digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:10]
         kind = "".join(c if c.isalnum() else "-" for c in run.get("trainer", "none").lower()).strip("-")
-        return os.path.join(self.results, f"{kind}-{run['seed']}-{name}.json")
+        return f"{kind}-{run['seed']}-{digest}"
 
-    def world(self, run):
-        """The folder of a run's world, built if need be."""
-        name = "" if run.get("world", "events") == "events" else f"-{run['world']}"
-        out = os.path.join(self.worlds, f"{'quick' if self.quick else 'toy'}-world{name}-{run['seed']}")
-        if not os.path.isfile(os.path.join(out, "model", "grace_config.json")):
-            toy.build(out, run["seed"], world=toy.WORLDS[run.get("world", "events")], **(QUICK_WORLD if self.quick else {}))
-        return out
+    def file(self, run):
+        """The file of a run's record: one per embedded world, and one for real texts."""
+        real = self.model or self.data or "backbone" in run
+        return os.path.join(self.results, f"{'real' if real else run.get('world') or 'events'}.jsonl")
 
     def read(self, run):
         """The record of a run, or None if there is none yet."""
-        if not os.path.isfile(path := self.path(run)):
-            return None
-        with open(path) as file:
-            record = json.load(file)
-        return record if self.on_toy(run) or record["backbone"] == backbone(self.model) else None
+        record = read_records(self.file(run)).get(self.key(run))
+        return record if record and (self.on_toy(run) or record["backbone"] == backbone(self.model)) else None
+
+    def write(self, run, record):
+        """Keep the record of a run."""
+        write_record(self.file(run), self.key(run), record)
+
+    def world(self, run):
+        """The folder of a run's world, built where it is missing."""
+        world = run.get("world") or "events"
+        suffix = "" if world == "events" else f"-{world}"
+        out = os.path.join(self.worlds, f"{'quick' if self.quick else 'toy'}-world{suffix}-{run['seed']}")
+        if not os.path.isfile(os.path.join(out, "model", "grace_config.json")):
+            toy.build(out, run["seed"], world=toy.WORLDS[world], **(QUICK_WORLD if self.quick else {}))
+        return out
 
 
 def backbone(model):
@@ -117,44 +172,51 @@ def backbone(model):
     return os.path.basename(model.rstrip("/"))
 
 
-def describe(policy, start, texts, world, instructed):
-    """What the policy's greedy rationales about some texts are like. `-> {name: number}`."""
-    written = encode(policy, texts).rationales
-    seen = {"distinct": len(set(written)) / len(set(texts)), "start_logprob": start_logprob(policy, start, texts)}
+# ---------------------------------------------------------------- what is measured
+
+
+def measure(policy, start, texts, world, instructed):
+    """What the policy's greedy rationales about some texts are like. `-> {name: number}`.
+
+    world: has `named(rationale, text)`, of the text's facts the share that is named, and of those named the share that
+    is true; and `well_formed(rationale)`. None where the texts are of no embedded world.
+    """
+    rationales = encode_texts(policy, texts).rationales
+    stats = {"distinct": len(set(rationales)) / len(set(texts)), "start_logprob": start_logprob(policy, start, texts)}
     if world:
-        recall, precision = np.mean([world.named(w, text) for w, text in zip(written, texts)], 0)
-        seen |= {"recall": recall, "precision": precision, "well_formed": np.mean([world.well_formed(w) for w in written])}
+        recall, precision = np.mean([world.named(rationale, text) for rationale, text in zip(rationales, texts)], 0)
+        stats |= {"recall": recall, "precision": precision}
+        stats["well_formed"] = np.mean([world.well_formed(rationale) for rationale in rationales])
     if instructed:
         reading = dataclasses.replace(policy.reading, instruction="You are a helpful assistant.", max_new_tokens=32)
-        said = encode(Policy(policy.model, policy.tokenizer, reading, policy.dtype), list(FOLLOW)).rationales
-        seen["follows"] = np.mean([check(answer) for check, answer in zip(FOLLOW.values(), said)])
-    return {name: float(x) for name, x in seen.items()}
+        answers = encode_texts(Policy(policy.model, policy.tokenizer, reading, policy.dtype), list(FOLLOW)).rationales
+        stats["follows"] = np.mean([check(answer) for check, answer in zip(FOLLOW.values(), answers)])
+    return {name: float(x) for name, x in stats.items()}
 
 
 @torch.no_grad()
 def start_logprob(policy, start, texts):
-    """How likely the start policy finds what the policy writes, greedily: the mean log-probability a token."""
+    """How likely the start policy finds what the policy writes greedily: the mean log-probability per token."""
     total = count = 0
     for i in range(0, len(texts), 64):
-        written = sample(policy, policy.prompts(texts[i : i + 64]), 1, 0.0)
-        total += float((score(start, written)[0] * written.mask).sum())
-        count += int(written.mask.sum())
+        rollouts = sample(policy, policy.prompts(texts[i : i + 64]), 1, 0.0)
+        total += float((score(start, rollouts).logprobs * rollouts.mask).sum())
+        count += int(rollouts.mask.sum())
     return total / count
 
 
 def budgets(policy, heldout, limits=(1, 2, 3, 4, 6, 8, 12, 20)):
-    """Figure 4: held-out retrieval and milliseconds a text, by the longest rationale allowed; and where time goes."""
-    texts, found = [row["query"] for row in heldout], []
+    """Figure 4: held-out retrieval and milliseconds per text, by the longest rationale allowed."""
+    texts, rows = [row["query"] for row in heldout], []
     for limit in (0, *limits):
-        short = Policy(
-            policy.model, policy.tokenizer, dataclasses.replace(policy.reading, max_new_tokens=limit or 1), policy.dtype
-        )
+        reading = dataclasses.replace(policy.reading, max_new_tokens=limit or 1)
+        short = Policy(policy.model, policy.tokenizer, reading, policy.dtype)
         scores = evaluate_triplets(short, heldout, rationale=limit > 0)
         start = time.perf_counter()
-        encode(short, texts, rationale=limit > 0)
+        encode_texts(short, texts, rationale=limit > 0)
         ms = 1000 * (time.perf_counter() - start) / len(set(texts))
-        found.append({"limit": limit, "ndcg_at_10": scores["ndcg_at_10"], "finished": scores.get("finished"), "ms": ms})
-    return found
+        rows.append({"limit": limit, "ndcg_at_10": scores["ndcg_at_10"], "finished": scores.get("finished"), "ms": ms})
+    return rows
 
 
 def hashed_words(texts, D=512):
@@ -179,10 +241,12 @@ def revision():
     return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--", "*.py") else "")
 
 
+# ---------------------------------------------------------------- a run
+
+
 def make(run, place):
-    """Train and measure one run, and write its record. Returns the record's path and the seconds it took."""
-    began, path = time.time(), place.path(run)
-    on_toy = place.on_toy(run)
+    """Train and measure one run, and keep its record. Returns the record's key and the seconds it took."""
+    began, on_toy = time.time(), place.on_toy(run)
     folder = place.world(run) if on_toy else None
     model = f"{folder}/model" if on_toy else place.model
     files = dict(model=model, data=place.data, heldout=place.heldout, graded=place.graded)
@@ -192,9 +256,8 @@ def make(run, place):
     config = dataclasses.replace(place.config(run), **files)
     with tempfile.TemporaryDirectory() as out, open(os.path.join(out, "log.txt"), "w") as log:
         config = dataclasses.replace(config, out=os.path.join(out, "run"))
-        rows, heldout, graded = load_rows(config)
-        reading = {f: getattr(config, f) for f in ("instruction", "max_prompt_tokens", "max_new_tokens", "pooling")}
-        start = Policy.load(config.model, config.device, config.dtype, **reading)
+        _, heldout, graded = load_rows(config)
+        start = Policy.load(config.model, config.device, config.dtype, **config.reading)
         if run["trainer"] == "none":
             policy, summary = start, {"before": evaluate_triplets(start, heldout, graded), "seconds": 0.0}
             summary |= {"after": summary["before"], "after_without_rationale": evaluate_triplets(start, heldout, graded, False)}
@@ -210,9 +273,9 @@ def make(run, place):
             **course(config),
         }
         texts = [row["query"] for row in heldout]
-        world = toy.WORLDS[run.get("world", "events")] if on_toy and not place.data else None
+        world = toy.WORLDS[run.get("world") or "events"] if on_toy and not place.data else None
         for moment, which in (("before", start), ("after", policy)):
-            record[moment] = record[moment] | describe(which, start, texts, world, instructed=not on_toy)
+            record[moment] = record[moment] | measure(which, start, texts, world, instructed=not on_toy)
         if run.get("probe") == "budgets":
             record["budgets"] = budgets(policy, heldout, (1, 2, 20) if place.quick else (1, 2, 3, 4, 6, 8, 12, 20))
         if run.get("probe") == "tasks":
@@ -220,22 +283,16 @@ def make(run, place):
             record["tasks"], record["tasks_alone"] = (real_tasks(embed, place) for embed in with_and_without)
             record["tasks_words"] = real_tasks(hashed_words, place) if run["trainer"] == "none" else None
     record |= {"train_seconds": summary["seconds"], "seconds": time.time() - began, "revision": revision()}
-    record["versions"] = {
-        "python": sys.version.split()[0],
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
-    os.makedirs(place.results, exist_ok=True)
-    write_atomically(path, json.dumps(rounded(record), indent=1))
-    return path, record["seconds"]
+    record["versions"] = versions()
+    place.write(run, rounded(record))
+    return place.key(run), record["seconds"]
 
 
 def course(config):
     """From a run's files: held-out figures along the training, a trace of its metrics, and three texts' rationales."""
     if not os.path.isdir(config.out):
         return {"curve": [], "trace": [], "rationales": []}
-    with open(os.path.join(config.out, "metrics.jsonl")) as file:
-        metrics = [json.loads(line) for line in file]
+    metrics = [line for _, line in read_metrics(os.path.join(config.out, "metrics.jsonl"))]
     every = max(1, config.steps // 12)
     curve = [{k.removeprefix("heldout_"): v for k, v in m.items() if k == "step" or k.startswith("heldout_")} for m in metrics]
     kept = ("step", "reward", "length", "distinct", "cosine", "effective_rank", "loss", "grad_norm", "sample_s", "step_s")
@@ -246,12 +303,12 @@ def course(config):
     ]
     with open(os.path.join(config.out, "rationales.md")) as file:
         blocks = file.read().split("\n**")[1:4]
-    written = []
+    rationales = []
     for block in blocks:
         text, _, table = block.partition("**\n")
         cells = [line.strip("| ").split(" | ", 1) for line in table.splitlines() if line.startswith("| ")][2:]
-        written.append({"text": text, "written": [[int(cell[0]), cell[1] if len(cell) > 1 else ""] for cell in cells]})
-    return {"curve": [c for c in curve if len(c) > 1], "trace": trace, "rationales": written}
+        rationales.append({"text": text, "written": [[int(cell[0]), cell[1] if len(cell) > 1 else ""] for cell in cells]})
+    return {"curve": [c for c in curve if len(c) > 1], "trace": trace, "rationales": rationales}
 
 
 def rounded(x, digits=5):

@@ -71,7 +71,7 @@ def _world(job):
 def wanted(names, place, seeds):
     """The runs of these experiments that have no record yet, each once."""
     runs = [run for name in names for _, run in EXPERIMENTS[name].runs(seeds)]
-    return list({place.path(run): run for run in runs if place.read(run) is None}.values())
+    return list({place.key(run): run for run in runs if place.read(run) is None}.values())
 
 
 def make_all(names, place, seeds, jobs):
@@ -81,8 +81,8 @@ def make_all(names, place, seeds, jobs):
     for folder in each(_world, list(worlds.values()), jobs):
         print(f"world at {folder}", flush=True)
     start = time.time()
-    for done, (path, seconds) in enumerate(each(_make, [(run, place) for run in missing], jobs), 1):
-        print(f"{done}/{len(missing)}  {os.path.basename(path)}  {seconds:.0f} s", flush=True)
+    for done, (key, seconds) in enumerate(each(_make, [(run, place) for run in missing], jobs), 1):
+        print(f"{done}/{len(missing)}  {key}  {seconds:.0f} s", flush=True)
     if missing:
         print(f"{len(missing)} runs in {(time.time() - start) / 60:.1f} minutes")
 
@@ -111,7 +111,7 @@ def section(name, place, seeds, picture):
         lines.append(f"![{experiment.title}]({name}.png)\n")
     sizes = {key: sorted({c[key] for c in configs}) for key in ("batch", "rollouts", "steps", "lr")}
     told = ", ".join(f"{key} {'/'.join(f'{x:g}' for x in values)}" for key, values in sizes.items())
-    minutes = sum(r["seconds"] for r in {place.path(r["run"]): r for r in records}.values()) / 60
+    minutes = sum(r["seconds"] for r in {place.key(r["run"]): r for r in records}.values()) / 60
     revisions = sorted({r["revision"][:7] + ("+" if r["revision"].endswith("+") else "") for r in records})
     note = f"{experiment.note} " if experiment.note else ""
     foot = f"`python experiments/run.py {name}`; seeds {', '.join(map(str, used))}; {told}; {minutes:.0f} minutes of one core; "
@@ -184,10 +184,10 @@ def show_list(place):
     """What each name would run, and what its runs took."""
     print(f"{'name':10} {'runs':>5} {'missing':>8} {'minutes':>8}  (two cores)")
     for name, experiment in EXPERIMENTS.items():
-        paths = {place.path(run): run for _, run in experiment.runs()}
-        seconds = [r["seconds"] for run in paths.values() if (r := place.read(run))]
-        minutes = f"{sum(seconds) / 120:8.1f}" if len(seconds) == len(paths) else f"{'?':>8}"
-        print(f"{name:10} {len(paths):5} {len(wanted([name], place, None)):8} {minutes}  {experiment.title}")
+        keys = {place.key(run): run for _, run in experiment.runs()}
+        seconds = [r["seconds"] for run in keys.values() if (r := place.read(run))]
+        minutes = f"{sum(seconds) / 120:8.1f}" if len(seconds) == len(keys) else f"{'?':>8}"
+        print(f"{name:10} {len(keys):5} {len(wanted([name], place, None)):8} {minutes}  {experiment.title}")
 
 
 def main(arguments):

@@ -1,6 +1,8 @@
 """The experiments: other algorithms and baselines against loops, verdicts, and every name's smoke run."""
 
+import dataclasses
 import math
+import multiprocessing
 import os
 
 import pytest
@@ -9,10 +11,11 @@ import torch
 from algorithms import ALGORITHMS, DAPO, GRPO, DrGRPO, ReinforcePlusPlus, ReMax
 from baselines import Contrastive, PathwiseAlone, SimCSE
 from conftest import ROWS, TEXTS, config
-from record import Place, rounded
+from record import Place, read_records, rounded, write_record
 from synthetic_tasks import write_all
 from tables import EXPERIMENTS, Claim
 
+from config import Config, setting
 from plumbing.errors import GraceError
 from rollout import make_batch, roll_out, sample
 
@@ -31,13 +34,13 @@ def prepared(policy, algorithm, **settings):
 def test_grpo_divides_by_the_groups_deviation(make_policy):
     trainer, R, batch = prepared(make_policy(), GRPO)
     A = trainer.advantage(R, batch)
-    for rewards, found in zip(R.tolist(), A.tolist()):
+    for rewards, group in zip(R.tolist(), A.tolist()):
         mean = sum(rewards) / len(rewards)
         std = math.sqrt(sum((r - mean) ** 2 for r in rewards) / len(rewards))
-        assert found == pytest.approx([(r - mean) / std for r in rewards], rel=1e-4)
+        assert group == pytest.approx([(r - mean) / std for r in rewards], rel=1e-4)
 
 
-def test_reinforce_plus_plus_looks_at_the_whole_batch(make_policy):
+def test_reinforce_plus_plus_scales_over_the_whole_batch(make_policy):
     trainer, R, batch = prepared(make_policy(), ReinforcePlusPlus)
     flat = R.flatten().tolist()
     mean = sum(flat) / len(flat)
@@ -72,7 +75,7 @@ def test_the_other_surrogates_token_by_token(make_policy, algorithm, low, high):
     trainer, R, batch = prepared(make_policy(), algorithm)
     A, rollouts = trainer.advantage(R, batch), batch.rollouts
     new = rollouts.logprobs + 0.4 * torch.randn(rollouts.logprobs.shape, generator=torch.Generator().manual_seed(3))
-    found, clipped = trainer.surrogate(new, rollouts, A), [0, 0]
+    surrogate, clipped = trainer.surrogate(new, rollouts, A), [0, 0]
     lengths = rollouts.mask.sum(-1)
     scale = float(lengths.float().mean()) if algorithm is DAPO else trainer.policy.reading.max_new_tokens
     for n in range(R.shape[0]):
@@ -82,16 +85,16 @@ def test_the_other_surrogates_token_by_token(make_policy, algorithm, low, high):
                 ratio, a = math.exp(float(new[n, k, t] - rollouts.logprobs[n, k, t])), float(A[n, k])
                 total += min(ratio * a, min(max(ratio, 1 - low), 1 + high) * a)
                 clipped = [clipped[0] + (ratio < 1 - low), clipped[1] + (1 + low < ratio < 1.28)]
-            assert float(found[n, k]) == pytest.approx(total / scale, rel=1e-4, abs=1e-6)
+            assert float(surrogate[n, k]) == pytest.approx(total / scale, rel=1e-4, abs=1e-6)
     assert min(clipped) > 0  # both sides are at work, and so is the difference between them
 
 
 def test_remax_subtracts_the_greedy_rationales_reward(make_policy):
-    """Its reward written out in loops: InfoNCE, consistency, and InfoNCE against the nearest rollouts."""
+    """That reward in loops: InfoNCE, consistency, and InfoNCE against the nearest rollouts."""
     policy = make_policy().__class__(make_policy().model.double(), make_policy().tokenizer, make_policy().reading)
     trainer, R, batch = prepared(policy, ReMax, infonce_temperature=0.3)
     c, B = trainer.config, len(ROWS)
-    found = R - trainer.advantage(R, batch)
+    baseline = R - trainer.advantage(R, batch)
     q, p, n = (batch.embeddings[role].tolist() for role in ("query", "positive", "negative"))
     dot = lambda a, b: sum(x * y for x, y in zip(a, b))
     mean = lambda values: sum(values) / len(values)
@@ -108,7 +111,7 @@ def test_remax_subtracts_the_greedy_rationales_reward(make_policy):
                 reward += weight * (own / c.infonce_temperature - top)
             reward += c.lambda_consistency * mean([dot(h, x) for x in mine[i]])
             expected.append(reward / c.tau - (0.0 if bool(greedy.finished) else c.gamma))
-    for row, value in zip(found.tolist(), expected):
+    for row, value in zip(baseline.tolist(), expected):
         assert row == pytest.approx([value] * len(row), abs=1e-5)
 
 
@@ -135,7 +138,7 @@ def test_without_grpo_only_the_pathwise_term_moves_the_policy(make_policy, pathw
 def test_a_baseline_stops_at_a_gradient_that_is_not_finite(make_policy, baseline):
     rows = ROWS if baseline is Contrastive else [{"text": row["query"]} for row in ROWS]
     trainer = baseline(make_policy(), None, rows, config(mode="supervised" if baseline is Contrastive else "unsupervised"))
-    trainer.loss = lambda texts, twins: next(trainer.policy.model.parameters()).sum() * math.nan
+    trainer.loss = lambda batch: next(trainer.policy.model.parameters()).sum() * math.nan
     before = [p.clone() for p in trainer.policy.model.parameters()]
     with pytest.raises(GraceError, match="the gradient is not finite"):
         trainer.step()
@@ -148,8 +151,8 @@ def embedded(policy, text):
     out, counted = policy.model(input_ids=x.ids, output_hidden_states=True), x.counted[0].bool()
     h = out.hidden_states[-1][0][counted].mean(0)
     at = counted.nonzero()[1:, 0]
-    said = torch.log_softmax(out.logits[0].double(), -1)[at - 1, x.ids[0, at]].mean()
-    return h / h.norm(), said
+    logprob = torch.log_softmax(out.logits[0].double(), -1)[at - 1, x.ids[0, at]].mean()
+    return h / h.norm(), logprob
 
 
 @pytest.mark.parametrize("text_weight", [0.0, 2.0])
@@ -157,47 +160,61 @@ def test_the_contrastive_loss_and_its_gradient(make_policy, text_weight):
     policy = make_policy(double=True)
     trainer = Contrastive(policy, None, ROWS, config(text_weight=text_weight, infonce_temperature=0.3))
     batch = make_batch(ROWS)
-    texts, twins = batch.texts, batch.twins
-    read = {role: [embedded(policy, text) for text in texts[role]] for role in texts}
-    q, p, n = ([h for h, _ in read[role]] for role in ("query", "positive", "negative"))
+    by_role = {role: [embedded(policy, text) for text in batch.texts[role]] for role in batch.texts}
+    q, p, n = ([h for h, _ in by_role[role]] for role in ("query", "positive", "negative"))
     terms = []
     for i in range(len(ROWS)):
         forth = torch.stack([q[i] @ x for x in p] + [q[i] @ n[i]]) / 0.3
         back = torch.stack([p[i] @ x for x in q]) / 0.3
         terms += [forth[i] - forth.exp().sum().log(), back[i] - back.exp().sum().log()]
-    expected = -torch.stack(terms).mean() - text_weight * torch.stack([said for r in read.values() for _, said in r]).mean()
-    found = trainer.loss(texts, twins)
-    assert found.item() == pytest.approx(expected.item(), rel=1e-9)
+    text_logprobs = torch.stack([logprob for texts in by_role.values() for _, logprob in texts])
+    expected = -torch.stack(terms).mean() - text_weight * text_logprobs.mean()
+    loss = trainer.loss(batch)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-9)
     weight = policy.model.model.layers[0].mlp.down_proj.weight
-    mine, theirs = (torch.autograd.grad(x, weight)[0] for x in (found, expected))
+    mine, theirs = (torch.autograd.grad(x, weight)[0] for x in (loss, expected))
     torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-8)  # norms and rotations are float32 inside
 
 
-def test_simcse_drops_out_only_in_its_own_reading(make_policy):
+def simcse(policy):
+    return SimCSE(policy, None, [{"text": t} for t in TEXTS], config(mode="unsupervised", batch=2, text_weight=0.0))
+
+
+def test_simcse_drops_out_in_its_views_alone(make_policy):
     policy = make_policy(double=True)
-    trainer = SimCSE(policy, None, [{"text": t} for t in TEXTS], config(mode="unsupervised", batch=2, text_weight=0.0))
-    views, read = [], trainer.read
-    trainer.read = lambda texts, share: views.append(read(texts, share)) or views[-1]
-    batch = make_batch([{"text": t} for t in TEXTS])
-    loss = trainer.loss(batch.texts, batch.twins)
+    trainer = simcse(policy)
+    views, embed = [], trainer.embed
+    trainer.embed = lambda texts, share: views.append(embed(texts, share)) or views[-1]
+    loss = trainer.loss(make_batch([{"text": t} for t in TEXTS]))
     (one, _), (two, _) = views
     scores = (one @ two.T) / trainer.config.infonce_temperature
     assert loss.item() == pytest.approx((-(scores.diagonal() - scores.exp().sum(1).log()).mean()).item(), rel=1e-9)
     plain = torch.stack([embedded(policy, text)[0] for text in TEXTS])
     assert (one - two).abs().max() > 1e-3 and (one - plain).abs().max() > 1e-3
-    torch.testing.assert_close(read(TEXTS)[0], plain)  # the hook is gone
-    dropped = trainer.drop(None, None, torch.ones(200, 100))
-    assert dropped.unique().tolist() == pytest.approx([0.0, 1 / 0.9]) and 0.08 < (dropped == 0).float().mean() < 0.12
+    torch.testing.assert_close(embed(TEXTS)[0], plain)  # the hook is gone
+
+
+def test_what_simcse_drops_is_a_function_of_seed_step_and_view(make_policy):
+    policy = make_policy()
+    trainer, inputs = simcse(policy), policy.model.get_input_embeddings()
+    inputs.weight.data.fill_(0.9)
+    trainer.embed = lambda texts, share: inputs(torch.arange(120))
+    kept = lambda view: trainer.view(TEXTS, view)
+    first = kept(0)
+    assert first.unique().tolist() == pytest.approx([0.0, 1.0]) and 0.08 < (first == 0).float().mean() < 0.12
+    assert torch.equal(first, kept(0)) and not torch.equal(first, kept(1))
+    trainer.step_number = 1
+    assert not torch.equal(first, kept(0))
 
 
 @pytest.mark.parametrize("trainer", [Contrastive, SimCSE])
 def test_a_loss_falls(make_policy, trainer):
     rows = ROWS if trainer is Contrastive else [{"text": row["query"]} for row in ROWS]
     mode = "supervised" if trainer is Contrastive else "unsupervised"
-    trained = trainer(make_policy(), None, rows, config(mode=mode, lr_decay=True, steps=20, lr=1e-3))
-    losses = [trained.step()["loss"] for _ in range(20)]
+    trained = trainer(make_policy(), None, rows, config(mode=mode, lr_decay=True, steps=30, lr=1e-3))
+    losses = [trained.step()["loss"] for _ in range(30)]
     assert sum(losses[-4:]) < 0.8 * sum(losses[:4])
-    assert trained.optimizer.param_groups[0]["lr"] == pytest.approx(1e-3 / 20)
+    assert trained.optimizer.param_groups[0]["lr"] == pytest.approx(1e-3 / 30)
 
 
 # ---------------------------------------------------------------- claims, records, the runner
@@ -224,10 +241,61 @@ def test_claims_name_rows_and_columns_that_exist():
 def test_a_run_is_found_by_its_settings():
     place = Place()
     base = dict(trainer="GRACE", recipe="full", seed=0)
-    assert place.path(base) == place.path({**base, "clip_eps": 0.2, "world": None})  # a default is no difference
+    assert place.key(base) == place.key({**base, "clip_eps": 0.2, "world": None})  # a default is no difference
     others = [dict(seed=1), dict(steps=7), dict(trainer="GRPO"), dict(recipe="paper"), dict(world="meals"), dict(probe="tasks")]
-    assert len({place.path(base), *(place.path(base | other) for other in others)}) == 7
-    assert place.path(base) != Place(quick=True).path(base) != Place(data="x").path(base)
+    assert len({place.key(base), *(place.key(base | other) for other in others)}) == 7
+    assert place.key(base) != Place(quick=True).key(base) != Place(data="x").key(base)
+
+
+def test_a_setting_that_config_gains_later_leaves_every_key_as_it_is(monkeypatch):
+    run, place = dict(trainer="GRACE", recipe="full", seed=0), Place()
+    key = place.key(run)
+    later = dataclasses.make_dataclass("Later", [("gain", float, setting(1.0, "a setting of next year"))], bases=(Config,))
+    monkeypatch.setattr("record.Config", later)
+    assert place.key(run) == place.key(run | dict(gain=1.0)) == key != place.key(run | dict(gain=2.0))
+
+
+def test_a_record_is_kept_replaced_and_not_lost_to_a_torn_line(tmp_path):
+    place, runs = Place(results=str(tmp_path / "results")), [dict(trainer="none", seed=seed) for seed in range(3)]
+    for seed, one in enumerate(runs):
+        place.write(one, {"backbone": "toy", "score": seed})
+    place.write(runs[1], {"backbone": "toy", "score": 10})
+    path = place.file(runs[0])
+    lines = open(path).read().splitlines()
+    assert len(lines) == 3 and lines == sorted(lines) and all(" " not in line for line in lines)
+    assert [place.read(one)["score"] for one in runs] == [0, 10, 2]
+    with open(path, "a") as file:
+        file.write(lines[0][:20])  # as a full disk leaves it
+    assert [place.read(one)["score"] for one in runs] == [0, 10, 2]
+    place.write(runs[2], {"backbone": "toy", "score": 20})  # and the next record does not end up behind it
+    assert [place.read(one)["score"] for one in runs] == [0, 10, 20]
+    with open(path, "w") as file:
+        file.write("\n".join(lines)[:-9])  # the last record itself is torn
+    assert [place.read(one) for one in runs].count(None) == 1
+
+
+def write_many(path, first):
+    for number in range(first, 60, 3):
+        write_record(path, f"none-{number}", {"number": number})
+
+
+def test_processes_that_write_records_at_the_same_time_lose_none(tmp_path):
+    path, context = str(tmp_path / "results" / "events.jsonl"), multiprocessing.get_context("fork")
+    writers = [context.Process(target=write_many, args=(path, first)) for first in range(3)]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+    assert {key: record["number"] for key, record in read_records(path).items()} == {f"none-{n}": n for n in range(60)}
+    assert os.listdir(tmp_path / "results") == ["events.jsonl"]
+
+
+def test_every_committed_record_is_read_by_a_table():
+    place = Place()
+    wanted = {(place.file(run), place.key(run)) for experiment in EXPERIMENTS.values() for _, run in experiment.runs()}
+    names = [os.path.join(place.results, name) for name in os.listdir(place.results)]
+    assert {(name, key) for name in names for key in read_records(name)} == wanted
+    assert all(key == place.key(record["run"]) for name in names for key, record in read_records(name).items())
 
 
 def test_rounding_keeps_integers_and_strings():
@@ -253,6 +321,7 @@ def test_quick(quick, name):
 
 def test_a_second_call_makes_no_run_and_the_same_page(quick, capsys):
     page, records = (quick / "results.md").read_text(), sorted(os.listdir(quick / "results"))
+    assert records == ["events.jsonl", "meals.jsonl", "parcels.jsonl"]
     times = [os.stat(quick / "results" / name).st_mtime_ns for name in records]
     run.main(["table5", "--quick", "--jobs", "1", "--out", str(quick)])
     assert (quick / "results.md").read_text() == page
