@@ -1,9 +1,10 @@
-"""Makes the student's repository from this one: every task's functions lose their bodies, and nothing else changes.
+"""Makes the students' repository from this one: the functions of every task lose their bodies, and nothing else changes.
 
-    python course/make_starter.py OUT                   all tasks to do
-    python course/make_starter.py OUT --tasks 1 3 5     these to do; the others stand as they are here
+    python course/make_starter.py OUT                   all tasks are to do
+    python course/make_starter.py OUT --tasks 1 3 5     only these are to do; the others stand there as they are here
 
-What is taken out is found by name in the files themselves, so a starter is never behind them. Standard library only.
+The functions are looked up by name in the files themselves, so a starter never falls behind this repository. Standard
+library only.
 """
 
 import argparse
@@ -27,25 +28,31 @@ TASKS = {  # task: its file, and the functions to write there
         ("contrastive", "self_similarity", "consistency", "hard_negative", "confidence", "total", "scaled", "length_penalty"),
     ),
     "task4": ("similarity.py", ("_Torch.forward", "_Torch.backward")),
-    "task5": ("grace.py", ("advantages", "clipped_objective", "kl_k3")),
+    "task5": ("grace.py", ("advantages", "masked_mean", "clipped_objective", "kl_k3")),
     "task6": ("grace.py", ("judge", "pathwise")),
-    "bonus": ("similarity_triton.py", ("forward_kernel",)),
+    "bonus": ("speed/similarity_triton.py", ("forward_kernel",)),
 }
-# Its own settings also keep a starter that lies inside a clone from using the clone's files.
+FILES = ("train.sh", "test.sh", "setup.sh", "requirements.txt", "requirements-dev.txt", "LICENSE", ".gitignore")
+FOLDERS = ("plumbing", "evaluation", "speed", "worlds")  # beside all *.py of the root
+GIVEN = os.path.join("tests", "given.json")  # in a starter: which tasks are to do, and what its files define
+# These settings also keep a starter that lies inside a clone from using the clone's files.
 PYTEST = "[pytest]\naddopts = -q -p no:warnings\npythonpath = .\n"
+ELSEWHERE = re.compile(r"\b(?:docs|experiments|bench|course|tests)/[\w/]*(?:\.\w+)?|(?<!\")\bREADME\.md\b")
+
+
+# ---------------------------------------------------------------- bodies of functions
 
 
 def body(source, name):
-    """Where the body of a function stands, its docstring left out: `lines[first:last]`, and its indentation.
+    """Where the body of a function stands, without its docstring: `lines[first:last]`, and its indentation.
 
     name is `function` or `Class.method`. Raises LookupError where there is none, or where it shares the line of its `def`.
     """
     node = ast.parse(source)
     for part in name.split("."):
-        found = [n for n in node.body if getattr(n, "name", None) == part]
-        if not found:
+        node = next((child for child in node.body if getattr(child, "name", None) == part), None)
+        if node is None:
             raise LookupError(f"no function {name}")
-        node = found[0]
     start = node.body[0]
     if start.lineno == node.lineno:
         raise LookupError(f"{name}: its body must begin on a line of its own")
@@ -67,42 +74,96 @@ def put(source, name, lines):
 
 
 def blank(source, name, task):
-    """The source with nothing written in that function yet."""
+    """The source with an exception as that function's body."""
     indent = " " * body(source, name)[2]
     return put(source, name, [f'{indent}raise NotImplementedError("{task}: {name}")'])
 
 
+# ---------------------------------------------------------------- the students' repository
+
+
 def build(out, tasks=tuple(TASKS)):
-    """Write the student's repository into the empty folder `out`, with these tasks to do."""
+    """Write the students' repository into the empty folder `out`, with these tasks to do."""
     if os.path.isdir(out) and os.listdir(out):
         raise FileExistsError(f"{out} is not empty: give a folder that is new")
-    shutil.copytree(os.path.join(HERE, "tests"), os.path.join(out, "tests"), ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("train.sh", "test.sh", "setup.sh", "requirements.txt", "requirements-dev.txt"):
-        shutil.copy(os.path.join(ROOT, name), out)
-    shutil.copy(os.path.join(HERE, "submit.sh"), out)
+    no_caches = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(os.path.join(HERE, "tests"), os.path.join(out, "tests"), ignore=no_caches)
     shutil.copy(os.path.join(HERE, "outline.py"), os.path.join(out, "tests"))
-    given = {}
-    for path in glob.glob(os.path.join(ROOT, "*.py")):
-        with open(path) as file:
-            source = file.read()
-        for task in tasks:
-            where, names = TASKS[task]
-            for name in names if where == os.path.basename(path) else ():
-                source = blank(source, name, task)
-        write(out, os.path.basename(path), source)
-        given |= {file: outline(source) for file, _ in TASKS.values() if file == os.path.basename(path)}
-    write(os.path.join(out, "tests"), "given.json", json.dumps(given, indent=1))
-    with open(os.path.join(HERE, "handout.md")) as file:
-        handout = file.read()
-    write(out, "README.md", handout)
-    questions = re.findall(r"^\*\*(Question \d+[a-z]?)\.\*\*", handout, re.M)
-    write(out, "answers.md", "".join(f"## {question}\n\n\n" for question in questions))
+    shutil.copy(os.path.join(HERE, "submit.sh"), out)
+    for name in (*glob.glob("*.py", root_dir=ROOT), *FILES):
+        if os.path.exists(os.path.join(ROOT, name)):
+            shutil.copy(os.path.join(ROOT, name), out)
+    for name in FOLDERS:
+        if os.path.isdir(os.path.join(ROOT, name)):
+            shutil.copytree(os.path.join(ROOT, name), os.path.join(out, name), ignore=no_caches)
+    for task in tasks:
+        file, names = TASKS[task]
+        source = read(out, file)
+        for name in names:
+            source = blank(source, name, task)
+        write(out, file, source)
+    outlines = {file: outline(read(out, file)) for file, _ in TASKS.values()}
+    write(out, GIVEN, json.dumps({"tasks": list(tasks), "outlines": outlines}, indent=1))
+    text = handout(read(HERE, "handout.md"), tasks)
+    write(out, "README.md", text + not_here(out))
+    write(out, "answers.md", "".join(f"## {question}\n\n\n" for question, _ in questions(text)))
     write(out, "pytest.ini", PYTEST)
 
 
+def handout(text, tasks):
+    """The handout for these tasks: their pages alone, and the points that these have."""
+    pages = []
+    for page in text.split("\n---\n"):
+        heading = re.search(r"^## (Task \d+|Bonus)\b", page, re.M)
+        if heading is None or heading[1].lower().replace(" ", "") in tasks:
+            pages.append(page)
+    text = "\n---\n".join(pages)
+    points = {
+        "code": sum(map(int, re.findall(r"^## Task .*\((\d+) points\)", text, re.M))),
+        "written answers": sum(points for _, points in questions(text)),
+        "the bonus": sum(map(int, re.findall(r"^## Bonus.*\((\d+) points\)", text, re.M))),
+    }
+    line = ", ".join(f"{n} for {what}" for what, n in points.items() if n)
+    return re.sub(r"^\* Points: .*", f"* Points: {line}.", text, flags=re.M)
+
+
+def questions(text):
+    """The written questions of a handout: `[("Question 1", points)]`."""
+    return [(name, int(n)) for name, n in re.findall(r"^\*\*(Question \d+[a-z]?)\.\*\* \((\d+) points\)", text, re.M)]
+
+
+def not_here(out):
+    """A last page for the handout: what the code names of this repository that is not part of a starter."""
+    named = {}
+    for path in sorted(glob.glob("**/*.py", root_dir=out, recursive=True) + glob.glob("*.sh", root_dir=out)):
+        for name in ELSEWHERE.findall(read(out, path)):
+            if name == "README.md" or not os.path.exists(os.path.join(out, name)):  # a starter's README.md is the handout
+                named.setdefault(name, path)
+    if not named:
+        return ""
+    places = ", ".join(f"`{name}` (in `{path}`)" for name, path in sorted(named.items()))
+    return (
+        "\n---\n\n## What the code names and this folder does not hold\n\nThis folder is a part of a larger repository. "
+        f"Comments in the code name other parts of it, which you do not need for your tasks: {places}.\n"
+    )
+
+
+def read(folder, name):
+    with open(os.path.join(folder, name), encoding="utf-8") as file:
+        return file.read()
+
+
 def write(folder, name, text):
-    with open(os.path.join(folder, name), "w") as file:
+    with open(os.path.join(folder, name), "w", encoding="utf-8") as file:
         file.write(text)
+
+
+def task_names(words):
+    """Tasks as the command line gives them (`1`, `task1`, `bonus`) by their names. Raises LookupError for others."""
+    names = [word if word in TASKS else f"task{word}" for word in words]
+    if unknown := [name for name in names if name not in TASKS]:
+        raise LookupError(f"no such task: {', '.join(unknown)}; there are {', '.join(TASKS)}")
+    return [name for name in TASKS if name in names]
 
 
 def main():
@@ -110,14 +171,12 @@ def main():
     parser.add_argument("out", help="a new folder")
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), help="1 to 6 and bonus; all by default")
     args = parser.parse_args()
-    tasks = [name if name in TASKS else f"task{name}" for name in args.tasks]
-    if unknown := [name for name in tasks if name not in TASKS]:
-        sys.exit(f"make_starter.py: no such task: {', '.join(unknown)}; there are {', '.join(TASKS)}")
     try:
+        tasks = task_names(args.tasks)
         build(args.out, tasks)
-    except FileExistsError as error:
+    except (FileExistsError, LookupError) as error:
         sys.exit(f"make_starter.py: {error}")
-    print(f"wrote {args.out}, to do: {', '.join(tasks)}. Give it out as it is; its README.md is the handout.")
+    print(f"wrote {args.out}, to do: {', '.join(tasks)}. Give it to the students as it is; its README.md is the handout.")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Planted wrong solutions, and right ones written otherwise: does the grader tell them apart?
+"""Tries the graders' tests on wrong solutions, and on right ones that are written otherwise.
 
-    python course/mutants.py            tries all and prints the table of docs/lecturer.md; fails if one is not told apart
+    python course/mutants.py            tries all and prints the table of docs/lecturer.md; fails at the first wrong verdict
 
-Each mutant is the reference with one thing changed as a student might get it wrong, and has to fail its own task's tests.
-Each alternative is another right solution, of at most twenty lines a task, and has to pass them.
+Each mutant is the reference with one mistake that a student might make, and has to fail its own task's tests.
+Each alternative is another right solution, of at most twenty lines per task, and has to pass them.
 """
 
 import argparse
@@ -36,82 +36,99 @@ MUTANTS = [  # task, what is wrong, function, what stands there, what a student 
     ("task2", "temperature forgotten in the score", "draw", "return token[:, 0], probabilities.gather(1, token)[:, 0].log()", "return token[:, 0], torch.log_softmax(logits, -1).gather(1, token)[:, 0]"),
     ("task2", "temperature forgotten in the draw", "draw", "tempered(logits, temperature)", "tempered(logits, 1.0)"),
     ("task2", "always greedy", "draw", "if temperature == 0:", "if True:"),
-    ("task2", "drawn from the global generator", "draw", "generator=generator, ", ""),
-    ("task2", "the end token dropped", "write", "lengths[rows] += writing", "lengths[rows] += writing & ~torch.isin(token, policy.end_ids)"),
+    ("task2", "drawn from torch's own generator", "draw", "uniform[:, None]", "torch.rand_like(uniform)[:, None]"),
+    ("task2", "one number for all rows", "draw", "uniform[:, None]", "uniform[:1, None]"),
+    ("task2", "an impossible token where the number is 0", "draw", "right=True", "right=False"),
+    ("task2", "a token behind the last where the sum is rounded down", "draw", None, "p = tempered(logits, temperature).exp()\ntoken = p.argmax(1, keepdim=True) if temperature == 0 else torch.searchsorted(p.cumsum(1), uniform[:, None].to(p.dtype), right=True)\nreturn token[:, 0], p.gather(1, token)[:, 0].log()"),
+    ("task2", "the twenty likeliest alone", "draw", "probabilities = tempered(logits, temperature).exp()", "probabilities = tempered(logits, temperature).exp()\n    probabilities = torch.where(probabilities < probabilities.topk(min(20, logits.shape[1])).values[:, -1:], 0, probabilities)"),
+    ("task2", "the end token is not counted", "write", "lengths += writing", "lengths += writing.index_fill(0, rows[torch.isin(token, policy.end_ids)], False)"),
     ("task2", "the length from `ids == pad`", "write", "return ids, logprobs, lengths", "lengths = (ids != 0).sum(1)\n    return ids, logprobs, lengths"),
     ("task2", "only one of the end tokens ends", "write", "~torch.isin(token, policy.end_ids)", "(token != policy.end_ids[0])"),
-    ("task2", "cut off counts as finished", "write", "pooled[rows], finished[rows] = state, ~writing\n    return", "pooled[rows], finished[rows] = state, True\n    return"),
-    ("task2", "what is written after the end is pooled", "write", "writing[:, None], how", "torch.ones_like(writing)[:, None], how"),
-    ("task2", "the last token is never fed", "write", "state = fold(state, to_pool, writing[:, None], how)", "state = fold(state, to_pool, (writing & ~torch.isin(token, policy.end_ids))[:, None], how)"),
-    ("task2", "the state before a token is pooled for it", "write", "hidden, to_pool = decoder.step(token)", "to_pool = last[:, None]; hidden, _ = decoder.step(token)"),
+    ("task2", "a truncated rationale counts as finished", "write", "lengths, ~writing,", "lengths, torch.ones_like(writing),"),
+    ("task2", "what is drawn after the end is pooled", "write", "writing[rows, None]", "torch.ones_like(rows)[:, None]"),
+    ("task2", "the end token is not pooled", "write", "writing[rows, None]", "(writing[rows] & ~torch.isin(token, policy.end_ids))[:, None]"),
+    ("task2", "the state before a token is pooled for it", "write", "hidden, to_pool = decoder.step(token)", "to_pool = last[rows, None]; hidden, _ = decoder.step(token)"),
     ("task2", "always the mean", "write", "policy.reading.pooling", '"mean"'),
-    ("task2", "predicted from the states to pool", "write", "last = hidden[:, -1]", "last = to_pool[:, -1]"),
-    ("task2", "goes on when all have ended", "write", "if len(keep) == 0:", "if False:"),
-    ("task2", "stops before the last end token is fed", "write", "hidden, to_pool = decoder.step(token)", "lengths[rows] += writing\n        if not (writing & ~torch.isin(token, policy.end_ids)).any():\n            finished[rows] = True\n            pooled[rows] = state\n            return ids, logprobs, lengths, finished, pooled\n        lengths[rows] -= writing.long()\n        hidden, to_pool = decoder.step(token)"),
-    ("task2", "the twenty likeliest alone", "draw", "probabilities = tempered(logits, temperature).exp()", "probabilities = tempered(logits, temperature).exp()\n    probabilities = torch.where(probabilities < probabilities.topk(min(20, logits.shape[1])).values[:, -1:], 0, probabilities)"),
+    ("task2", "the next token predicted from the states to pool", "write", "hidden[:, -1]", "to_pool[:, -1]"),
+    ("task2", "the loop continues when all have ended", "write", "if not writing.any():", "if False:"),
+    ("task2", "the loop stops before the last end token is fed", "write", "hidden, to_pool = decoder.step(token)", "if not (writing[rows] & ~torch.isin(token, policy.end_ids)).any():\n            return ids, logprobs, lengths + writing, torch.ones_like(writing), state\n        hidden, to_pool = decoder.step(token)"),
+    ("task2", "the first position's number at every position", "write", "uniform[rows, t]", "uniform[rows, 0]"),
+    ("task2", "numbers by place in the batch, not by rollout", "write", "uniform[rows, t]", "uniform[: len(rows), t]"),
+    ("task2", "the batch is taken to keep all its rows", "write", "rows = decoder.rows", "rows = torch.arange(n)"),
+    ("task2", "rows that still write are dropped", "write", "drop_finished(writing)", "drop_finished(~writing)"),
+    ("task2", "tokens by place in the batch, not by rollout", "write", "ids[rows, t]", "ids[: len(rows), t]"),
     ("task3", "zeros everywhere", "contrastive", None, "return torch.zeros(positive.shape[:2], dtype=positive.dtype)"),
     ("task3", "negatives averaged, not summed", "contrastive", '"bd,bmd->b", query, negative)', '"bd,bmd->b", query, negative) / max(negative.shape[1], 1)'),
-    ("task3", "a rollout is its own mate", "consistency", "others = rollouts.sum(1, keepdim=True) - rollouts", "others = rollouts.sum(1, keepdim=True)"),
+    ("task3", "a rollout counts itself among the others", "consistency", "others = rollouts.sum(1, keepdim=True) - rollouts", "others = rollouts.sum(1, keepdim=True)"),
     ("task3", "divided by K", "consistency", "/ (K - 1)", "/ K"),
     ("task3", "a group of one gives NaN", "consistency", "if K == 1:", "if False:"),
-    ("task3", "sign of the hard term", "hard_negative", "return -", "return "),
-    ("task3", "min for max", "hard_negative", None, "s = torch.einsum('id,jkd->ijk', query, positive).amin(2)\nother = ~torch.eye(len(s), dtype=torch.bool) if twins is None else ~twins & ~torch.eye(len(s), dtype=torch.bool)\nreturn -(s * other).sum(1) / other.sum(1).clamp(min=1)"),
+    ("task3", "the sign of the hard term", "hard_negative", "return -", "return "),
+    ("task3", "the farthest rollout, not the nearest", "hard_negative", None, "s = torch.einsum('id,jkd->ijk', query, positive).amin(2)\nother = ~torch.eye(len(s), dtype=torch.bool) if twins is None else ~twins & ~torch.eye(len(s), dtype=torch.bool)\nreturn -(s * other).sum(1) / other.sum(1).clamp(min=1)"),
     ("task3", "own group left among the negatives", "hard_negative", None, "return -torch.einsum('id,jkd->ijk', query, positive).amax(2).mean(1)"),
-    ("task3", "detached", "self_similarity", "anchor, rollouts)", "anchor, rollouts.detach())"),
+    ("task3", "the rollouts are detached", "self_similarity", "anchor, rollouts)", "anchor, rollouts.detach())"),
+    ("task3", "twins count as negatives", "hard_negative", ", twins)", ")"),
     ("task3", "own pair left out of the candidates", "confidence", "torch.stack([own / temperature, others], 2)", "others[..., None]"),
     ("task3", "temperature forgotten on the hard negatives", "confidence", "near / temperature", "near"),
     ("task3", "a loss, not a reward: the sign", "confidence", "return own / temperature - candidates.logsumexp(2)", "return candidates.logsumexp(2) - own / temperature"),
     ("task3", "exponentials that overflow", "confidence", "candidates.logsumexp(2)", "candidates.exp().sum(2).log()"),
     ("task3", "weights exchanged", "total", None, 'return components["contrastive"] + lambda_hard * components["consistency"] + lambda_consistency * components["hard"]'),
     ("task3", "times tau", "scaled", "/ tau", "* tau"),
-    ("task3", "the finished pay", "length_penalty", "torch.where(finished,", "torch.where(~finished,"),
+    ("task3", "finished rollouts pay the penalty", "length_penalty", "torch.where(finished,", "torch.where(~finished,"),
     ("task3", "Eq. 28 whatever `relative` says", "length_penalty", "reward - gamma if relative else ", ""),
     ("task4", "own group left among the others", "_Torch.forward", "masked_fill(~other, -torch.inf).logsumexp(1)", "logsumexp(1)"),
     ("task4", "mean of exponentials, not of cosines", "_Torch.forward", "for here, _, mean, nearest, own, other in _Torch.blocks(rows, columns, barred):", "for here, s, mean, nearest, own, other in _Torch.blocks(rows, columns, barred):\n            mean = (s / temperature).logsumexp(0) * temperature - temperature * torch.tensor(float(len(s))).log()"),
     ("task4", "divided by B, not by the others", "_Torch.forward", "other.sum(1).clamp(min=1)", "other.shape[1]"),
-    ("task4", "zeros as the gradient", "_Torch.backward", None, "return torch.zeros_like(rows), torch.zeros_like(columns)"),
+    ("task4", "zeros for the gradient", "_Torch.backward", None, "return torch.zeros_like(rows), torch.zeros_like(columns)"),
     ("task4", "1/t forgotten in the gradient", "_Torch.backward", "p * w_mean / temperature", "p * w_mean"),
     ("task4", "1/K forgotten in the gradient", "_Torch.backward", ") / len(s)", ")"),
     ("task4", "one of equal members takes all", "_Torch.backward", "top = torch.eq(s, nearest, out=s)", "top = torch.nn.functional.one_hot(s.argmax(0), len(s)).permute(2, 0, 1).to(s.dtype)"),
     ("task4", "every member takes the nearest's gradient", "_Torch.backward", "most / top.sum(0)", "most / len(s)"),
     ("task4", "only the last block's columns", "_Torch.backward", "            for k in range(len(s)):", "            d_columns.zero_()\n            for k in range(len(s)):"),
     ("task4", "equal members each take all", "_Torch.backward", "most / top.sum(0)", "most"),
-    ("task4", "infinity times 0 where nobody is another", "_Torch.backward", "torch.where(other, (mean / temperature - lse_mean).exp(), 0)", "(mean / temperature - lse_mean).exp() * other"),
-    ("task4", "the whole table at once", "_Torch.forward", "found = rows.new_empty(4, len(rows))", "found = rows.new_empty(4, len(rows)); rows @ columns.flatten(0, 1).T"),
+    ("task4", "infinity times 0 where there is no other group", "_Torch.backward", "torch.where(other, (mean / temperature - lse_mean).exp(), 0)", "(mean / temperature - lse_mean).exp() * other"),
+    ("task4", "the whole table at once", "_Torch.forward", "for here, _,", "rows @ columns.flatten(0, 1).T\n        for here, _,"),
+    ("task4", "the plain definition in place of tiles", "_Torch.forward", None, "return tuple(plain_similarity(rows, columns, temperature, barred))"),
+    ("task4", "autograd through the plain definition", "_Torch.backward", None, "with torch.enable_grad():\n    r, c = rows.detach().requires_grad_(), columns.detach().requires_grad_()\n    own, mean, nearest, hard = plain_similarity(r, c, temperature, barred)\n    count = (~barred).sum(1).clamp(min=1).repeat_interleave(len(rows) // len(columns))\n    numbers = (own, mean.nan_to_num(neginf=0.0), nearest.nan_to_num(neginf=0.0), hard * count)\n    return tuple(x.nan_to_num() for x in torch.autograd.grad(numbers, (r, c), saved[2:]))"),
     ("task5", "zeros everywhere", "clipped_objective", None, "return logprobs.sum(-1) * 0"),
     ("task5", "standard deviation in the advantage", "advantages", "if normalize:", "if True:"),
     ("task5", "equal rewards give NaN", "advantages", " + 1e-6", ""),
-    ("task5", "less the batch's mean", "advantages", "rewards.mean(1, keepdim=True)", "rewards.mean()"),
+    ("task5", "the batch's mean in place of the group's", "advantages", "rewards.mean(1, keepdim=True)", "rewards.mean()"),
     ("task5", "the rewards are edited in place", "advantages", "centred = rewards - rewards.mean(1, keepdim=True)", "centred = rewards.sub_(rewards.mean(1, keepdim=True))"),
     ("task5", "ratio without clipping", "clipped_objective", "torch.minimum(ratio * A, ratio.clamp(1 - clip_eps, 1 + (clip_high or clip_eps)) * A)", "ratio * A"),
     ("task5", "clipped without the minimum", "clipped_objective", "torch.minimum(ratio * A, ratio.clamp(1 - clip_eps, 1 + (clip_high or clip_eps)) * A)", "ratio.clamp(1 - clip_eps, 1 + (clip_high or clip_eps)) * A"),
     ("task5", "clipping on the wrong side", "clipped_objective", "torch.minimum", "torch.maximum"),
     ("task5", "old over new", "clipped_objective", "logprobs - old_logprobs", "old_logprobs - logprobs"),
     ("task5", "the ratio detached", "clipped_objective", "(logprobs - old_logprobs).exp()", "(logprobs - old_logprobs).exp().detach()"),
-    ("task5", "one mean over all rows' tokens", "clipped_objective", "mask.sum(-1) if", "mask.sum() / mask.shape[0] / mask.shape[1] if"),
-    ("task5", "padding counts in the mean", "clipped_objective", "mask.sum(-1) if", "mask.shape[-1] if"),
-    ("task5", "padding is summed too", "clipped_objective", " * A) * mask", " * A)"),
+    ("task5", "one number of tokens for all rollouts", "masked_mean", "/ mask.sum(-1)", "/ (mask.sum() / mask.shape[0] / mask.shape[1])"),
+    ("task5", "padding counts in the mean's denominator", "masked_mean", "/ mask.sum(-1)", "/ mask.shape[-1]"),
+    ("task5", "padding counts in the mean", "masked_mean", "(x * mask)", "x"),
+    ("task5", "padding is summed too", "clipped_objective", "(token * mask)", "token"),
+    ("task5", "the mean whatever `length_normalize` says", "clipped_objective", " if length_normalize else (token * mask).sum(-1)", ""),
     ("task5", "clip_high forgotten", "clipped_objective", "clip_high or clip_eps", "clip_eps"),
     ("task5", "the other KL", "kl_k3", "reference - logprobs", "logprobs - reference"),
+    ("task5", "the plain estimator, which can be negative", "kl_k3", "log_ratio.exp() - 1 - log_ratio", "-log_ratio"),
+    ("task5", "padding counts in the KL", "kl_k3", "masked_mean(log_ratio.exp() - 1 - log_ratio, mask)", "(log_ratio.exp() - 1 - log_ratio).mean(-1)"),
     ("task5", "a KL without a gradient", "kl_k3", "log_ratio = reference - logprobs", "log_ratio = reference - logprobs.detach()"),
     ("task6", "detached pathwise term", "pathwise", "g * h", "g * h.detach()"),
     ("task6", "zeros everywhere", "pathwise", None, "return torch.zeros(h.shape[:2], dtype=h.dtype) * h.sum(-1)"),
     ("task6", "to be minimised", "pathwise", "(g * h)", "-(g * h)"),
-    ("task6", "the slope of the mean reward", "judge", "R.sum()", "R.mean()"),
-    ("task6", "each role's own reward alone", "judge", "    g = torch.autograd.grad(R.sum(), [leaves[role] for role in config.roles])", "    sizes = [len(components['hard']) // len(config.roles)] * len(config.roles)\n    g = [torch.autograd.grad(r.sum(), leaves[role], retain_graph=True)[0] for r, role in zip(R.split(sizes), config.roles)]"),
+    ("task6", "the gradient of the mean reward", "judge", "R.sum()", "R.mean()"),
+    ("task6", "each role's own reward alone", "judge", "g = torch.autograd.grad(R.sum(), [leaves[role] for role in config.roles])", "sizes = [len(components['hard']) // len(config.roles)] * len(config.roles)\n    g = [torch.autograd.grad(r.sum(), leaves[role], retain_graph=True)[0] for r, role in zip(R.split(sizes), config.roles)]"),
     ("task6", "roles in another order", "judge", "[leaves[role] for role in config.roles]", "[leaves[role] for role in sorted(config.roles)]"),
     ("task6", "the caller's embeddings are made leaves", "judge", "x.detach().requires_grad_(role in config.roles)", "x.requires_grad_(role in config.roles)"),
-    ("task6", "the penalty forgotten", "judge", "    R = rewards.length_penalty(R, finished, config.gamma, config.relative_length_penalty)\n", ""),
+    ("task6", "the penalty forgotten", "judge", "rewards.length_penalty(R, finished, config.gamma, config.relative_length_penalty)", "R"),
     ("task6", "tau forgotten", "judge", ", config.tau)", ", 1.0)"),
     ("task6", "the reward keeps its graph", "judge", "return R.detach()", "return R"),
-    ("task6", "the paper's reward is never asked for", "judge", 'if config.reward == "paper":', "if False:"),
-    ("task6", "twins not handed on", "judge", ", twins)", ", None)"),
+    ("task6", "the paper's reward is never used", "judge", 'if config.reward == "paper":', "if False:"),
+    ("task6", "twins not passed on", "judge", ", twins)", ", None)"),
     ("task6", "the penalty is always relative", "judge", ", config.relative_length_penalty)", ", True)"),
     ("task6", "negatives keep their own shape", "judge", "x.flatten(0, -3)", "x"),
     ("bonus", "own group left among the others", "forward_kernel", "mean_peak, mean_total = online(mean_peak, mean_total, mean * inverse_t, other)", "mean_peak, mean_total = online(mean_peak, mean_total, mean * inverse_t, own | other)"),
+    ("bonus", "temperature forgotten", "forward_kernel", "mean * inverse_t", "mean"),
+    ("bonus", "a sum of exponentials without the running maximum", "forward_kernel", "near_peak, near_total = online(near_peak, near_total, nearest * inverse_t, other)", "near_peak = own_sum * 0; near_total += tl.sum(tl.where(other, tl.exp(nearest * inverse_t), 0.0), 1)"),
     ("bonus", "the last tile alone", "forward_kernel", "hard_sum += tl.sum", "hard_sum = tl.sum"),
 ]  # fmt: skip
-ALTERNATIVES = [  # task, what is done otherwise, {function: body}
+ALTERNATIVES = [  # task, how it is written, {function: body}
     (
         "task1", "means by matrix product, masks by comparison with a list", {
             "length_mask": "positions = torch.tensor(list(range(width)), device=lengths.device)\nreturn positions.expand(*lengths.shape, width) < lengths.unsqueeze(-1)",
@@ -130,26 +147,29 @@ ALTERNATIVES = [  # task, what is done otherwise, {function: body}
         },
     ),
     (
-        "task2", "no packing, and torch.multinomial", {
+        "task2", "no row is dropped, and the likeliest token comes first in the sum", {
             "draw": """
-                said = tempered(logits, temperature)
-                token = said.argmax(1) if temperature == 0 else torch.multinomial(said.exp(), 1, generator=generator)[:, 0]
-                return token, said.gather(1, token[:, None])[:, 0]
+                logprobs = tempered(logits, temperature)
+                sorted_logprobs, order = logprobs.sort(dim=1, descending=True)
+                below = sorted_logprobs.exp().cumsum(1)
+                place = torch.zeros(len(logits), dtype=torch.long) if temperature == 0 else (below <= uniform[:, None] * below[:, -1:]).sum(1)
+                token = order.gather(1, place[:, None])
+                return token[:, 0], logprobs.gather(1, token)[:, 0]
             """,
             "write": """
-                writing, said, scored = torch.ones(len(last), dtype=torch.bool, device=last.device), [], []
+                writing, ids, logprobs = torch.ones(len(last), dtype=torch.bool, device=last.device), [], []
                 lengths = torch.zeros(len(last), dtype=torch.long, device=last.device)
-                for _ in range(policy.reading.max_new_tokens):
-                    token, logprob = draw(policy.logits(last), temperature, generator)
-                    said.append(token)
-                    scored.append(logprob)
+                for t in range(policy.reading.max_new_tokens):
+                    token, logprob = draw(policy.logits(last), temperature, None if uniform is None else uniform[:, t])
+                    ids.append(token)
+                    logprobs.append(logprob)
                     hidden, to_pool = decoder.step(token)
                     state = fold(state, to_pool, writing[:, None], policy.reading.pooling)
                     lengths, last = lengths + writing, hidden[:, -1]
                     writing = writing & ~torch.isin(token, policy.end_ids)
                     if not writing.any():
                         break
-                return torch.stack(said, 1), torch.stack(scored, 1), lengths, ~writing, state
+                return torch.stack(ids, 1), torch.stack(logprobs, 1), lengths, ~writing, state
             """,
         },
     ),
@@ -166,8 +186,8 @@ ALTERNATIVES = [  # task, what is done otherwise, {function: body}
                 return (s.sum(2) - s.diagonal(dim1=1, dim2=2)) / max(K - 1, 1)
             """,
             "confidence": """
-                all_of_them = [own / temperature, others, *(near / temperature).unbind(2)]
-                return torch.log_softmax(torch.stack(all_of_them), 0)[0]
+                candidates = [own / temperature, others, *(near / temperature).unbind(2)]
+                return torch.log_softmax(torch.stack(candidates), 0)[0]
             """,
         },
     ),
@@ -189,7 +209,8 @@ ALTERNATIVES = [  # task, what is done otherwise, {function: body}
         },
     ),
     (
-        "task5", "where instead of minimum", {
+        "task5", "`where` in place of `minimum`", {
+            "masked_mean": "return torch.where(mask.bool(), x, 0).sum(2) / mask.sum(2)",
             "advantages": """
                 A = rewards - rewards.sum(1, keepdim=True) / rewards.shape[1]
                 return A / (rewards.std(1, keepdim=True, correction=0) + 1e-8) if normalize else A
@@ -208,10 +229,10 @@ ALTERNATIVES = [  # task, what is done otherwise, {function: body}
             "judge": """
                 free = {role: x.detach().clone().requires_grad_(role in config.roles) for role, x in embeddings.items()}
                 if config.reward == "paper":
-                    found = [rewards.paper_components(free, twins)]
+                    by_role = [rewards.paper_components(free, twins)]
                 else:
-                    found = [rewards.infonce_components(free, r, config.infonce_temperature, twins) for r in config.roles]
-                parts = {name: torch.cat([f[name] for f in found]) for name in ("contrastive", "consistency", "hard")}
+                    by_role = [rewards.infonce_components(free, r, config.infonce_temperature, twins) for r in config.roles]
+                parts = {name: torch.cat([c[name] for c in by_role]) for name in ("contrastive", "consistency", "hard")}
                 R = rewards.scaled(rewards.total(parts, config.lambda_consistency, config.lambda_hard), config.tau)
                 R = rewards.length_penalty(R, finished, config.gamma, config.relative_length_penalty)
                 R.sum().backward()
@@ -224,7 +245,7 @@ ALTERNATIVES = [  # task, what is done otherwise, {function: body}
 ]  # fmt: skip
 
 
-def written(text, indent):
+def indented(text, indent):
     """A body as lines at an indentation."""
     return textwrap.indent(textwrap.dedent(text).strip("\n"), " " * indent).splitlines()
 
@@ -233,7 +254,7 @@ def mutated(source, name, old, new):
     """The source of a file with one function changed."""
     first, last, indent = body(source, name)
     if old is None:
-        return put(source, name, written(new, indent))
+        return put(source, name, indented(new, indent))
     text = "\n".join(source.splitlines()[first:last])
     if old not in text:
         raise ValueError(f"{name}: a mutant's text is no longer there: {old!r}")
@@ -242,7 +263,7 @@ def mutated(source, name, old, new):
 
 @contextlib.contextmanager
 def exchanged(task, name, old, new):
-    """One of a task's functions, under every name it was imported by, with something else in its body for a while."""
+    """One of a task's functions with another body, under every name that it was imported by, until the block ends."""
     file, names = TASKS[task]
     if name not in names:
         raise ValueError(f"{name} is not one of {task}'s functions")
@@ -250,7 +271,7 @@ def exchanged(task, name, old, new):
         source = mutated(f.read(), name, old, new)
     label = f"{file}:mutant"
     linecache.cache[label] = (len(source), None, source.splitlines(True), label)  # triton reads a kernel's source
-    module, scope = importlib.import_module(file.removesuffix(".py")), {}
+    module, scope = importlib.import_module(file.removesuffix(".py").replace("/", ".")), {}
     exec(compile(source, label, "exec"), vars(module), scope)  # what it defines sees the module as it is
     owner, _, last = name.rpartition(".")
     with pytest.MonkeyPatch.context() as patch:
@@ -265,7 +286,7 @@ def exchanged(task, name, old, new):
 
 
 class Verdicts:
-    """Notes which tests failed, and with what."""
+    """A pytest plugin that records which tests failed, and with what."""
 
     def __init__(self):
         self.failed, self.passed = {}, []
@@ -287,7 +308,7 @@ class Verdicts:
 
 
 def graded(task):
-    """Run one task's tests in this process, up to the first that fails."""
+    """Run one task's tests in this process, up to the first that fails. Returns `Verdicts`."""
     verdicts = Verdicts()
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         off = [f"-pno:{plugin}" for plugin in ("cacheprovider", "warnings", "unraisableexception")]  # the last collects garbage
@@ -301,7 +322,7 @@ def code_lines(text):
 
 
 def rows():
-    """Everything tried, in a folder made like a student's: the lines of the table. Raises AssertionError at a wrong verdict."""
+    """Try all mutants and alternatives, in a folder like a student's. Yields the table's lines; AssertionError: a wrong verdict."""
     reference = {task: graded(task) for task in TASKS}
     without = [task for task in TASKS if task == "bonus" and reference[task].skipped]  # triton is not installed
     for task, verdicts in reference.items():
@@ -314,8 +335,8 @@ def rows():
         with exchanged(task, name, old, new):
             verdicts = graded(task)
         assert verdicts.failed, f"{task}: {what!r} in {name} is not caught"
-        strange = [x for x in verdicts.failed.values() if "SyntaxError" in x or "NameError" in x]
-        assert not strange, f"{task}: {what!r} does not fail by what it computes: {strange[0]}"
+        broken = [x for x in verdicts.failed.values() if "SyntaxError" in x or "NameError" in x]
+        assert not broken, f"{task}: {what!r} does not fail by what it computes: {broken[0]}"
         yield f"| {task} | {what} | `{name}` | `{next(iter(verdicts.failed))}` |"
     for task, what, bodies in ALTERNATIVES:
         with contextlib.ExitStack() as stack:
@@ -326,7 +347,7 @@ def rows():
 
 
 def one_by_one():
-    """The tasks whose tests pass: first with no body there, then with those of one task after the other put back."""
+    """The tasks whose tests pass: first with all bodies empty, then with the bodies of one task after the other put back."""
     tasks = [task for task in TASKS if task != "bonus"]
     empty = {task: contextlib.ExitStack() for task in tasks}
     for task in tasks:
@@ -340,7 +361,7 @@ def one_by_one():
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--one-by-one", action="store_true", help="empty all tasks, put them back, print who passes each time")
+    parser.add_argument("--one-by-one", action="store_true", help="empty all tasks, put them back, print which pass each time")
     args = parser.parse_args()
     folder = os.path.dirname(os.path.abspath(__file__))
     with tempfile.TemporaryDirectory() as scratch:

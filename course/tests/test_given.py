@@ -1,4 +1,4 @@
-"""What is given works, and stands as it was, whatever is still to do."""
+"""What is given works and stands as it was, whatever is still to do."""
 
 import json
 import os
@@ -11,18 +11,18 @@ from policy import Policy
 
 def test_the_embedded_world_is_built_and_opens(tmp_path):
     policy = Policy.load(toy.build(str(tmp_path), train=8, heldout=4, steps=1))
-    assert policy.render("x").endswith("<user> x <assistant>") and len(policy.end_ids) == 1
+    assert policy.prompts.render("x").endswith("<user> x <assistant>") and len(policy.end_ids) == 1
 
 
 def test_only_bodies_were_changed():
     """Grading takes the bodies alone: a new function beside them, or other arguments, would be lost there."""
     here = os.path.dirname(os.path.abspath(__file__))
     with open(os.path.join(here, "given.json")) as file:
-        given = json.load(file)
+        given = json.load(file)["outlines"]
     for name, before in given.items():
         with open(os.path.join(here, "..", name)) as file:
             now = outline(file.read())
-        assert now == before, f"{name}: names and arguments stay, bodies begin on a line of their own, helpers go inside a body"
+        assert now == before, f"{name}: keep names and arguments, begin a body on a line of its own, put helpers inside a body"
 
 
 def test_everything_can_be_imported():

@@ -11,7 +11,7 @@ HOW = ("mean", "penultimate", "eos", "max")
 
 @pytest.fixture
 def block(rand, generator):
-    """Hidden states and a mask: full, with holes, with a single token, and with its last token off."""
+    """Hidden states and a mask: a full row, rows with holes, a row with one token, and one whose last token does not count."""
     mask = (torch.rand(6, 9, generator=generator) < 0.5).long()
     mask[0], mask[1], mask[2, -1] = 1, 0, 0
     mask[1, 4] = 1
@@ -27,17 +27,17 @@ def by_loop(hidden, mask, how):
     return torch.stack([x / x.norm() for x in vectors])
 
 
-def close(found, expected):
-    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+def close(actual, expected):
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.points(2)
 def test_length_mask(generator):
     lengths = torch.randint(0, 8, (5, 3), generator=generator)
     lengths[0, 0], lengths[1, 1] = 0, 7
-    found = pool.length_mask(lengths, 7)
-    assert found.shape == (5, 3, 7) and found.dtype == torch.bool
-    assert found.tolist() == [[[i < int(n) for i in range(7)] for n in row] for row in lengths]
+    mask = pool.length_mask(lengths, 7)
+    assert mask.shape == (5, 3, 7) and mask.dtype == torch.bool
+    assert mask.tolist() == [[[i < int(n) for i in range(7)] for n in row] for row in lengths]
 
 
 @pytest.mark.points(2)

@@ -6,30 +6,25 @@ import pytest
 import torch
 
 import reward
-from similarity import Similarity
+from similarity import plain_similarity
 
 pytestmark = pytest.mark.task3
 SIZES = pytest.mark.parametrize("B, K, M, D", [(5, 4, 2, 8), (1, 3, 1, 4), (3, 1, 0, 4), (2, 2, 3, 2)])
 
 
 @pytest.fixture(autouse=True)
-def given(monkeypatch):
-    """A plain stand-in for task 4: the whole table at once."""
+def plain(monkeypatch):
+    """A plain stand-in for task 4: the definition, with the whole table at once."""
 
     def group_similarity(rows, columns, temperature, twins=None):
-        s = torch.einsum("nd,bkd->nbk", rows, columns)
-        mine = torch.arange(len(columns)).repeat_interleave(len(rows) // len(columns))
-        own = torch.nn.functional.one_hot(mine, len(columns)).bool()
-        other = ~own if twins is None else ~(own | twins[mine])
-        lse = lambda x: (x / temperature).masked_fill(~other, -torch.inf).logsumexp(1)
-        hard = (s.amax(2) * other).sum(1) / other.sum(1).clamp(min=1)
-        return Similarity((s.mean(2) * own).sum(1), lse(s.mean(2)), lse(s.amax(2)), hard)
+        barred = torch.eye(len(columns), dtype=torch.bool)
+        return plain_similarity(rows, columns, temperature, barred if twins is None else barred | twins)
 
     monkeypatch.setattr(reward, "group_similarity", group_similarity)
 
 
-def close(found, expected):
-    torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64), rtol=1e-10, atol=1e-10)
+def close(actual, expected):
+    torch.testing.assert_close(actual, torch.tensor(expected, dtype=torch.float64), rtol=1e-10, atol=1e-10)
 
 
 def dot(x, y):
@@ -63,14 +58,14 @@ def test_eq14_consistency(units, B, K, M, D):
 @pytest.mark.points(2)
 @SIZES
 def test_eq15_hard_negative(units, B, K, M, D):
-    """A batch of one has nobody to confuse: 0, not NaN."""
+    """A batch of one has no other instance: 0, not NaN."""
     q, p = units(B, D), units(B, K, D)
     nearest = lambda i: [max(dot(q[i], x) for x in p[j]) for j in range(B) if j != i]
     close(reward.hard_negative(q, p), [-sum(nearest(i)) / max(B - 1, 1) for i in range(B)])
 
 
 @pytest.mark.points(1)
-def test_texts_that_are_the_same_are_not_negatives(units):
+def test_instances_that_share_a_text_are_not_negatives(units):
     q, p = units(3, 4), units(3, 2, 4)
     twins = torch.eye(3, dtype=torch.bool)
     twins[0, 1] = twins[1, 0] = True
@@ -102,7 +97,7 @@ def test_infonce(units, B, M, mined):
 
 
 @pytest.mark.points(1)
-def test_infonce_of_one_pair_is_nothing_and_a_small_temperature_does_not_overflow(units):
+def test_infonce_of_one_pair_is_0_and_a_small_temperature_does_not_overflow(units):
     assert reward.infonce(units(1, 2, 4), units(1, 3, 4), 0.1).abs().max() < 1e-12
     assert torch.isfinite(reward.infonce(units(3, 2, 4), units(3, 3, 4), 1e-4)).all()
 
@@ -129,7 +124,7 @@ def test_length_penalty(rand):
 
 @pytest.mark.points(2)
 def test_gradients_flow(units):
-    """The pathwise term of task 6 lives on them."""
+    """The pathwise term needs them."""
     q, p, n = (x.requires_grad_() for x in (units(3, 2, 4), units(3, 2, 4), units(3, 1, 2, 4)))
 
     def everything(q, p, n):

@@ -1,4 +1,4 @@
-"""Task 4: the in-batch similarity in blocks of rows, against a loop, finite differences and a look at what it holds."""
+"""Task 4: the in-batch similarity in blocks of rows, against a loop and finite differences; and what it holds."""
 
 import math
 
@@ -19,7 +19,7 @@ def plain(monkeypatch):
 
 def by_loop(rows, columns, t, twins):
     """The four numbers of each row, from their definition."""
-    found = []
+    numbers = []
     for n, x in enumerate(rows):
         mine = n // (len(rows) // len(columns))
         s = [[float(x @ c) for c in group] for group in columns]
@@ -27,8 +27,8 @@ def by_loop(rows, columns, t, twins):
         lse = lambda xs: math.log(sum(math.exp(x / t) for x in xs)) if xs else -math.inf
         near = [max(s[g]) for g in others]
         mean = [sum(s[g]) / len(s[g]) for g in others]
-        found.append([sum(s[mine]) / len(s[mine]), lse(mean), lse(near), sum(near) / max(len(near), 1)])
-    return torch.tensor(found, dtype=torch.float64).T
+        numbers.append([sum(s[mine]) / len(s[mine]), lse(mean), lse(near), sum(near) / max(len(near), 1)])
+    return torch.tensor(numbers, dtype=torch.float64).T
 
 
 @pytest.fixture
@@ -44,14 +44,14 @@ def test_values(example, table, monkeypatch):
     monkeypatch.setattr(similarity, "TABLE", table)
     rows, columns, twins = example
     for mask in (None, twins):
-        found = torch.stack(similarity.group_similarity(rows, columns, 0.2, mask))
-        torch.testing.assert_close(found, by_loop(rows, columns, 0.2, mask), rtol=1e-10, atol=1e-10)
+        numbers = torch.stack(similarity.group_similarity(rows, columns, 0.2, mask))
+        torch.testing.assert_close(numbers, by_loop(rows, columns, 0.2, mask), rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.points(1)
-def test_nobody_else(units):
-    found = similarity.group_similarity(units(3, 4), units(1, 2, 4), 0.1)
-    assert found.hard.eq(0).all() and found.mean.eq(-torch.inf).all() and found.nearest.eq(-torch.inf).all()
+def test_no_other_group(units):
+    numbers = similarity.group_similarity(units(3, 4), units(1, 2, 4), 0.1)
+    assert numbers.hard.eq(0).all() and numbers.mean.eq(-torch.inf).all() and numbers.nearest.eq(-torch.inf).all()
 
 
 @pytest.mark.points(4)
@@ -71,31 +71,31 @@ def test_equal_members_share_the_gradient_of_one(example):
     columns = columns.clone()
     columns[:, 1] = columns[:, 0]
     columns.requires_grad_()
-    found = torch.autograd.grad(similarity.group_similarity(rows, columns, 1.0).hard.sum(), columns)[0]
-    nearest = torch.einsum("nd,bkd->nbk", rows, columns).amax(2)  # whose gradient torch shares evenly
+    gradient = torch.autograd.grad(similarity.group_similarity(rows, columns, 1.0).hard.sum(), columns)[0]
+    nearest = torch.einsum("nd,bkd->nbk", rows, columns).amax(2)  # torch shares its gradient evenly among equal members
     off = 1 - torch.eye(5, dtype=torch.float64).repeat_interleave(2, 0)
     expected = torch.autograd.grad((nearest * off).sum() / 4, columns)[0]
-    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(gradient, expected, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.points(1)
-def test_where_there_is_nobody_else_no_gradient_is_nan(example):
+def test_without_another_group_no_gradient_is_nan(example):
     rows, columns, twins = example
     alone = twins.clone()
-    alone[2] = True  # to group 2 nobody is another
+    alone[2] = True  # group 2 has no other group
     rows.requires_grad_()
     columns.requires_grad_()
-    found = similarity.group_similarity(rows, columns, 0.3, alone)
-    value = found.own.sum() + found.hard.sum() + found.mean[:4].sum() + found.nearest[6:].sum()
+    numbers = similarity.group_similarity(rows, columns, 0.3, alone)
+    value = numbers.own.sum() + numbers.hard.sum() + numbers.mean[:4].sum() + numbers.nearest[6:].sum()
     assert all(torch.isfinite(x).all() for x in torch.autograd.grad(value, (rows, columns)))
 
 
 @pytest.mark.points(1)
-def test_the_whole_table_is_never_there(units, monkeypatch):
+def test_the_whole_table_is_never_held(units, monkeypatch):
     monkeypatch.setattr(similarity, "TABLE", 1000)
     largest = 0
 
-    class Look(TorchDispatchMode):
+    class Largest(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             nonlocal largest
             out = function(*args, **(kwargs or {}))
@@ -104,6 +104,6 @@ def test_the_whole_table_is_never_there(units, monkeypatch):
             return out
 
     rows, columns = units(200, 4).requires_grad_(), units(50, 4, 4).requires_grad_()
-    with Look():
+    with Largest():
         sum(x.sum() for x in similarity.group_similarity(rows, columns, 0.5)).backward()
     assert largest < 200 * 200 / 4, "a tensor as large as a good part of the table was made"

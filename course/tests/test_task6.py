@@ -1,4 +1,4 @@
-"""Task 6: the pathwise term, on rewards and an encoder so small that everything is known."""
+"""Task 6: the pathwise term, on rewards and an encoder so small that every gradient is known."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ def given(monkeypatch):
     """Plain stand-ins for task 3: Eq. 16 and 17, the penalty, and two rewards by role that are easy to differentiate."""
 
     def by_role(roles, role, temperature, twins):
-        assert twins is not None, "twins were not handed on"
+        assert twins is not None, "twins were not passed on"
         x = roles[role].flatten(0, -3)
         other = roles["positive" if role == "query" else "query"]
         near = (x * other.flatten(0, -3).mean(1, keepdim=True)[: len(x)]).sum(-1)
@@ -51,7 +51,7 @@ def batch(units):
 
 
 @pytest.mark.points(2)
-def test_the_reward_is_the_weighed_scaled_penalised_sum(batch, given):
+def test_the_reward_is_weighted_scaled_and_penalised(batch, given):
     by_role, total = given
     embeddings, finished, twins = batch
     R, components, _ = grace.judge(embeddings, finished, twins, config())
@@ -66,8 +66,8 @@ def test_the_reward_is_the_weighed_scaled_penalised_sum(batch, given):
 
 @pytest.mark.points(3)
 @pytest.mark.parametrize("roles", ["query,positive", "positive", "positive,query", "query,positive,negative"])
-def test_g_is_the_slope_of_all_rewards_at_each_embedding(batch, roles):
-    """By finite differences: moving a query moves the positives' rewards too, where those are paid."""
+def test_g_is_the_gradient_of_all_rewards_at_each_embedding(batch, roles):
+    """By finite differences: moving a query also moves the positives' rewards, where positives are trained."""
     embeddings, finished, twins = batch
     given = config(train_roles=roles)
     finished = torch.cat([finished, finished])[: 3 * len(given.roles)]
@@ -111,9 +111,9 @@ def test_the_pathwise_term_has_the_gradient_of_the_reward(batch, rand, given):
     _, _, g = grace.judge(of(encoder().detach()), finished, twins, config())
     value = grace.pathwise(g, encoder())
     assert value.shape == (6, 2)
-    found = torch.autograd.grad(value.sum(), theta)[0]
+    gradient = torch.autograd.grad(value.sum(), theta)[0]
     roles = of(encoder())
     direct = sum(total(by_role(roles, role, 0.4, twins), 0.3, 0.7).sum() for role in ("query", "positive")) / 0.5
     expected = torch.autograd.grad(direct, theta)[0]
-    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(gradient, expected, rtol=1e-9, atol=1e-9)
     assert expected.norm() > 0.1
