@@ -331,8 +331,8 @@ def describe(rollouts, R, components):
     empty          the end token and nothing before it: a rollout like any other, its embedding the text's.
     """
     lengths, first = rollouts.mask.sum(-1).float(), rollouts.embeddings[:, 0]  # [N, K]; one rollout a text [N, D]
-    distinct = set(map(tuple, rollouts.ids.flatten(0, 1).tolist()))  # padding cannot make two equal: end tokens differ
-    N = len(first)
+    written = [tuple(row) for row in rollouts.ids.flatten(0, 1).tolist()]  # equal padding makes no two equal: ends differ
+    N, K = lengths.shape
     stats = {"reward": R.mean(), "reward_std": R.std(1).mean()}
     for name, x in components.items():  # the spread within a group is all that an advantage depends on
         stats |= {name: x.mean(), f"{name}_std": x.std(1).mean()}
@@ -341,7 +341,8 @@ def describe(rollouts, R, components):
         | {
             "length": lengths.mean(),
             "truncated": 1 - rollouts.finished.float().mean(),
-            "distinct": len(distinct) / lengths.numel(),
+            "distinct": len(set(written)) / (N * K),
+            "distinct_texts": len(set(written[::K])) / N,  # of one rationale per text: agreement between texts alone
             "effective_rank": effective_rank(first),
             "cosine": ((first @ first.T).sum() - N) / max(N * (N - 1), 1),  # between different texts
             "prompts_cut": rollouts.n_cut,
