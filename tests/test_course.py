@@ -1,5 +1,6 @@
 """The assignment: a starter in which nothing is done, a grader that tells right from wrong, and a handout that fits both."""
 
+import glob
 import os
 import re
 import subprocess
@@ -63,7 +64,8 @@ def test_every_task_of_a_starter_is_to_do_and_all_else_works(tmp_path):
 def test_a_starter_holds_every_file_that_it_names_or_says_that_it_does_not(tmp_path):
     build(str(tmp_path))
     held = {os.path.relpath(os.path.join(at, file), tmp_path) for at, _, files in os.walk(tmp_path) for file in files}
-    assert {folder for folder in FOLDERS if os.path.isdir(os.path.join(ROOT, folder))} <= {name.split("/")[0] for name in held}
+    packages = {os.path.dirname(file) for file in glob.glob("*/__init__.py", root_dir=ROOT)}
+    assert packages and packages <= set(FOLDERS) and packages <= {os.path.dirname(file) for file in held}
     pages = read(tmp_path, "README.md").split("\n---\n")
     elsewhere = set(re.findall(r"`([^`]+)` \(in", pages.pop()))
     here = lambda name: any(file == name or file.endswith("/" + name) for file in held)
