@@ -1,4 +1,4 @@
-"""From hidden states to one unit vector a text: Eq. 11, and the alternatives of Sec. 5.4.
+"""From hidden states to one unit vector per text: Eq. 11, and the alternatives of Sec. 5.4.
 
 The embedding of a text is the mean of the hidden states of the text's own tokens and of its
 rationale's tokens, scaled to unit length so that a dot product is a cosine. What does not count:

@@ -330,8 +330,8 @@ def describe(rollouts, R, components):
                    teaches by the rest of its rewards; where -gamma takes their place (Eq. 28) it has no spread.
     empty          the end token and nothing before it: a rollout like any other, its embedding the text's.
     """
-    lengths, first = rollouts.mask.sum(-1).float(), rollouts.embeddings[:, 0]  # [N, K]; one rollout a text [N, D]
-    written = [tuple(row) for row in rollouts.ids.flatten(0, 1).tolist()]  # equal padding makes no two equal: ends differ
+    lengths, first = rollouts.mask.sum(-1).float(), rollouts.embeddings[:, 0]  # [N, K]; one rollout per text [N, D]
+    ids = [tuple(row) for row in rollouts.ids.flatten(0, 1).tolist()]  # padding makes no two equal: their end tokens differ
     N, K = lengths.shape
     stats = {"reward": R.mean(), "reward_std": R.std(1).mean()}
     for name, x in components.items():  # the spread within a group is all that an advantage depends on
@@ -341,8 +341,8 @@ def describe(rollouts, R, components):
         | {
             "length": lengths.mean(),
             "truncated": 1 - rollouts.finished.float().mean(),
-            "distinct": len(set(written)) / (N * K),
-            "distinct_texts": len(set(written[::K])) / N,  # of one rationale per text: agreement between texts alone
+            "distinct": len(set(ids)) / (N * K),
+            "distinct_texts": len(set(ids[::K])) / N,  # of one rationale per text: agreement between texts alone
             "effective_rank": effective_rank(first),
             "cosine": ((first @ first.T).sum() - N) / max(N * (N - 1), 1),  # between different texts
             "prompts_cut": rollouts.n_cut,

@@ -46,7 +46,7 @@ def members(first, B, K, GROUPS: tl.constexpr, MEMBERS: tl.constexpr):
 
 @triton.jit
 def kinds(barred, n, first, has_n, B, R, GROUPS: tl.constexpr):
-    """Which groups of a tile are a row's own, and which are others to it, `[ROWS, GROUPS]`; R rows a group."""
+    """Which groups of a tile are a row's own, and which are others to it, `[ROWS, GROUPS]`; R rows per group."""
     group, mine = first + tl.arange(0, GROUPS), n // R
     here = has_n[:, None] & (group < B)[None, :]
     own = here & (mine[:, None] == group[None, :])
