@@ -8,7 +8,8 @@ the steps is `train`.
 
     python grace.py --model DIR_OR_HUB_ID --data FILE_OR_HUB_ID --out DIR      train
     python grace.py status DIR                                                 where a run is, and signs of trouble
-    python grace.py explain --model DIR_OR_HUB_ID "text a" "text b"            two rationales and their cosine
+    python grace.py report DIR                                                 a page about a run, finished or not
+    python grace.py explain --model DIR_OR_HUB_ID "text a" "text b"            their cosine, word by word
 
 Both halves of the gradient. The objective is the expected reward of what the policy writes,
 
@@ -55,8 +56,6 @@ Shapes: B instances, K rollouts per group, M hard negatives, N groups (B per tra
 D hidden size.
 """
 
-import argparse
-import itertools
 import sys
 import time
 
@@ -68,7 +67,9 @@ import transformers
 import reward as rewards
 import similarity
 from config import parse
-from evaluation.encoder import GraceEncoder, encode_texts, text_loss
+from evaluation.encoder import GraceEncoder, encode_texts, text_loss  # noqa: F401 (`from grace import GraceEncoder`)
+from evaluation.explain import explain
+from evaluation.page import report
 from evaluation.tasks import evaluate_heldout
 from plumbing.data import load_rows
 from plumbing.errors import GraceError, finite, first_line
@@ -353,24 +354,10 @@ def train(config, make_trainer=Trainer):
     return run.finish()
 
 
-def explain(arguments):
-    """What the policy writes about each text, and the cosine of every pair of embeddings."""
-    parser = argparse.ArgumentParser("grace.py explain", description=explain.__doc__)
-    parser.add_argument("--model", required=True, help="checkpoint folder or hub id")
-    parser.add_argument("--max-new-tokens", type=int, help="the longest rationale")
-    parser.add_argument("texts", nargs="+", help="two or more texts")
-    args = parser.parse_args(arguments)
-    encoder = GraceEncoder(args.model, max_new_tokens=args.max_new_tokens)
-    for i, (text, rationale) in enumerate(zip(args.texts, encoder.rationales(args.texts)), 1):
-        print(f"{i}. {text}\n   -> {rationale or '(nothing)'}")
-    for (i, a), (j, b) in itertools.combinations(enumerate(encoder.encode(args.texts), 1), 2):
-        print(f"cosine of {i} and {j}: {a @ b:.3f}")
-
-
 def main(arguments):
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
-    commands = {"explain": explain, "status": status}
+    commands = {"explain": explain, "report": report, "status": status}
     try:
         if arguments[:1] and arguments[0] in commands:
             commands[arguments[0]](arguments[1:])
