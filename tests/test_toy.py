@@ -78,10 +78,10 @@ def test_a_positive_ends_where_its_query_ends_and_the_negative_does_not():
         row = {role: TOWN.read(text) for role, text in TOWN.triplet(ends, rng).items()}
         assert TOWN.ends(row["query"]) == TOWN.ends(row["positive"]) == ends
         assert not TOWN.held_out(TOWN.ends(row["negative"]))  # so that no other query has it for an answer
-        ways = [[step for _, _, way in row[role].values() for step in way] for role in ("query", "negative")]
-        assert len(ways[0]) == len(ways[1]) and sum(a != b for a, b in zip(*ways)) == 1
+        ways = [[step for _, way in row[role].values() for step in way] for role in ("query", "negative")]
+        assert sum(a != b for a, b in zip(*ways, strict=True)) == 1
         for walker in WALKERS:
-            assert row["query"][walker][:2] == row["negative"][walker][:2]
+            assert row["query"][walker][0] == row["negative"][walker][0]
 
 
 def test_graded_pairs_count_the_ends_they_share():
@@ -94,49 +94,41 @@ def test_graded_pairs_count_the_ends_they_share():
     assert scores == {0, 1, 2}
 
 
-def test_the_hours_of_a_text_are_all_different_and_rise():
-    rng = random.Random(0)
-    for n, ends in zip(range(1, 7), TOWN.meanings(rng)):
-        walks = TOWN.plan(ends, rng, n)
-        hours = [hour for _, at, _ in walks.values() for hour in at]
-        assert len(set(hours)) == len(hours) == 2 * n
-
-
 def test_a_folder_has_a_file_for_every_number_of_steps(town):
     trained = {TOWN.ends(TOWN.read(row["query"])) for row in rows_of(town / "data" / "train.jsonl")}
-    for n in range(1, 7):
+    for n in TOWN.lengths:
         rows = rows_of(town / "data" / f"heldout-steps-{n}.jsonl")
         assert len({TOWN.ends(TOWN.read(row["query"])) for row in rows}) == len(rows) == 32  # each meaning once
         for row in rows:
-            assert {len(way) for text in row.values() for _, _, way in TOWN.read(text).values()} == {n}
+            assert {len(way) for text in row.values() for _, way in TOWN.read(text).values()} == {n}
             assert TOWN.ends(TOWN.read(row["query"])) not in trained
-    assert max(TOWN.lengths + TOWN.steps) + 2 <= 6  # the last two are longer than any in training
+    assert TOWN.steps + 2 < max(TOWN.lengths)  # the last three are longer than any that is trained on
 
 
 def test_the_longest_answer_fits(town):
     rng, reading = random.Random(0), json.loads((town / "model" / "grace_config.json").read_text())
-    walks = TOWN.plan(next(TOWN.meanings(rng)), rng, 6)
+    walks = TOWN.plan(next(TOWN.meanings(rng)), rng, max(TOWN.lengths))
     assert len(TOWN.told(walks, rng).split()) < reading["max_prompt_tokens"]
     assert len(TOWN.rationale(walks).split()) < reading["max_new_tokens"]  # and an end token
 
 
 def test_what_the_town_makes_of_an_answer():
-    text = "bob , at the mill : two north . from the well goes ann : one east three south ."
+    text = "bob starts at the mill , then north . from the well ann goes east south ."
     ann, bob = TOWN.walk("well", ("east", "south")), TOWN.walk("mill", ("north",))
-    so = "so " + " ".join(w for place in (ann[-1], bob[-1]) for w in PLACES[place])
-    thought = f"ann well one east {ann[1]} three south {ann[2]} bob mill two north {bob[1]}"
+    so = "so " + " ".join(word for place in (ann[-1], bob[-1]) for word in PLACES[place])
+    thought = f"ann well east {ann[1]} south {ann[2]} bob mill north {bob[1]}"
     right = f"{thought} {so}"
     assert right == TOWN.rationale(TOWN.read(text)) and so == TOWN.rationale(TOWN.read(text), think=False)
     for answer, thinks in ((right, True), (so, False)):
         assert TOWN.named(answer, text) == (1, 1) and TOWN.well_formed(answer) and TOWN.thinks(answer) == thinks
     assert TOWN.true_steps(right, text) == 1 and TOWN.true_steps(so, text) == 0
-    assert TOWN.true_steps(right.replace("three south", "three north"), text) == 4 / 5
+    assert TOWN.true_steps(right.replace("south", "west"), text) == 4 / 5
     assert TOWN.true_steps(right.replace("bob mill", "bob well"), text) == 4 / 5
     assert TOWN.true_steps(f"ann well {so}", text) == 1 / 5
     other = next(place for place in PLACES if place not in (ann[-1], bob[-1]))
     wrong = f"so {' '.join(PLACES[other] + PLACES[bob[-1]])}"
     assert TOWN.named(wrong, text) == (0.5, 0.5) and TOWN.well_formed(wrong)
-    for broken in ("", "so", f"so {other}", thought, right.replace("three", ""), right.replace("bob", "ann"), f"well {so}"):
+    for broken in ("", "so", f"so {other}", thought, right.replace("south", ""), right.replace("bob", "ann"), f"well {so}"):
         assert not TOWN.well_formed(broken), broken
 
 
