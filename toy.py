@@ -4,8 +4,8 @@
 
 writes `runs/toy/model` (an ordinary checkpoint folder) and `runs/toy/data` (ordinary jsonl files).
 Nothing else in this repository knows that the toy exists. What the texts are about is in worlds/:
-the town, in which only a policy that thinks knows what a text means, and worlds of events, in which
-naming is enough.
+the town, in which only a policy that thinks knows what a text means, and worlds in which naming
+what happened is enough.
 
 Model. A Llama-architecture network of about 0.35 M parameters, warmed up as a language model on
 the world's chats: a text, and an answer as GRACE would have it at first, then a worse one. So the
@@ -28,6 +28,7 @@ TEMPLATE = (  # ChatML in small: one special token opens each message
     "{% for m in messages %}{{ '<' + m.role + '> ' + m.content + ' ' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
 )
+INSTRUCTION = EVENTS.instruction  # the tests read with it
 SPECIAL = ("<pad>", "<unk>", "<system>", "<user>", "<assistant>", "<end>")
 
 
