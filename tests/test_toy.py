@@ -1,19 +1,145 @@
-"""The embedded world: what it promises about its texts, and that it is the same by seed."""
+"""The embedded worlds: what each promises about its texts, and that a folder is the same by seed."""
 
 import json
 import random
+from itertools import islice
 
 import pytest
 
 import toy
-from toy import EVENTS, WORLDS
+from worlds import EVENTS, TOWN, WORLDS
+from worlds.town import DIRECTIONS, PLACES, WALKERS
+
+SLOT_WORLDS = {name: world for name, world in WORLDS.items() if name != "town"}
+
+
+# ---------------------------------------------------------------- every world
+
+
+@pytest.mark.parametrize("world", WORLDS.values(), ids=WORLDS)
+def test_held_out_meanings_are_never_trained_on(world):
+    rng = random.Random(0)
+    trained, held_out = (list(islice(world.meanings(rng, held), 300)) for held in (False, True))
+    assert not any(map(world.held_out, trained)) and all(map(world.held_out, held_out))
+
+
+@pytest.mark.parametrize("world", WORLDS.values(), ids=WORLDS)
+def test_the_words_of_a_world_are_all_that_it_writes(world):
+    rng, written = random.Random(0), [world.instruction]
+    for meaning in islice(world.meanings(rng), 200):
+        written += [*world.triplet(meaning, rng).values(), *world.chat(meaning, rng, 0.1), *world.chat(meaning, rng, 0.9)]
+        written += [text for text in world.graded_pair(meaning, rng).values() if isinstance(text, str)]
+    assert {word for text in written for word in text.split()} == world.words
+
+
+@pytest.mark.parametrize("world", WORLDS.values(), ids=WORLDS)
+def test_first_answers_of_the_warm_start_are_well_formed(world):
+    rng = random.Random(0)
+    for meaning in islice(world.meanings(rng), 100):
+        text, answer = world.chat(meaning, rng, 0.1)
+        assert world.well_formed(answer) and world.named(answer, text) == (1, 1)
+
+
+def test_the_same_seed_writes_the_same_files(tiny_world, tmp_path):
+    toy.build(str(tmp_path), seed=0, train=64, heldout=16, steps=30)
+    for name in ("model/model.safetensors", "model/tokenizer.json", "data/train.jsonl", "data/graded.jsonl"):
+        assert (tmp_path / name).read_bytes() == (tiny_world / name).read_bytes(), name
+
+
+# ---------------------------------------------------------------- the town
+
+
+def rows_of(path):
+    return [json.loads(line) for line in open(path)]
+
+
+@pytest.fixture(scope="module")
+def town(tmp_path_factory):
+    """The town's folder, its policy as good as random."""
+    folder = tmp_path_factory.mktemp("town")
+    toy.build(str(folder), seed=0, train=64, heldout=32, steps=1, world=TOWN)
+    return folder
+
+
+def test_four_streets_lead_from_every_place_to_four_others():
+    for here in PLACES:
+        assert len({here, *(TOWN.map[direction][here] for direction in DIRECTIONS)}) == 5
+    assert all(sorted(street.values()) == sorted(PLACES) for street in TOWN.map.values())
+
+
+def test_no_two_places_share_a_word():
+    words = [word for own in PLACES.values() for word in own]
+    assert len(words) == len(set(words)) == 3 * len(PLACES)
+
+
+def test_a_positive_ends_where_its_query_ends_and_the_negative_does_not():
+    rng = random.Random(0)
+    for ends in islice(TOWN.meanings(rng, True), 300):
+        row = {role: TOWN.read(text) for role, text in TOWN.triplet(ends, rng).items()}
+        assert TOWN.ends(row["query"]) == TOWN.ends(row["positive"]) == ends
+        assert not TOWN.held_out(TOWN.ends(row["negative"]))  # so that no other query has it for an answer
+        ways = [[step for _, way in row[role].values() for step in way] for role in ("query", "negative")]
+        assert sum(a != b for a, b in zip(*ways, strict=True)) == 1
+        for walker in WALKERS:
+            assert row["query"][walker][0] == row["negative"][walker][0]
+
+
+def test_graded_pairs_count_the_ends_they_share():
+    rng, scores = random.Random(0), set()
+    for ends in islice(TOWN.meanings(rng, True), 60):
+        row = TOWN.graded_pair(ends, rng)
+        one, two = (TOWN.ends(TOWN.read(row[part])) for part in ("sentence1", "sentence2"))
+        assert row["score"] == sum(a == b for a, b in zip(one, two))
+        scores.add(row["score"])
+    assert scores == {0, 1, 2}
+
+
+def test_a_folder_has_a_file_for_every_number_of_steps(town):
+    trained = {TOWN.ends(TOWN.read(row["query"])) for row in rows_of(town / "data" / "train.jsonl")}
+    for n in TOWN.lengths:
+        rows = rows_of(town / "data" / f"heldout-steps-{n}.jsonl")
+        assert len({TOWN.ends(TOWN.read(row["query"])) for row in rows}) == len(rows) == 32  # each meaning once
+        for row in rows:
+            assert {len(way) for text in row.values() for _, way in TOWN.read(text).values()} == {n}
+            assert TOWN.ends(TOWN.read(row["query"])) not in trained
+    assert TOWN.steps + 2 < max(TOWN.lengths)  # the last three are longer than any that is trained on
+
+
+def test_the_longest_answer_fits(town):
+    rng, reading = random.Random(0), json.loads((town / "model" / "grace_config.json").read_text())
+    walks = TOWN.plan(next(TOWN.meanings(rng)), rng, max(TOWN.lengths))
+    assert len(TOWN.told(walks, rng).split()) < reading["max_prompt_tokens"]
+    assert len(TOWN.rationale(walks).split()) < reading["max_new_tokens"]  # and an end token
+
+
+def test_what_the_town_makes_of_an_answer():
+    text = "bob starts at the mill , then north . from the well ann goes east south ."
+    ann, bob = TOWN.walk("well", ("east", "south")), TOWN.walk("mill", ("north",))
+    so = "so " + " ".join(word for place in (ann[-1], bob[-1]) for word in PLACES[place])
+    thought = f"ann well east {ann[1]} south {ann[2]} bob mill north {bob[1]}"
+    right = f"{thought} {so}"
+    assert right == TOWN.rationale(TOWN.read(text)) and so == TOWN.rationale(TOWN.read(text), think=False)
+    for answer, thinks in ((right, True), (so, False)):
+        assert TOWN.named(answer, text) == (1, 1) and TOWN.well_formed(answer) and TOWN.thinks(answer) == thinks
+    assert TOWN.true_steps(right, text) == 1 and TOWN.true_steps(so, text) == 0
+    assert TOWN.true_steps(right.replace("south", "west"), text) == 4 / 5
+    assert TOWN.true_steps(right.replace("bob mill", "bob well"), text) == 4 / 5
+    assert TOWN.true_steps(f"ann well {so}", text) == 1 / 5
+    other = next(place for place in PLACES if place not in (ann[-1], bob[-1]))
+    wrong = f"so {' '.join(PLACES[other] + PLACES[bob[-1]])}"
+    assert TOWN.named(wrong, text) == (0.5, 0.5) and TOWN.well_formed(wrong)
+    for broken in ("", "so", f"so {other}", thought, right.replace("south", ""), right.replace("bob", "ann"), f"well {so}"):
+        assert not TOWN.well_formed(broken), broken
+
+
+# ---------------------------------------------------------------- events, meals, parcels
 
 
 def slots_of(text, world=EVENTS):
     return {world.concept[w][0]: (world.concept[w][1], w) for w in text.split() if w in world.concept}
 
 
-@pytest.mark.parametrize("world", WORLDS.values(), ids=WORLDS)
+@pytest.mark.parametrize("world", SLOT_WORLDS.values(), ids=SLOT_WORLDS)
 def test_words_are_unique_and_forms_name_every_slot(world):
     words = [w for concepts in world.slots.values() for c in concepts for w in c]
     assert len(words) == len(set(words))
@@ -36,7 +162,7 @@ def test_triplets(name, most_shared):
     assert copied == 300 * (slots - 1) and shared < most_shared * 300 * slots  # whoever compares words prefers the negative
 
 
-@pytest.mark.parametrize("world", WORLDS.values(), ids=WORLDS)
+@pytest.mark.parametrize("world", SLOT_WORLDS.values(), ids=SLOT_WORLDS)
 def test_graded_pairs_count_the_slots_they_share(world):
     rng, scores = random.Random(0), set()
     for _ in range(100):
@@ -56,7 +182,6 @@ def test_naming():
 
 def test_well_formed():
     meals = WORLDS["meals"]
-    assert all(world.well_formed(world.rationale(world.event(random.Random(0)), random.Random(0))) for world in WORLDS.values())
     assert EVENTS.well_formed("furious physician noon") and meals.well_formed("nurse some soup in fog")
     for wrong in ("", "physician furious", "furious furious", "the furious physician", "somebody was there"):
         assert not EVENTS.well_formed(wrong), wrong
@@ -66,12 +191,6 @@ def test_well_formed():
 def test_no_event_is_in_both_train_and_heldout(tiny_world):
     events = {}
     for name in ("train", "heldout"):
-        rows = [json.loads(line) for line in open(tiny_world / "data" / f"{name}.jsonl")]
+        rows = rows_of(tiny_world / "data" / f"{name}.jsonl")
         events[name] = {tuple(sorted((s, c) for s, (c, _) in slots_of(row["query"]).items())) for row in rows}
     assert events["train"] and events["heldout"] and not events["train"] & events["heldout"]
-
-
-def test_the_same_seed_writes_the_same_files(tiny_world, tmp_path):
-    toy.build(str(tmp_path), seed=0, train=64, heldout=16, steps=30)
-    for name in ("model/model.safetensors", "model/tokenizer.json", "data/train.jsonl", "data/graded.jsonl"):
-        assert (tmp_path / name).read_bytes() == (tiny_world / name).read_bytes(), name

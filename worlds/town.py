@@ -1,0 +1,220 @@
+"""A world in which thinking pays: two people walk through a town, and a text means the places where they end.
+
+    ann leaves the mill and goes west north south . from the tower bob goes east east west .
+
+From every place four one-way streets, one in each direction, lead to four other places. Which ones is the town's map: drawn
+once, the same in every text, told in none, and learned in the warm start. A text says where two people start and which way
+they go, and its meaning is where they end. A query and its positive share the two ends and neither starts nor ways; the
+hard negative is the query with one direction changed, so whoever compares words prefers it.
+
+Why thinking pays. One look-up in the map is easy. Three in a row, each of the last one's result, are more than a network of
+three layers does while it reads: its guesses are as good as chance, however long it trains. Written down place by place,
+each step is one look-up again. So the warm start's answers are of two kinds, and both close with the two ends, each named by
+the place and two words that belong to that place alone:
+
+    guess   so market stalls fish well water rope
+    think   ann mill west library north forest south market bob tower east ... well so market stalls fish well water rope
+
+Guesses are mostly wrong, thinking is mostly right, and the policy mostly guesses. Two words that belong to an end alone tell
+it from a place on the way, in the mean over a rationale's hidden states that the embedding is.
+
+The warm start has walks of one to six steps, and so the language for them; what is trained by reward has three. Held-out
+files by the number of steps show whether thinking, once discovered, is used in walks longer than any that was rewarded.
+"""
+
+import random
+import re
+
+PLACES = {  # a place, and the two words that belong to it alone
+    name: (name, *own.split())
+    for name, own in (
+        ("market", "stalls fish"), ("well", "water rope"), ("mill", "flour wheel"), ("tower", "bells stairs"),
+        ("library", "books silence"), ("forest", "trees moss"), ("harbour", "ships gulls"), ("bakery", "bread oven"),
+        ("school", "pupils chalk"), ("castle", "walls knights"), ("bridge", "river arches"), ("garden", "roses bees"),
+        ("stable", "horses hay"), ("smithy", "anvil sparks"), ("theatre", "actors curtain"), ("prison", "bars guards"),
+        ("museum", "statues paintings"), ("station", "trains tickets"), ("hospital", "nurses beds"), ("bank", "coins vault"),
+        ("orchard", "apples ladders"), ("tavern", "beer songs"), ("farm", "cows barn"), ("post", "letters stamps"),
+    )
+}  # fmt: skip
+DIRECTIONS = ("north", "south", "east", "west")
+WALKERS = ("ann", "bob")
+FORMS = (
+    "{walker} leaves the {start} and goes {way} .",
+    "from the {start} {walker} goes {way} .",
+    "{walker} starts at the {start} , then {way} .",
+)
+
+
+class Town:
+    """Places, streets, and walks. A meaning is a pair of places: where ann ends, and where bob does.
+
+    lengths  how many steps a walk of the warm start may have
+    steps    how many a walk of the other texts has, but in the files of the ladder
+    """
+
+    instruction = "say where they end"
+    warm_up, max_prompt_tokens, max_new_tokens = 700, 48, 40
+
+    def __init__(self, lengths=(1, 2, 3, 4, 5, 6), steps=3):
+        self.lengths, self.steps, self.names = lengths, steps, tuple(PLACES)
+        self.map = self.streets(random.Random(0))
+        self.back = {way: {there: here for here, there in street.items()} for way, street in self.map.items()}
+        plain = " ".join((*FORMS, *DIRECTIONS, *WALKERS, "so", self.instruction)).split()
+        self.words = {w for w in plain if "{" not in w} | {w for own in PLACES.values() for w in own}
+
+    def streets(self, rng):
+        """`{direction: {place: place}}`: permutations that never stay, nor lead from anywhere to where another one leads."""
+        streets = {}
+        for direction in DIRECTIONS:
+            while True:  # one draw in fifty is good enough for the last
+                street = dict(zip(self.names, rng.sample(self.names, len(self.names))))
+                if all(there not in (here, *(s[here] for s in streets.values())) for here, there in street.items()):
+                    break
+            streets[direction] = street
+        return streets
+
+    # ------------------------------------------------------------ meanings
+
+    def meanings(self, rng, held_out=False):
+        """Pairs of ends without end, all held out or none. They come in shuffled rounds, each once in a round."""
+        pairs = [(a, b) for a in self.names for b in self.names if self.held_out((a, b)) == held_out]
+        while True:
+            yield from rng.sample(pairs, len(pairs))
+
+    def held_out(self, ends):
+        """Whether a pair of ends is kept from training: four in nine are, by the two places alone."""
+        a, b = (self.names.index(end) for end in ends)
+        return (a + 5 * b) % 9 < 4
+
+    # ------------------------------------------------------------ texts
+
+    def walk(self, start, way):
+        """The places of a walk, the first and the last among them."""
+        places = [start]
+        for direction in way:
+            places.append(self.map[direction][places[-1]])
+        return places
+
+    def plan(self, ends, rng, n):
+        """Two walks of n steps to given ends, drawn from the end backwards. `-> {walker: (start, way)}`."""
+        walks = {}
+        for walker, place in zip(WALKERS, ends):
+            way = rng.choices(DIRECTIONS, k=n)
+            for direction in reversed(way):
+                place = self.back[direction][place]
+            walks[walker] = (place, way)
+        return walks
+
+    def told(self, walks, rng):
+        """Walks as a text: a sentence each, in either order."""
+        said = rng.sample(sorted(walks.items()), len(walks))
+        return " ".join(
+            rng.choice(FORMS).format(walker=walker, start=start, way=" ".join(way)) for walker, (start, way) in said
+        )
+
+    def read(self, text):
+        """The walks that a text tells of. `-> {walker: (start, way)}`, in the order of WALKERS."""
+        walks = {}
+        for sentence in text.split(" ."):
+            words = sentence.split()
+            for walker in (w for w in words if w in WALKERS):
+                walks[walker] = (next(w for w in words if w in PLACES), [w for w in words if w in DIRECTIONS])
+        return {walker: walks[walker] for walker in WALKERS}
+
+    def ends(self, walks):
+        """Where walks end. `-> (place, place)`."""
+        return tuple(self.walk(start, way)[-1] for start, way in walks.values())
+
+    def tell(self, ends, rng, n=None):
+        """A text about two walks to these ends."""
+        return self.told(self.plan(ends, rng, n or self.steps), rng)
+
+    def changes(self, walks):
+        """All that differ from these walks in one direction; each of them ends elsewhere."""
+        return [
+            {**walks, walker: (start, [*way[:at], other, *way[at + 1 :]])}
+            for walker, (start, way) in walks.items()
+            for at in range(len(way))
+            for other in DIRECTIONS
+            if other != way[at]
+        ]
+
+    def triplet(self, ends, rng, n=None):
+        """A query, its positive by other ways, and a negative that is the query with one direction changed.
+
+        No negative has a held-out meaning: what a held-out query asks for, only its positive answers.
+        """
+        near = []
+        while not near:  # a walk may have no such neighbour, though hardly one in a hundred
+            walks = self.plan(ends, rng, n or self.steps)
+            near = [changed for changed in self.changes(walks) if not self.held_out(self.ends(changed))]
+        negative = self.told(rng.choice(near), rng)
+        return {"query": self.told(walks, rng), "positive": self.tell(ends, rng, n), "negative": negative}
+
+    def graded_pair(self, ends, rng):
+        """Two texts that share none, one or both of the ends; the score is how many."""
+        shared = rng.sample(range(2), rng.randint(0, 2))
+        other = tuple(end if i in shared else rng.choice([p for p in self.names if p != end]) for i, end in enumerate(ends))
+        return {"sentence1": self.tell(ends, rng), "sentence2": self.tell(other, rng), "score": float(len(shared))}
+
+    def ladder(self, n, rng):
+        """Held-out triplets by the number of steps of every walk in them. `-> {"heldout-steps-1": n rows, ...}`."""
+        rungs = {}
+        for steps in self.lengths:
+            held_out = self.meanings(rng, True)
+            rungs[f"heldout-steps-{steps}"] = [self.triplet(next(held_out), rng, steps) for _ in range(n)]
+        return rungs
+
+    # ------------------------------------------------------------ answers
+
+    def rationale(self, walks, think=True):
+        """The answer about some walks: where they end, and before that, if it thinks, the way there."""
+        said, ends = [], []
+        for walker, (start, way) in walks.items():
+            places = self.walk(start, way)
+            said += [walker, start, *(word for step in zip(way, places[1:]) for word in step)]
+            ends += PLACES[places[-1]]
+        return " ".join([*(said if think else []), "so", *ends])
+
+    def chat(self, ends, rng, progress):
+        """A text and its answer for the warm start. Thinking is common at first, then rare. `-> (text, answer)`."""
+        walks = self.plan(ends, rng, rng.choice(self.lengths))
+        return self.told(walks, rng), self.rationale(walks, think=rng.random() < (0.8 if progress <= 0.6 else 0.4))
+
+    def thinks(self, written):
+        """Whether an answer says more than where they end."""
+        return any(word in WALKERS for word in written.split())
+
+    def true_steps(self, written, text):
+        """The share of a text's steps that an answer writes down truly and in their order.
+
+        A start counts as a step; what is left out counts as an untrue one, and so does what is too much.
+        """
+        claimed, steps = written.rpartition("so ")[0].split(), []
+        for word in claimed:  # each step ends with a place
+            if not steps or steps[-1][-1] in PLACES:
+                steps.append([])
+            steps[-1].append(word)
+        truth = []
+        for walker, (start, way) in self.read(text).items():
+            truth += [[walker, start], *map(list, zip(way, self.walk(start, way)[1:]))]
+        return sum(a == b for a, b in zip(steps, truth)) / max(len(steps), len(truth))
+
+    def named(self, written, text):
+        """How many of the two ends an answer names, each for its walker: `(recall, precision)`."""
+        claims = [word for word in written.rpartition("so ")[2].split() if word in PLACES]
+        right = sum(a == b for a, b in zip(claims, self.ends(self.read(text))))
+        return right / 2, right / max(len(claims), 1)
+
+    def well_formed(self, written):
+        """Whether an answer has the form of the warm start's: a guess, or thinking and then the same."""
+        thought, _, end = written.rpartition("so ")
+        kinds = {**dict.fromkeys(WALKERS, "w"), **dict.fromkeys(DIRECTIONS, "d"), **dict.fromkeys(PLACES, "p")}
+        shape = "".join(kinds.get(word, "?") for word in thought.split())
+        walkers = [word for word in thought.split() if word in WALKERS]
+        named = [word for word in end.split() if word in PLACES]
+        fits = re.fullmatch("(wp(dp)+wp(dp)+)?", shape) and walkers in ([], list(WALKERS)) and len(named) == 2
+        return bool(fits) and end.split() == [word for place in named for word in PLACES[place]]
+
+
+TOWN = Town()
