@@ -1,41 +1,46 @@
-"""The figures, as PNGs that can be read on a projector and in black and white: markers and line styles, not colour alone.
+"""The figures, as pictures that can be read on a projector and in black and white: markers and line styles, not colour alone.
 
-Each function takes `found`, {label: [a record a seed]}, and the path to write. Error bars run from the lowest seed to
-the highest.
+Each function takes `by_label`, {row's label: [a record per seed]}, and returns a matplotlib figure. Error bars run from
+the lowest seed to the highest. Hollow markers and empty bars are scores by the prompt alone, full ones are scores with
+the rationale.
 """
 
+import itertools
+import math
+
 import numpy as np
+from scores import WAYS, better_way, value
 
 STYLES = [  # colour, line, marker
-    ("tab:blue", "-", "D"), ("tab:red", ":", "o"), ("tab:orange", "--", "s"), ("tab:gray", "-.", "^"),
+    ("tab:blue", "-", "D"), ("tab:red", ":", "o"), ("tab:orange", "--", "s"), ("dimgray", "-.", "^"),
     ("tab:green", (0, (5, 1)), "v"), ("tab:purple", (0, (1, 1)), "P"), ("tab:brown", (0, (3, 1, 1, 1)), "X"),
     ("black", (0, (7, 2, 1, 2)), "*"),
 ]  # fmt: skip
 
 
-def axes(columns=1, width=8.0, height=4.8):
-    """A figure with so many axes side by side, and matplotlib's module, without a display."""
+# ---------------------------------------------------------------- canvas, lines, legends
+
+
+def canvas(columns=1, rows=1, width=8.0, height=4.8):
+    """A figure and its axes, row by row. The layout makes room for whatever stands beside the axes."""
     import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    plt.rcParams.update({"font.size": 13, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True})
-    plt.rcParams.update({"grid.alpha": 0.3, "lines.linewidth": 2, "lines.markersize": 7, "legend.frameon": False})
-    figure, found = plt.subplots(1, columns, figsize=(width, height), squeeze=False)
-    return figure, list(found[0])
+    matplotlib.rcParams.update({"font.size": 13, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True})
+    matplotlib.rcParams.update({"grid.alpha": 0.3, "lines.linewidth": 2, "lines.markersize": 7, "legend.frameon": False})
+    figure = Figure(figsize=(width, height), dpi=130, layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1)
+    return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
 
 
-def save(figure, path, legend=None, rows=1, columns=2):
-    """Write the figure; `legend`: the axes whose labels stand below all of them, in so many rows."""
-    if legend:
-        handles, labels = legend.get_legend_handles_labels()
-        figure.legend(handles, labels, loc="lower center", ncol=columns)
-    figure.tight_layout(rect=(0, 0.07 * rows if legend else 0, 1, 1))
-    figure.savefig(path, dpi=130)
-    import matplotlib.pyplot as plt
-
-    plt.close(figure)
+def add_legend(figure, axis):
+    """The labels of one of the axes below all of them, in as few rows as the figure's width allows."""
+    handles, labels = axis.get_legend_handles_labels()
+    for rows in range(1, len(labels) + 1):
+        legend = figure.legend(handles, labels, loc="outside lower center", ncol=math.ceil(len(labels) / rows))
+        if legend.get_window_extent().width < 0.98 * figure.bbox.width or rows == len(labels):
+            return
+        legend.remove()
 
 
 def spread(values):
@@ -45,11 +50,17 @@ def spread(values):
     return mean, np.stack([mean - values.min(0), values.max(0) - mean])
 
 
-def line(axis, x, values, style, label=None):
-    """A mean over seeds with its error bars."""
+def scores(groups, name, way="after"):
+    """A figure of several rows, each a list of a record per seed. `-> [seeds, rows]`."""
+    return [[value(record, name, way) for record in of_seed] for of_seed in zip(*groups)]
+
+
+def line(axis, x, values, style, label=None, **options):
+    """A mean over seeds with its error bars. `values [seeds, n]`."""
     colour, dashes, marker = STYLES[style % len(STYLES)]
     mean, bars = spread(values)
-    axis.errorbar(x, mean, bars, color=colour, ls=dashes, marker=marker, capsize=3, elinewidth=1, label=label)
+    options = dict(color=colour, ls=dashes, marker=marker, capsize=3, elinewidth=1, label=label) | options
+    axis.errorbar(x, mean, bars, **options)
 
 
 def course(record, name):
@@ -58,119 +69,200 @@ def course(record, name):
     return zip(*[(0, record["before"][name]), *((c["step"], c[name]) for c in record["curve"]), (last, record["after"][name])])
 
 
-def courses(found, path, labels):
+def course_line(axis, records, name, style, label):
+    """A held-out figure along the runs of one row."""
+    steps, values = zip(*(course(record, name) for record in records))
+    line(axis, steps[0], values, style, label)
+
+
+# ---------------------------------------------------------------- the figures
+
+
+def courses(by_label, labels):
     """Held-out nDCG@10 along the training: the picture of the README."""
-    figure, (axis,) = axes(height=5.4)
+    figure, (axis,) = canvas(height=5.8)
     for label, style in zip(labels, (1, 2, 3, 4, 0)):
-        steps, values = zip(*(course(r, "ndcg_at_10") for r in found[label]))
-        line(axis, steps[0], values, style, label)
-    axis.set(xlabel="training step", ylabel="held-out nDCG@10, greedy rationales", ylim=(-0.02, 1.03))
-    save(figure, path, axis, rows=3)
+        course_line(axis, by_label[label], "ndcg_at_10", style, label)
+    axis.set(xlabel="training step", ylabel="held-out nDCG@10, with rationale", ylim=(-0.02, 1.03))
+    add_legend(figure, axis)
+    return figure
 
 
-def score_and_length(found, path, labels):
+def score_and_length(by_label, labels):
     """Figure 5."""
-    figure, pair = axes(2, 11)
-    for axis, name, title in zip(pair, ("ndcg_at_10", "words"), ("held-out nDCG@10", "words in a rationale")):
+    figure, pair = canvas(2, width=11, height=5.2)
+    titles = "held-out nDCG@10, with rationale", "words in a rationale"
+    for axis, name, title in zip(pair, ("ndcg_at_10", "words"), titles):
         for label, style in zip(labels, (1, 2, 0)):
-            steps, values = zip(*(course(r, name) for r in found[label]))
-            line(axis, steps[0], values, style, label)
+            course_line(axis, by_label[label], name, style, label)
         axis.set(xlabel="training step", ylabel=title)
         axis.set_ylim(bottom=0)
-    save(figure, path, pair[0], rows=2)
+    add_legend(figure, pair[0])
+    return figure
 
 
-def grid(found, path):
-    """Figure 3: one panel a reward, a line a consistency weight."""
-    figure, pair = axes(2, 11)
-    weights = sorted({float(label.split()[1]) for label in found})
+def grid(by_label):
+    """Figure 3: one panel per reward, a line per consistency weight."""
+    figure, pair = canvas(2, width=11)
+    weights = sorted({float(label.split()[1]) for label in by_label})
     for axis, name, title in zip(pair, ("paper", "infonce"), ("the paper's reward", "InfoNCE, the full recipe")):
         for style, a in enumerate(weights):
-            rows = [found[f"{name} {a:g} {b:g}"] for b in weights]
-            line(
-                axis, weights, [[r[i]["after"]["ndcg_at_10"] for r in rows] for i in range(len(rows[0]))], style, f"λ1 = {a:g}"
-            )
-        axis.set(xlabel="λ2, weight of the hard component", ylabel="held-out nDCG@10", title=title)
-    save(figure, path, pair[0], columns=len(weights))
+            groups = [by_label[f"{name} {a:g} {b:g}"] for b in weights]
+            line(axis, weights, scores(groups, "ndcg_at_10"), style, f"λ1 = {a:g}")
+        axis.set(xlabel="λ2, weight of the hard component", ylabel="held-out nDCG@10, with rationale", title=title)
+    add_legend(figure, pair[0])
+    return figure
 
 
-def budgets(found, path):
+def budgets(by_label):
     """Figure 4: quality and latency against the longest rationale allowed, and the phases of a training step."""
-    figure, (left, middle, right) = axes(3, 14)
-    (records,) = found.values()
+    figure, (left, middle, right) = canvas(3, width=14)
+    (records,) = by_label.values()
     limits = [row["limit"] for row in records[0]["budgets"]]
-    for axis, name, title in ((left, "ndcg_at_10", "held-out nDCG@10"), (middle, "ms", "milliseconds a text, encoding")):
-        line(axis, limits, [[row[name] for row in r["budgets"]] for r in records], 0)
+    for axis, name, title in ((left, "ndcg_at_10", "held-out nDCG@10"), (middle, "ms", "encoding, milliseconds per text")):
+        line(axis, limits, [[row[name] for row in record["budgets"]] for record in records], 0)
         axis.set(xlabel="longest rationale allowed, tokens", ylabel=title)
         axis.set_ylim(0, 1.03 if name == "ndcg_at_10" else None)
-    sampling = [np.mean([m["sample_s"] for m in r["trace"]]) for r in records]
-    rest = [np.mean([m["step_s"] - m["sample_s"] for m in r["trace"]]) for r in records]
+    sampling = [np.mean([m["sample_s"] for m in record["trace"]]) for record in records]
+    rest = [np.mean([m["step_s"] - m["sample_s"] for m in record["trace"]]) for record in records]
     for x, (values, hatch) in enumerate(((sampling, "//"), (rest, ".."))):
-        mean, bars = spread([[v] for v in values])
-        right.bar([x], mean, yerr=bars, color="lightgray", edgecolor="black", hatch=hatch, capsize=4)
+        mean, ends = spread([[value] for value in values])
+        right.bar([x], mean, yerr=ends, color="lightgray", edgecolor="black", hatch=hatch, capsize=4)
     right.set_xticks([0, 1], ["sampling", "reward\nand update"])
-    right.set(ylabel="seconds of a training step")
-    save(figure, path)
+    right.set(ylabel="seconds per training step")
+    return figure
 
 
-def bars(found, path):
-    """A bar a row, with the spread over seeds."""
-    figure, (axis,) = axes()
-    for x, (records, hatch) in enumerate(zip(found.values(), ("", "//", "..", "xx", "\\\\", "oo"))):
-        mean, ends = spread([[r["after"]["ndcg_at_10"]] for r in records])
-        axis.bar([x], mean, yerr=ends, color="lightgray", edgecolor="black", hatch=hatch, capsize=4)
-    axis.set_xticks(range(len(found)), list(found))
+def bars(by_label):
+    """Figure 6: two bars per row."""
+    figure, (axis,) = canvas(height=5.2)
+    looks = dict(color="lightgray", hatch="//"), dict(color="white")
+    for offset, way, look in zip((-0.2, 0.2), WAYS, looks):
+        mean, ends = spread(scores(by_label.values(), "ndcg_at_10", way))
+        x = np.arange(len(by_label)) + offset
+        axis.bar(x, mean, 0.36, yerr=ends, edgecolor="black", capsize=4, label=WAYS[way], **look)
+    axis.set_xticks(range(len(by_label)), list(by_label))
     axis.set(ylabel="held-out nDCG@10", ylim=(0, 1.03))
-    save(figure, path)
+    add_legend(figure, axis)
+    return figure
 
 
-def sizes(found, path):
+def sizes(by_label):
     """Figure 7: one panel for the batch, one for the rollouts."""
-    figure, pair = axes(2, 11)
-    for axis, letter, title in zip(pair, "BK", ("batch size B (K = 4)", "rollouts a text K (B = 16)")):
-        for style, name in ((0, "full"), (2, "by reward alone")):
-            labels = [label for label in found if label.startswith(letter) and label.endswith(name)]
+    figure, pair = canvas(2, width=11, height=5.4)
+    for axis, letter, title in zip(pair, "BK", ("batch size B (K = 4)", "rollouts per text, K (B = 16)")):
+        for style, recipe in ((0, "full"), (2, "by reward alone")):
+            labels = [label for label in by_label if label.startswith(letter) and label.endswith(recipe)]
             x = [int(label.split()[2].strip(",")) for label in labels]
-            line(axis, x, np.transpose([[r["after"]["ndcg_at_10"] for r in found[label]] for label in labels]), style, name)
+            for way, look in zip(WAYS, ({}, dict(markerfacecolor="white", lw=1))):
+                values = scores([by_label[label] for label in labels], "ndcg_at_10", way)
+                line(axis, x, values, style, f"{recipe}, {WAYS[way]}", **look)
         axis.set_xscale("log", base=2)
         axis.set_xticks(x, [str(n) for n in x])
-        axis.set(xlabel=title, ylabel="held-out nDCG@10", ylim=(0, 1.03))
-    save(figure, path, pair[0])
+        axis.set(xlabel=title, ylabel="held-out nDCG@10", ylim=(-0.03, 1.03))
+    add_legend(figure, pair[0])
+    return figure
 
 
-def collapse(found, path, labels):
+def collapse(by_label, labels):
     """What a group's rewards spread over, and what becomes of the rationales, along the training."""
-    figure, panels = axes(3, 14)
+    figure, panels = canvas(3, width=14, height=5)
     for label, style in zip(labels, (1, 0)):
-        traces = [r["trace"] for r in found[label]]
+        traces = [record["trace"] for record in by_label[label]]
         steps = [m["step"] for m in traces[0]]
         for axis, name in zip(panels, ("contrastive_std", "cosine")):
             line(axis, steps, [[m[name] for m in trace] for trace in traces], style, label)
-        at, values = zip(*(course(r, "ndcg_at_10") for r in found[label]))
-        line(panels[2], at[0], values, style, label)
-    for axis, title in zip(panels, ("std of the contrastive reward in a group", "cosine between texts", "held-out nDCG@10")):
+        course_line(panels[2], by_label[label], "ndcg_at_10", style, label)
+    titles = "std within a group, contrastive reward", "cosine between texts", "held-out nDCG@10, with rationale"
+    for axis, title in zip(panels, titles):
         axis.set(xlabel="training step", ylabel=title)
     panels[0].set_yscale("log")
-    save(figure, path, panels[0])
+    add_legend(figure, panels[0])
+    return figure
 
 
-def frontier(found, path, knobs):
-    """Each knob a line through its settings: how much text loss rose, how well it orders pairs, how much it names."""
-    figure, pair = axes(2, 13, 6.2)
-    for axis, name, title in zip(pair, ("spearman", "recall"), ("Spearman, graded pairs", "share of slots rightly named")):
-        for style, (knob, labels) in enumerate(knobs.items()):
-            rise, value = [], []
-            for label in (label for label in labels if label in found):
-                records = found[label]
-                moment = "after_without_rationale" if knob == "InfoNCE as a loss" and name == "spearman" else "after"
-                rise.append([r["after"]["text_loss"] - r["before"]["text_loss"] for r in records])
-                value.append([r[moment][name] for r in records])
-            (x, dx), (y, dy) = spread(np.transpose(rise)), spread(np.transpose(value))
-            colour, dashes, marker = STYLES[style]
-            axis.errorbar(x, y, dy, dx, color=colour, ls=dashes, marker=marker, capsize=2, elinewidth=0.8, label=knob)
-            for label, *point in zip([label for label in labels if label in found], x, y):
-                value = label.removeprefix(knob).removeprefix("contrastive")
-                axis.annotate(value, point, textcoords="offset points", xytext=(6, -12), fontsize=9)
-        axis.set_xscale("symlog", linthresh=0.01)  # most settings take nearly nothing
-        axis.set(xlabel="rise of held-out text loss, nats a token", ylabel=title, ylim=(0.5, 1.03), xlim=(-0.004, 2))
-    save(figure, path, pair[0], rows=2, columns=4)
+# ---------------------------------------------------------------- the frontier
+
+
+def frontier(by_label, knobs):
+    """How much the text loss rose, against how well pairs are ordered (above) and how much is named (below).
+
+    knobs: {name: labels of its settings}, two per column of panels, the settings of all others in gray behind them. Both
+    axes are logarithmic in the distance from the best there could be: no rise, and a score of 1.
+    """
+    columns = [list(knobs)[i : i + 2] for i in range(0, len(knobs), 2)]
+    figure, panels = canvas(len(columns), 2, width=4 * len(columns), height=8.4)
+    notes = []
+    for row, (score, title) in enumerate((("spearman", "Spearman, graded pairs"), ("recall", "share of facts rightly named"))):
+        points = {label: frontier_point(records, label, score) for label, records in by_label.items()}
+        for column, names in enumerate(columns):
+            axis = panels[row * len(columns) + column]
+            axis.scatter(*np.mean(list(points.values()), 2).T, s=14, color="silver", zorder=1)
+            beside = []
+            for name in names:
+                labels = [label for label in knobs[name] if label in points]
+                rise, short = np.transpose([points[label] for label in labels], (1, 2, 0))  # [seeds, settings] x 2
+                (x, dx), (y, dy) = spread(rise), spread(short)
+                colour, dashes, marker = STYLES[list(knobs).index(name)]
+                look = dict(color=colour, ls=dashes, marker=marker, capsize=2, elinewidth=0.7, lw=1.2, label=name)
+                axis.errorbar(x, y, dy, dx, **look)
+                settings = (label.removeprefix(name).strip() for label in labels)
+                beside += [(*place, setting, colour) for *place, setting in zip(x, y, settings)]
+            axis.set_xscale("symlog", linthresh=0.01, linscale=2)
+            axis.set_yscale("symlog", linthresh=0.02, linscale=0.5)
+            axis.set(xlim=(-0.002, 5), ylim=(0.6, 0.02 if score == "spearman" else -0.005))
+            axis.set_xticks([0, 0.005, 0.01, 0.1, 1], ["0", "0.005", "0.01", "0.1", "1"])
+            ticks = [x for x in (0, 0.02, 0.05, 0.1, 0.2, 0.4) if x or score == "recall"]
+            axis.set_yticks(ticks, [f"{1 - x:g}" for x in ticks])
+            axis.minorticks_off()
+            if row == 0:
+                axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), fontsize=12)
+            else:
+                axis.set_xlabel("rise of text loss, nats per token", fontsize=12)
+            if column == 0:
+                axis.set_ylabel(title)
+            notes.append((axis, beside))
+    figure.draw_without_rendering()  # from here on the layout is final, and places are pixels
+    for axis, beside in notes:
+        label_points(axis, beside)
+    return figure
+
+
+def frontier_point(records, label, score):
+    """A row's rise of the text loss and what its score falls short of 1, per seed: `[2][seeds]`."""
+    way = better_way(records, label, score)
+    return [value(record, "text loss") for record in records], [1 - value(record, score, way) for record in records]
+
+
+def label_points(axis, labels):
+    """Write labels `[(x, y, text, colour)]`, each as near its point as it can stand without covering anything that is drawn."""
+    from matplotlib.text import Text
+
+    inside = axis.get_window_extent()
+    points = [axis.transData.transform((x, y)) for x, y, _, _ in labels]
+    taken = [(*(point - 8), *(point + 8)) for point in points]  # boxes: left, bottom, right, top
+    for one, other in drawn_segments(axis):
+        n = int(np.hypot(*(other - one)) / 5) + 1
+        taken += [(*(at - 2), *(at + 2)) for at in np.linspace(one, other, n + 1)]
+    for (px, py), (x, y, text, colour) in zip(points, labels):
+        note = axis.annotate(
+            text, (x, y), (0, 0), textcoords="offset pixels", ha="center", va="center", fontsize=11, color=colour,
+            arrowprops=dict(arrowstyle="-", color=colour, lw=0.7, shrinkA=0, shrinkB=4), in_layout=False,
+        )  # fmt: skip
+        size = Text.get_window_extent(note)
+        w, h = size.width / 2 + 2, size.height / 2 + 1
+        for radius, turn in itertools.product(range(20, 240, 8), range(24)):
+            dx, dy = radius * math.cos(turn * math.pi / 12), radius * math.sin(turn * math.pi / 12)
+            box = (px + dx - w, py + dy - h, px + dx + w, py + dy + h)
+            clear = all(box[2] < b[0] or b[2] < box[0] or box[3] < b[1] or b[3] < box[1] for b in taken)
+            if clear and box[0] > inside.x0 and box[2] < inside.x1 and box[1] > inside.y0 and box[3] < inside.y1:
+                break
+        note.xyann = (dx, dy)
+        taken.append(box)
+
+
+def drawn_segments(axis):
+    """The straight pieces of all lines and error bars of the axes, in pixels: `[(end, end)]`."""
+    bars = [segment for bars in axis.collections if hasattr(bars, "get_segments") for segment in bars.get_segments()]
+    lines = [line.get_xydata()[i : i + 2] for line in axis.lines for i in range(len(line.get_xydata()) - 1)]
+    return [axis.transData.transform(segment) for segment in bars + lines]

@@ -1,109 +1,14 @@
-"""Every table and figure: which runs it needs, what it shows of them, and what it holds against the paper.
+"""Every table and figure: which runs it needs, what it shows of them, and what is claimed about them.
 
 An Experiment is a dict of rows (a label and a run's settings), columns, and claims. A claim names orderings between
-rows; its verdict is counted over seeds, never typed (`verdict`). `run.py` makes the runs and writes docs/results.md.
+rows; its verdict is counted over seeds, never typed (page.py). `run.py` makes the runs and writes docs/results.md.
 """
 
 import functools
-from dataclasses import dataclass
 
-import numpy as np
 import pictures
-from algorithms import ALGORITHMS
-from record import TOY
-
-# ---------------------------------------------------------------- rows, columns, claims
-
-ALONE = ("Base", "contrastive", "SimCSE")  # rows whose embedding is the prompt's alone, no rationale
-
-
-def seen(record, label, name):
-    """One figure of a record. Retrieval is with the rationale, or without for the rows that have none."""
-    if name == "text loss":
-        return record["after"]["text_loss"] - record["before"]["text_loss"]
-    if name == "seconds":
-        return record["train_seconds"]
-    alone = "with reasoning" not in label and label.startswith(ALONE)
-    if name in ("ndcg_at_10", "top1", "spearman") and alone:
-        return record["after_without_rationale"].get(name)
-    if name == "without":
-        return None if alone else record["after_without_rationale"]["ndcg_at_10"]
-    return record["after"].get(name)
-
-
-COLUMNS = {  # what it is called in a record: in a table, and digits
-    "ndcg_at_10": ("nDCG@10", 3), "spearman": ("Spearman", 3), "without": ("nDCG@10 without rationale", 2),
-    "text loss": ("text loss, rise", 2), "recall": ("slots rightly named", 2), "precision": ("names that are true", 2),
-    "distinct": ("distinct", 2), "well_formed": ("well formed", 2), "start_logprob": ("log p under the start", 2),
-    "follows": ("instructions followed", 2), "words": ("words", 1), "finished": ("ended", 2), "seconds": ("seconds", 0),
-}  # fmt: skip
-
-
-@dataclass
-class Claim:
-    """`text` holds if, by `column`, the first row of each pair is above the second, by more than `by`; `within`: about equal instead."""
-
-    text: str
-    pairs: list
-    column: str = "ndcg_at_10"
-    within: float = None
-    by: float = 0.0
-
-    def verdict(self, found):
-        """What the figures say, and how many of the comparisons (pairs times seeds) say so."""
-        figures = [
-            (seen(a, above, self.column), seen(b, below, self.column))
-            for above, below in self.pairs
-            for a, b in zip(found[above], found[below])
-        ]
-        if any(value is None for pair in figures for value in pair):
-            return "not measured on these data"
-        apart = [a - b for a, b in figures]
-        holds = sum(abs(x) <= self.within if self.within is not None else x > self.by for x in apart)
-        word = "agrees" if holds == len(apart) else "disagrees" if holds == 0 else "cannot be seen at this size"
-        return f"**{word}** ({holds} of {len(apart)} comparisons)"
-
-
-@dataclass
-class Experiment:
-    """What stands in docs/results.md under one name."""
-
-    title: str
-    paper: str  # what the paper says
-    rows: dict  # label: settings of its runs, or of none of its own ("same as" another experiment's)
-    columns: tuple = ("ndcg_at_10", "spearman", "text loss", "recall", "precision")
-    claims: tuple = ()
-    note: str = ""
-    seeds: tuple = (0, 1, 2)
-    figure: object = None  # function(found, path)
-    lines: object = None  # function(found) -> more lines of the page
-
-    def runs(self, seeds=None):
-        """Every run, `[(label, run)]`."""
-        return [(label, {**run, "seed": seed}) for label, run in self.rows.items() for seed in seeds or self.seeds]
-
-
-def cell(records, label, name):
-    """Mean over seeds, and the lowest and highest."""
-    values = [seen(r, label, name) for r in records]
-    if any(v is None or v != v for v in values):
-        return ""
-    return mean_and_range(values, COLUMNS[name][1])
-
-
-def mean_and_range(values, digits):
-    """Numbers of several seeds as a mean, with the lowest and highest where they differ."""
-    low, high, mean = (f"{round(f(values), digits) + 0.0:.{digits}f}" for f in (min, max, np.mean))  # no "-0.00"
-    return mean if low == high else f"{mean} ({low} to {high})"
-
-
-def table(found, columns):
-    """The rows as a markdown table; columns that no row fills are left out."""
-    cells = {label: [cell(records, label, name) for name in columns] for label, records in found.items()}
-    kept = [i for i in range(len(columns)) if any(row[i] for row in cells.values())]
-    lines = ["| | " + " | ".join(COLUMNS[columns[i]][0] for i in kept) + " |", "| --- " + "| ---: " * len(kept) + "|"]
-    return lines + [f"| {label} | " + " | ".join(row[i] for i in kept) + " |" for label, row in cells.items()]
-
+from page import Claim, Experiment, along, budget_lines, grid_lines, task_lines, traces
+from record import ALGORITHMS, TOY
 
 # ---------------------------------------------------------------- the runs
 
@@ -160,11 +65,12 @@ def over(rows, **settings):
 
 
 def some(rows, *labels):
+    """The rows with these labels."""
     return {label: rows[label] for label in labels}
 
 
 SUPERVISED, UNSUPERVISED = over(SUPERVISED, **LONG), over(UNSUPERVISED, **SHORT)
-GRID_WEIGHTS = (0.0, 0.5, 1.0)
+GRID_WEIGHTS = 0.0, 0.5, 1.0
 
 
 def grid():
@@ -175,77 +81,6 @@ def grid():
         for a in GRID_WEIGHTS
         for b in GRID_WEIGHTS
     }
-
-
-def grid_lines(found):
-    """Figure 3 as two small tables of nDCG@10."""
-    lines = []
-    for name, title in (("paper", "the paper's reward"), ("infonce", "InfoNCE, the full recipe")):
-        lines += [f"nDCG@10 under {title}:\n", "| λ1 \\ λ2 | " + " | ".join(f"{b:g}" for b in GRID_WEIGHTS) + " |"]
-        lines += ["| --- " + "| ---: " * len(GRID_WEIGHTS) + "|"]
-        for a in GRID_WEIGHTS:
-            cells = (cell(found[f"{name} {a:g} {b:g}"], "", "ndcg_at_10") for b in GRID_WEIGHTS)
-            lines.append(f"| {a:g} | " + " | ".join(cells) + " |")
-        records = [r for label, group in found.items() if label.startswith(name) for r in group]
-        largest = max(m["hard_std"] for r in records for m in r["trace"])
-        lines.append(f"\nThe hard component's standard deviation within a group, the largest of all runs: {largest:.2g}.\n")
-    return lines
-
-
-def along(found, texts=2):
-    """Table 6: the same held-out texts' rationales along the training, first seed."""
-    lines = []
-    for label, records in found.items():
-        for entry in records[0]["rationales"][:texts]:
-            lines += [f"{label}: *{entry['text']}*\n", "| step | rationale |", "| ---: | --- |"]
-            lines += [f"| {step} | {said} |" for step, said in entry["written"]] + [""]
-    return lines
-
-
-def traces(found):
-    """What a group's rewards spread over, along the training, first seed."""
-    columns = {
-        "step": "step", "reward": "reward", "contrastive_std": "contrastive std", "consistency_std": "consistency std",
-        "hard_std": "hard std", "distinct": "distinct", "cosine": "cosine between texts",
-        "effective_rank": "effective rank", "length": "length",
-    }  # fmt: skip
-    lines = []
-    for label, records in found.items():
-        lines.append(f"{label}, seed {records[0]['run']['seed']}:\n")
-        lines += ["| " + " | ".join(columns.values()) + " |", "| ---: " * len(columns) + "|"]
-        for m in records[0]["trace"]:
-            lines.append("| " + " | ".join(f"{m[c]:.4f}" if c.endswith("_std") else f"{m[c]:.4g}" for c in columns) + " |")
-        lines.append("")
-    return lines
-
-
-def budget_lines(found):
-    """Figure 4 as a table, and the update's and the sampler's share of a training step."""
-    records = found[BEST]
-    lines = ["| longest rationale, tokens | nDCG@10 | ended | ms a text |", "| ---: " * 4 + "|"]
-    for rows in zip(*(r["budgets"] for r in records)):
-        limit, ended = rows[0]["limit"], [row["finished"] for row in rows]
-        ndcg, ms = (np.mean([row[name] for row in rows]) for name in ("ndcg_at_10", "ms"))
-        lines.append(f"| {limit or 'none'} | {ndcg:.3f} | {f'{np.mean(ended):.2f}' if limit else ''} | {ms:.2f} |")
-    sampling, whole = (np.mean([m[name] for r in records for m in r["trace"]]) for name in ("sample_s", "step_s"))
-    return lines + [f"\nA training step takes {whole:.2f} s, of which sampling {sampling:.2f} s.\n"]
-
-
-def task_lines(found):
-    """Real tasks and held-out triplets, a row a policy and a way to embed."""
-    first = next(iter(found.values()))[0]
-    names = list(first["tasks"])
-    lines = ["| | " + " | ".join([*names, "held-out nDCG@10", "text loss, rise"]) + " |"]
-    lines.append("| --- " + "| ---: " * (len(names) + 2) + "|")
-    words = " | ".join(f"{100 * first['tasks_words'][name]:.1f}" for name in names)
-    lines.append(f"| hashed words, no model | {words} | | |")
-    for label, records in found.items():
-        rise, label = cell(records, "", "text loss"), label.replace("given", records[0]["backbone"])
-        for way, tasks, heldout in (("with rationale", "tasks", "ndcg_at_10"), ("prompt alone", "tasks_alone", "without")):
-            cells = " | ".join(mean_and_range([100 * r[tasks][name] for r in records], 1) for name in names)
-            ndcg = mean_and_range([seen(r, "", heldout) for r in records], 2)
-            lines.append(f"| {label}, {way} | {cells} | {ndcg} | {rise} |")
-    return lines
 
 
 BRIEF = FULL | SHORT
@@ -283,7 +118,7 @@ RIVAL_LOSSES = some(
 
 
 def size_claims():
-    """Figure 7's four lines: whether each goes up step by step, and from one end to the other."""
+    """Figure 7's four lines: does each rise at every step, and from one end to the other?"""
     claims = []
     for name in ("full", "by reward alone"):
         for letter, more in (("B", "larger batches"), ("K", "more rollouts")):
@@ -309,7 +144,7 @@ def against_the_loss(*notes):
 EXPERIMENTS = {
     "table1": Experiment(
         "Table 1: supervised", "On every backbone: base < base with reasoning < contrastive fine-tuning < GRACE.",
-        SUPERVISED, ("ndcg_at_10", "spearman", "without", "text loss", "recall", "precision", "distinct", "seconds"),
+        SUPERVISED, ("ndcg_at_10", "spearman", "text loss", "recall", "precision", "distinct", "seconds"),
         (
             Claim("reasoning helps the untrained policy", [("Base with reasoning", "Base")]),
             Claim("contrastive fine-tuning is above the base with reasoning", [("contrastive fine-tuning", "Base with reasoning")]),
@@ -330,7 +165,7 @@ EXPERIMENTS = {
     ),
     "table2": Experiment(
         "Table 2: unsupervised", "On every backbone: base < base with reasoning < SimCSE < GRACE.",
-        UNSUPERVISED, ("ndcg_at_10", "spearman", "without", "text loss", "recall", "precision", "distinct", "seconds"),
+        UNSUPERVISED, ("ndcg_at_10", "spearman", "text loss", "recall", "precision", "distinct", "seconds"),
         (
             Claim("SimCSE is above the base with reasoning", [("SimCSE", "Base with reasoning")]),
             Claim("GRACE by the paper's recipe is above SimCSE", [("GRACE, the paper's recipe", "SimCSE")]),
@@ -346,9 +181,9 @@ EXPERIMENTS = {
             Claim("REINFORCE++ is above ReMax", [("REINFORCE++", "ReMax")]),
             Claim("no division by the standard deviation is better than division (Eq. 18 against 7)", [("GRACE", "GRPO")]),
         ),
-        note="The InfoNCE reward, no pathwise term, four optimizer steps a batch, so that clips act. Advantages are small beside the text "
-        "term here, and division by the standard deviation (GRPO, DAPO, in effect REINFORCE++) also makes them larger: this table cannot tell "
-        "the two apart. By reward alone at settings of its own (Table 1) the mean-centred rule does better than any of these.",
+        note="The InfoNCE reward, no pathwise term, four optimizer steps per batch, so that clips act. Advantages are small beside the text "
+        "term here, and division by the standard deviation (GRPO, DAPO, in effect REINFORCE++) also makes them larger: this table cannot "
+        "separate the two effects. By reward alone at settings of its own (Table 1) the mean-centred rule does better than any of these.",
     ),
     "table5": Experiment(
         "Table 5: does generation survive", "Contrastive fine-tuning takes general abilities to 0, GRACE keeps them (± 0.4).",
@@ -445,7 +280,7 @@ EXPERIMENTS = {
     "yardstick": Experiment(
         "Against InfoNCE as a loss: five seeds, two worlds", "(Ours.) `train.sh`'s settings. They were chosen on seeds 10 and 11 of the first world, then, because rationales of the second stopped naming a slot, chosen anew on seeds 0 to 4 of the second and 4 of the first: so the second world is no longer unseen.",
         {f"{label}{note}": run | world for world, note in (({}, ""), (dict(world="meals"), ", second world")) for label, run in RIVAL_LOSSES.items()},
-        ("ndcg_at_10", "spearman", "without", "text loss", "recall", "precision", "well_formed", "seconds"),
+        ("ndcg_at_10", "spearman", "text loss", "recall", "precision", "well_formed", "seconds"),
         (
             *against_the_loss("", ", second world"),
             Claim("rationales name more of the text than before", [(BEST, "Base with reasoning")], "recall"),
@@ -457,7 +292,7 @@ EXPERIMENTS = {
     "unseen": Experiment(
         "The same on a world on which nothing was chosen", "(Ours.) A third world, of five slots, nine concepts and two synonyms, run after the settings were fixed by the other two.",
         {label: run | dict(world="parcels") for label, run in RIVAL_LOSSES.items()},
-        ("ndcg_at_10", "spearman", "without", "text loss", "recall", "precision", "well_formed", "seconds"),
+        ("ndcg_at_10", "spearman", "text loss", "recall", "precision", "well_formed", "seconds"),
         against_the_loss(""),
     ),
     "real": Experiment(
@@ -473,7 +308,7 @@ EXPERIMENTS = {
         "the paper's reward is -γ for all and nothing is learned (γ = 0 was not tried). At the toy's settings GRACE costs retrieval: "
         "embeddings that are all alike differ too little at a softmax temperature of 0.2. The last two rows have the loss's rate, steps "
         "and temperature, pathwise 1 and a text term of 0.3, chosen by the held-out triplets of seed 10. The loss stays ahead of them "
-        "on every task, with the prompt alone, at five times the text loss; and what they gained is in the reading, for a model that "
-        "follows no instruction has little to say: one and the same rationale for nearly all texts.",
+        "on every task, by the prompt alone, at five times the text loss. What they gained is in how they embed the text, not in what "
+        "they write: a model that follows no instruction has little to say, one and the same rationale for nearly all texts.",
     ),
 }  # fmt: skip

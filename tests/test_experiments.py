@@ -1,19 +1,22 @@
 """The experiments: other algorithms and baselines against loops, verdicts, and every name's smoke run."""
 
 import dataclasses
+import itertools
 import math
 import multiprocessing
 import os
 
+import pictures
 import pytest
 import run
 import torch
 from algorithms import ALGORITHMS, DAPO, GRPO, DrGRPO, ReinforcePlusPlus, ReMax
 from baselines import Contrastive, PathwiseAlone, SimCSE
 from conftest import ROWS, TEXTS, config
+from page import COLUMNS, Claim, table, whole_page
 from record import Place, read_records, rounded, write_record
 from synthetic_tasks import write_all
-from tables import EXPERIMENTS, Claim
+from tables import EXPERIMENTS
 
 from config import Config, setting
 from plumbing.errors import GraceError
@@ -221,21 +224,53 @@ def test_a_loss_falls(make_policy, trainer):
 
 
 def test_verdicts_are_counted():
-    record = lambda score: {"after": {"recall": score}}
-    found = {"a": [record(0.9), record(0.8)], "b": [record(0.5), record(0.85)], "c": [record(0.1), record(0.2)]}
-    said = lambda *pairs, **more: Claim("", list(pairs), "recall", **more).verdict(found)
-    assert said(("a", "c")) == "**agrees** (2 of 2 comparisons)"
-    assert said(("c", "a"), ("c", "b")) == "**disagrees** (0 of 4 comparisons)"
-    assert said(("a", "b")) == "**cannot be seen at this size** (1 of 2 comparisons)"
-    assert (
-        said(("a", "a"), within=0.1) == "**agrees** (2 of 2 comparisons)" and said(("a", "c"), within=0.1)[2:11] == "disagrees"
-    )
+    record = lambda recall: {"after": {"recall": recall}}
+    by_label = {"a": [record(0.9), record(0.8)], "b": [record(0.5), record(0.85)], "c": [record(0.1), record(0.2)]}
+    verdict = lambda *pairs, **more: Claim("", list(pairs), "recall", **more).verdict(by_label)
+    assert verdict(("a", "c")) == "**agrees** (2 of 2 comparisons)"
+    assert verdict(("c", "a"), ("c", "b")) == "**disagrees** (0 of 4 comparisons)"
+    assert verdict(("a", "b")) == "**cannot be seen at this size** (1 of 2 comparisons)"
+    assert verdict(("a", "a"), within=0.1) == "**agrees** (2 of 2 comparisons)"
+    assert verdict(("a", "c"), within=0.1) == "**disagrees** (0 of 2 comparisons)"
+    assert verdict(("a", "b"), by=0.4) == "**disagrees** (0 of 2 comparisons)"
+
+
+def both_ways(*scores):
+    """A record per seed, from pairs: nDCG@10 with the rationale, and by the prompt alone."""
+    moments = ("after", "after_without_rationale")
+    return [{moment: {"ndcg_at_10": score} for moment, score in zip(moments, pair)} for pair in scores]
+
+
+def test_claims_compare_the_better_way_of_each_row():
+    by_label = {
+        "SimCSE": both_ways((0.9, 0.6), (0.7, 0.75)),  # better with rationale by the mean, so in both of its seeds
+        "GRACE": both_ways((0.2, 0.8), (0.1, 0.72)),
+        "Base": both_ways((0.95, 0.1), (0.95, 0.1)),  # each of these two is one way alone
+        "Base with reasoning": both_ways((0.3, 0.99), (0.3, 0.99)),
+    }
+    verdict = lambda *pair: Claim("", [pair]).verdict(by_label)
+    assert verdict("GRACE", "SimCSE") == "**cannot be seen at this size** (1 of 2 comparisons)"
+    assert verdict("GRACE", "Base") == verdict("GRACE", "Base with reasoning") == "**agrees** (2 of 2 comparisons)"
+    assert verdict("Base with reasoning", "Base") == "**agrees** (2 of 2 comparisons)"
+    assert Claim("", [("GRACE", "SimCSE")], "spearman").verdict(by_label) == "not measured on these data"
+
+
+def test_tables_show_both_ways_of_every_trained_row():
+    by_label = {"Base": both_ways((0.5, 0.1)), "SimCSE": both_ways((0.9, 0.6)), "GRACE": both_ways((0.2, 0.7))}
+    assert table(by_label, ["ndcg_at_10", "spearman"]) == [
+        "| | nDCG@10, with rationale | nDCG@10, prompt alone |",
+        "| --- | ---: | ---: |",
+        "| Base |  | 0.100 |",
+        "| SimCSE | **0.900** | 0.600 |",
+        "| GRACE | 0.200 | **0.700** |",
+    ]
 
 
 def test_claims_name_rows_and_columns_that_exist():
     for experiment in EXPERIMENTS.values():
         named = {label for claim in experiment.claims for pair in claim.pairs for label in pair}
         assert named <= set(experiment.rows)
+        assert {*experiment.columns, *(claim.column for claim in experiment.claims)} <= COLUMNS.keys()
 
 
 def test_a_run_is_found_by_its_settings():
@@ -343,9 +378,9 @@ def test_real_tasks_for_both_backbones(tiny_world, tmp_path):
     assert "| hashed words, no model |" in page and page.count(", with rationale |") == page.count(", prompt alone |") == 9
 
 
-def test_the_page_is_what_the_records_say():
+def test_the_page_is_what_the_records_make_it():
     with open(os.path.join("docs", "results.md")) as file:
-        assert file.read() == run.page(Place())
+        assert file.read() == whole_page(EXPERIMENTS, Place())
 
 
 @pytest.mark.parametrize(
@@ -362,3 +397,52 @@ def test_the_page_is_what_the_records_say():
 def test_bad_arguments(arguments, message):
     with pytest.raises(GraceError, match=message):
         run.main(arguments)
+
+
+# ---------------------------------------------------------------- pictures
+
+
+def drawn(name):
+    """One experiment's figure, from the committed records."""
+    by_label = {}
+    for label, one in EXPERIMENTS[name].runs():
+        by_label.setdefault(label, []).append(Place().read(one))
+    return EXPERIMENTS[name].figure(by_label)
+
+
+def on_canvas(figure):
+    """Whether all that a figure draws lies within it."""
+    figure.draw_without_rendering()
+    notes = [
+        note.get_window_extent().transformed(figure.dpi_scale_trans.inverted()) for axis in figure.axes for note in axis.texts
+    ]
+    width, height = figure.get_size_inches()
+    boxes = [figure.get_tightbbox(), *notes]
+    return all(box.x0 >= 0 and box.y0 >= 0 and box.x1 <= width and box.y1 <= height for box in boxes)
+
+
+@pytest.mark.parametrize("name", [name for name in EXPERIMENTS if EXPERIMENTS[name].figure])
+def test_no_picture_is_cut(name):
+    matplotlib = pytest.importorskip("matplotlib", reason="the pictures need the extra `plot`")
+    figure = drawn(name)
+    assert on_canvas(figure)
+    for axis in figure.axes:
+        boxes = [matplotlib.text.Text.get_window_extent(note) for note in axis.texts]
+        assert not any(one.overlaps(other) for one, other in itertools.combinations(boxes, 2))
+    if name == "frontier":
+        assert sum(len(axis.texts) for axis in figure.axes) == 2 * len(EXPERIMENTS["frontier"].rows)
+
+
+def test_what_is_cut_is_seen():
+    pytest.importorskip("matplotlib", reason="the pictures need the extra `plot`")
+    figure, (axis,) = pictures.canvas()
+    axis.plot([0, 1], label="a label that is as long as the labels of Table 1 are")
+    axis.plot([1, 0], label="and another one, so that both do not fit")
+    assert on_canvas(figure)
+    figure.legend(loc="lower center", ncol=2)
+    assert not on_canvas(figure)
+    figure.legends[0].remove()
+    pictures.add_legend(figure, axis)
+    assert on_canvas(figure) and figure.legends[0]._ncols == 1
+    axis.annotate("outside", (1, 1), (400, 0), textcoords="offset points", in_layout=False)
+    assert not on_canvas(figure)

@@ -1,0 +1,235 @@
+"""docs/results.md from the records: tables, verdicts, and the lines of those experiments that have a form of their own.
+
+`by_label` is {row's label: [a record per seed]} everywhere.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from scores import SCORES, WAYS, better_way, value, ways
+
+HEAD = """# The paper in miniature
+
+`python experiments/run.py` writes this page from the records in `experiments/results/`; no figure in a table is typed. The last
+section is on real text, all others are on the embedded worlds (toy.py): a model of 0.35 M parameters, greedy rationales, 256
+held-out queries among 512 texts, half of them negatives that copy the query's words. A figure is the mean over seeds, with the
+lowest and the highest.
+
+Every trained row is embedded in two ways: with the rationale that it writes, and by its prompt alone. Tables show both scores;
+the better way of a row, by the mean over seeds, is in bold. A claim about a score compares the better ways of its rows. Claims
+are counted over all comparisons, seeds times pairs of rows: *agrees* where all hold, *disagrees* where none does, and *cannot
+be seen at this size* in between.
+
+*facts rightly named*: of the facts in a text, the share that its rationale names. *names that are true*: of the facts that a
+rationale names, the share that the text has. *text loss, rise*: nats per token, on held-out texts. Two runs were made at a
+time, so *seconds* are rough.
+"""
+
+COLUMNS = {  # a figure's name in a record: its heading, and digits
+    "ndcg_at_10": ("nDCG@10", 3), "spearman": ("Spearman", 3), "text loss": ("text loss, rise", 2),
+    "recall": ("facts rightly named", 2), "precision": ("names that are true", 2), "distinct": ("distinct", 2),
+    "well_formed": ("well formed", 2), "start_logprob": ("log p under the start", 2),
+    "follows": ("instructions followed", 2), "words": ("words", 1), "finished": ("ended", 2), "seconds": ("seconds", 0),
+}  # fmt: skip
+
+
+# ---------------------------------------------------------------- what an experiment is
+
+
+@dataclass
+class Claim:
+    """`text` holds if, by `column`, the first row of each pair is above the second by more than `by`.
+
+    within: if they differ by no more than that, instead.
+    """
+
+    text: str
+    pairs: list
+    column: str = "ndcg_at_10"
+    within: float = None
+    by: float = 0.0
+
+    def verdict(self, by_label):
+        """What the records show, in how many of the comparisons (pairs times seeds). Scores are of each row's better way."""
+        figures = {}
+        for label in {label for pair in self.pairs for label in pair}:
+            way = better_way(by_label[label], label, self.column)
+            figures[label] = [value(record, self.column, way) for record in by_label[label]]
+        if any(figure is None for values in figures.values() for figure in values):
+            return "not measured on these data"
+        apart = [a - b for above, below in self.pairs for a, b in zip(figures[above], figures[below])]
+        holds = sum(abs(x) <= self.within if self.within is not None else x > self.by for x in apart)
+        word = "agrees" if holds == len(apart) else "disagrees" if holds == 0 else "cannot be seen at this size"
+        return f"**{word}** ({holds} of {len(apart)} comparisons)"
+
+
+@dataclass
+class Experiment:
+    """What stands in docs/results.md under one name."""
+
+    title: str
+    paper: str  # what the paper reports
+    rows: dict  # {label: settings of its runs}; rows of several experiments with equal settings share their runs
+    columns: tuple = ("ndcg_at_10", "spearman", "text loss", "recall", "precision")
+    claims: tuple = ()
+    note: str = ""
+    seeds: tuple = (0, 1, 2)
+    figure: object = None  # function(by_label) -> a matplotlib figure
+    lines: object = None  # function(by_label) -> more lines of the page
+
+    def runs(self, seeds=None):
+        """Every run, `[(label, run)]`."""
+        return [(label, {**run, "seed": seed}) for label, run in self.rows.items() for seed in seeds or self.seeds]
+
+
+# ---------------------------------------------------------------- tables
+
+
+def mean_and_range(values, digits):
+    """Numbers of several seeds as a mean, with the lowest and highest where they differ."""
+    low, high, mean = (f"{round(f(values), digits) + 0.0:.{digits}f}" for f in (min, max, np.mean))  # no "-0.00"
+    return mean if low == high else f"{mean} ({low} to {high})"
+
+
+def cell(records, label, name, way="after"):
+    """One cell: mean over seeds, lowest and highest; in bold where the row has another way that is not as good."""
+    if name in SCORES and way not in ways(label):
+        return ""
+    values = [value(record, name, way) for record in records]
+    if any(x is None or x != x for x in values):
+        return ""
+    text = mean_and_range(values, COLUMNS[name][1])
+    both = name in SCORES and len(ways(label)) > 1
+    return f"**{text}**" if both and way == better_way(records, label, name) else text
+
+
+def heading(name, way):
+    """The heading of a column; scores have one per way."""
+    return f"{COLUMNS[name][0]}, {WAYS[way]}" if name in SCORES else COLUMNS[name][0]
+
+
+def table(by_label, names):
+    """The rows as a markdown table; columns that no row fills are left out."""
+    columns = [(name, way) for name in names for way in (WAYS if name in SCORES else ["after"])]
+    cells = {label: [cell(records, label, *column) for column in columns] for label, records in by_label.items()}
+    kept = [i for i in range(len(columns)) if any(row[i] for row in cells.values())]
+    lines = ["| | " + " | ".join(heading(*columns[i]) for i in kept) + " |", "| --- " + "| ---: " * len(kept) + "|"]
+    return lines + [f"| {label} | " + " | ".join(row[i] for i in kept) + " |" for label, row in cells.items()]
+
+
+def grid_lines(by_label):
+    """Figure 3 as small tables of nDCG@10."""
+    lines, weights = [], sorted({label.split()[1] for label in by_label})
+    for name, title in (("paper", "the paper's reward"), ("infonce", "InfoNCE, the full recipe")):
+        for way in WAYS:
+            lines += [f"nDCG@10 under {title}, {WAYS[way]}:\n", "| λ1 \\ λ2 | " + " | ".join(weights) + " |"]
+            lines += ["| --- " + "| ---: " * len(weights) + "|"]
+            for a in weights:
+                groups = ([value(record, "ndcg_at_10", way) for record in by_label[f"{name} {a} {b}"]] for b in weights)
+                lines.append(f"| {a} | " + " | ".join(mean_and_range(values, 3) for values in groups) + " |")
+            lines.append("")
+        records = [record for label, group in by_label.items() if label.startswith(name) for record in group]
+        largest = max(m["hard_std"] for record in records for m in record["trace"])
+        lines.append(f"The hard component's standard deviation within a group, the largest of all runs: {largest:.2g}.\n")
+    return lines
+
+
+def along(by_label, texts=2):
+    """Table 6: the same held-out texts' rationales along the training, first seed."""
+    lines = []
+    for label, records in by_label.items():
+        for entry in records[0]["rationales"][:texts]:
+            lines += [f"{label}: *{entry['text']}*\n", "| step | rationale |", "| ---: | --- |"]
+            lines += [f"| {step} | {rationale} |" for step, rationale in entry["written"]] + [""]
+    return lines
+
+
+def traces(by_label):
+    """What a group's rewards spread over, along the training, first seed."""
+    columns = {
+        "step": "step", "reward": "reward", "contrastive_std": "contrastive std", "consistency_std": "consistency std",
+        "hard_std": "hard std", "distinct": "distinct", "cosine": "cosine between texts",
+        "effective_rank": "effective rank", "length": "length",
+    }  # fmt: skip
+    lines = []
+    for label, records in by_label.items():
+        lines.append(f"{label}, seed {records[0]['run']['seed']}:\n")
+        lines += ["| " + " | ".join(columns.values()) + " |", "| ---: " * len(columns) + "|"]
+        for m in records[0]["trace"]:
+            lines.append("| " + " | ".join(f"{m[c]:.4f}" if c.endswith("_std") else f"{m[c]:.4g}" for c in columns) + " |")
+        lines.append("")
+    return lines
+
+
+def budget_lines(by_label):
+    """Figure 4 as a table, and the sampler's share of a training step."""
+    (records,) = by_label.values()
+    lines = ["| longest rationale, tokens | nDCG@10 | ended | ms per text |", "| ---: " * 4 + "|"]
+    for rows in zip(*(record["budgets"] for record in records)):
+        limit, ended = rows[0]["limit"], [row["finished"] for row in rows]
+        ndcg, ms = (np.mean([row[name] for row in rows]) for name in ("ndcg_at_10", "ms"))
+        lines.append(f"| {limit or 'none'} | {ndcg:.3f} | {f'{np.mean(ended):.2f}' if limit else ''} | {ms:.2f} |")
+    trace = [m for record in records for m in record["trace"]]
+    sampling, whole = (np.mean([m[name] for m in trace]) for name in ("sample_s", "step_s"))
+    return lines + [f"\nA training step takes {whole:.2f} s, of which sampling takes {sampling:.2f} s.\n"]
+
+
+def task_lines(by_label):
+    """Real tasks and held-out triplets, a row per policy and way."""
+    first = next(iter(by_label.values()))[0]
+    names = list(first["tasks"])
+    lines = ["| | " + " | ".join([*names, "held-out nDCG@10", "text loss, rise"]) + " |"]
+    lines.append("| --- " + "| ---: " * (len(names) + 2) + "|")
+    words = " | ".join(f"{100 * first['tasks_words'][name]:.1f}" for name in names)
+    lines.append(f"| hashed words, no model | {words} | | |")
+    for label, records in by_label.items():
+        rise, label = cell(records, label, "text loss"), label.replace("given", records[0]["backbone"])
+        for way, tasks in (("after", "tasks"), ("after_without_rationale", "tasks_alone")):
+            cells = " | ".join(mean_and_range([100 * record[tasks][name] for record in records], 1) for name in names)
+            ndcg = mean_and_range([value(record, "ndcg_at_10", way) for record in records], 2)
+            lines.append(f"| {label}, {WAYS[way]} | {cells} | {ndcg} | {rise} |")
+    return lines
+
+
+# ---------------------------------------------------------------- the page
+
+
+def section(name, experiment, place, seeds=None, picture=None):
+    """One experiment's part of the page, and its picture where a path is given; None if a run has no record."""
+    by_label = {}
+    for label, run in experiment.runs(seeds):
+        if (record := place.read(run)) is None:
+            return None
+        by_label.setdefault(label, []).append(record)
+    lines = [f"## {experiment.title}\n", f"The paper: {experiment.paper}\n"]
+    if experiment.columns:
+        lines += [*table(by_label, experiment.columns), ""]
+    if experiment.lines:
+        lines += [*experiment.lines(by_label), ""]
+    if experiment.claims:
+        lines += ["| claim | verdict |", "| --- | --- |"]
+        lines += [f"| {claim.text} | {claim.verdict(by_label)} |" for claim in experiment.claims] + [""]
+    if experiment.figure:
+        if picture:
+            experiment.figure(by_label).savefig(picture)
+        lines.append(f"![{experiment.title}]({name}.png)\n")
+    return "\n".join([*lines, f"{experiment.note} {foot(name, by_label, place)}".lstrip(), ""])
+
+
+def foot(name, by_label, place):
+    """How a section is made again: command, seeds, sizes, cost, and the revisions that made its records."""
+    records = {place.key(record["run"]): record for group in by_label.values() for record in group}.values()
+    seeds = sorted({record["run"]["seed"] for record in records})
+    configs = [record["config"] for record in records if record["run"]["trainer"] != "none"]
+    sizes = {key: sorted({config[key] for config in configs}) for key in ("batch", "rollouts", "steps", "lr")}
+    sizes = ", ".join(f"{key} {'/'.join(f'{x:g}' for x in values)}" for key, values in sizes.items())
+    minutes = sum(record["seconds"] for record in records) / 60
+    revisions = sorted({r["revision"][:7] + ("+" if r["revision"].endswith("+") else "") for r in records})
+    command = f"`python experiments/run.py {name}`; seeds {', '.join(map(str, seeds))}"
+    return f"{command}; {sizes}; {minutes:.0f} minutes of one core; revision {', '.join(revisions)}."
+
+
+def whole_page(experiments, place, seeds=None, pictures=None):
+    """docs/results.md: every experiment whose runs are all there. pictures: {name: path} of those to draw."""
+    sections = [section(name, one, place, seeds, (pictures or {}).get(name)) for name, one in experiments.items()]
+    return "\n".join([HEAD, *(text for text in sections if text)])

@@ -1,0 +1,37 @@
+"""The figures of a record by name, and the two ways in which a text is embedded: with the rationale, and by the prompt alone.
+
+A record has both for every policy. Whoever compares two policies by one way that suits only one of them has shown
+nothing: so tables show both, and claims compare each row's better one.
+"""
+
+import numpy as np
+
+WAYS = {"after": "with rationale", "after_without_rationale": "prompt alone"}  # a moment of a record, and its name
+SCORES = ("ndcg_at_10", "spearman")  # what is measured in both ways
+
+
+def ways(label):
+    """The ways of a row. Before training each way has a row of its own, as in the paper; trained rows have both."""
+    if label.startswith("Base with reasoning"):
+        return ["after"]
+    return ["after_without_rationale"] if label.startswith("Base") else list(WAYS)
+
+
+def value(record, name, way="after"):
+    """One figure of a record, or None where it was not measured."""
+    if name == "text loss":
+        return record["after"]["text_loss"] - record["before"]["text_loss"]
+    if name == "seconds":
+        return record["train_seconds"]
+    return record[way].get(name)
+
+
+def better_way(records, label, name):
+    """The way by which a row's claims are judged: the one with the higher mean over the seeds."""
+    if name not in SCORES:
+        return "after"
+    means = {}
+    for way in ways(label):
+        values = [value(record, name, way) for record in records]
+        means[way] = -np.inf if None in values else np.mean(values)
+    return max(means, key=means.get)
