@@ -117,7 +117,7 @@ def test_full_disk_ends_a_run(tiny_world, two_checkpoints, monkeypatch):
 
 
 @needs_dev_full
-def test_no_right_to_rename_no_room_for_a_line(tmp_path, monkeypatch):
+def test_no_right_and_no_room(tmp_path, monkeypatch):
     def forbidden(*_):
         raise PermissionError(errno.EACCES, "Permission denied")
 

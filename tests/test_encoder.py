@@ -31,7 +31,7 @@ from pool import unit
 # ---------------------------------------------------------------- in batches
 
 
-def test_embeddings_do_not_depend_on_the_company(make_policy):
+def test_company_does_not_matter(make_policy):
     """Greedy or sampled: alone, in a batch, in another order, repeated: the same embedding and rationale."""
     policy = make_policy()
     for temperature in (0.0, 1.0):

@@ -43,19 +43,20 @@ def test_ndcg_worked_example():
     assert metrics.ndcg([0, 0], [0, 0]) == 0
 
 
-def test_ranked_average_precision_worked_example():
+def test_ranked_average_precision():
     assert metrics.ranked_average_precision([True, False, True], 3) == pytest.approx((1 + 2 / 3) / 3)
     assert metrics.ranked_average_precision([False], 0) == 0
 
 
-def test_ranking_breaks_ties_by_id_descending_as_strings():
+def test_ranking_breaks_ties_by_id():
+    """Descending, as strings."""
     ids = ["9", "10", "2", "b"]
     assert metrics.ranking([1.0, 1.0, 2.0, 1.0], ids) == [2, 3, 0, 1]
     assert metrics.ranking([1.0, 1.0 + 1e-12, 0, 0], ids)[:2] == [0, 1]  # equal as float32
     assert [ids[i] for i in metrics.ranking([3.0, 2.0, 1.0, 0.0], ids, top_k=2)] == ["9", "10"]
 
 
-def test_cosine_of_equal_vectors_is_exactly_one():
+def test_cosine_is_exactly_one():
     x = RNG.standard_normal((50, 33)).astype(np.float32)
     assert (metrics.cosine(x, x.copy()) == 1).all()
     y = RNG.standard_normal((50, 33)).astype(np.float32)

@@ -86,7 +86,7 @@ def test_infonce_unsupervised(mined):
     close(reward.infonce(x, x, 0.1, mined=mined, leave_one_out=True), infonce_by_loop(x, x, 0.1, None, None, mined, True))
 
 
-def test_infonce_ignores_a_rise_of_all_similarities():
+def test_infonce_ignores_a_rise_of_all():
     """One more coordinate, shared by all, raises every cosine by the same amount. Eq. 13 is fooled."""
     q, p, shared = units(4, 2, 6), units(4, 3, 6, seed=1), 0.8
 
@@ -101,7 +101,7 @@ def test_infonce_ignores_a_rise_of_all_similarities():
     assert paid.mean() > 0.5
 
 
-def test_in_infonce_every_term_depends_on_the_rollout():
+def test_every_term_depends_on_the_rollout():
     """Moving another instance's column moves rollouts of one group unequally; Eq. 15 cannot."""
     q, p = units(4, 3, 6), units(4, 3, 6, seed=1)
     moved = q.clone()
@@ -159,6 +159,7 @@ def test_twins_are_left_out_of_eq15():
     close(reward.hard_negative(q, p, twins)[:1], expected)
 
 
-def test_a_group_of_one_and_a_batch_of_one_are_zero_not_nan():
+def test_one_is_zero_not_nan():
+    """A group of one, and a batch of one."""
     assert reward.consistency(units(3, 1, 4)).eq(0).all()
     assert reward.hard_negative(units(1, 4), units(1, 2, 4)).eq(0).all()

@@ -159,10 +159,10 @@ def test_join():
 def test_selected_groups(make_policy):
     """A part of the rollouts has no padding that none of it needs, and scores as the whole does."""
     policy = make_policy()
-    rollouts = rolled(policy)
-    part = rollouts[torch.tensor([1])]  # the shortest text
+    rollouts = rolled(policy, temperature=0.0)
+    part = rollouts[torch.tensor([1])]  # the shortest text, and not the longest rationale
     assert part.prompt_ids.shape[1] == int(rollouts.prompt_mask[1].sum()) < rollouts.prompt_ids.shape[1]
-    assert part.ids.shape[2] == int(rollouts.mask[1].sum(-1).max())
+    assert part.ids.shape[2] == int(rollouts.mask[1].sum(-1).max()) < rollouts.ids.shape[2]
     with torch.no_grad():
         whole, some = score(policy, rollouts), score(policy, part)
     torch.testing.assert_close(some.logprobs[0], whole.logprobs[1, :, : some.logprobs.shape[2]], rtol=1e-5, atol=1e-5)

@@ -72,7 +72,7 @@ def test_decoder_rows(make_policy, monkeypatch):
         assert decoder.rows.tolist() == [5, 8] and decoder.K == 1  # places among all nine, not in the batch before
 
 
-def test_when_finished_rows_leave_does_not_matter(make_policy, monkeypatch):
+def test_when_finished_rows_leave(make_policy, monkeypatch):
     """Greedy rationales, log-probabilities and embeddings: rows dropped at each token, rarely or never."""
     policy, results = make_policy(max_new_tokens=14, eos_token_id=list(range(5, 150, 12))), []
     texts = [f"{a} {b}" for a in TEXTS for b in ("somebody sold the boat", "the lamp", "around noon .")]

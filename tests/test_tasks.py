@@ -41,7 +41,8 @@ def test_the_sixteen():
         choose_tasks(["STS99"])
 
 
-def test_every_protocol_runs_and_is_deterministic(synthetic):
+def test_every_protocol(synthetic):
+    """Each runs, and a second time gives the same."""
     folder, names = synthetic
     pytest.importorskip("sklearn", reason="scikit-learn is not installed")
     one, two = (evaluate_tasks(synthetic_tasks.encode, names, str(folder)) for _ in range(2))
@@ -95,7 +96,7 @@ def test_local_folders_are_read_afresh(tmp_path):
 
 
 @pytest.mark.parametrize("as_config", [True, False])
-def test_a_language_is_a_configuration_or_a_column(tmp_path, as_config):
+def test_language_as_config_or_column(tmp_path, as_config):
     data = [{"sentence1": "a", "sentence2": t, "score": s, "lang": "en-en"} for t, s in zip(("a", "a b", "c"), (3, 2, 1))]
     if as_config:
         rows(tmp_path / "STS17" / "en-en" / "test.jsonl", data)
@@ -187,7 +188,7 @@ def test_what_the_encoder_must_not_do(tmp_path):
 # ---------------------------------------------------------------- held-out rows, and real tasks
 
 
-def test_world_as_tasks_scores_as_in_training(tiny_world):
+def test_world_scores_as_in_training(tiny_world):
     """grace.py's held-out evaluation and the two toy tasks are one evaluation."""
     encoder = GraceEncoder(f"{tiny_world}/model")
     results = evaluate_tasks(encoder.encode, ["ToyRetrieval", "ToyPairs"], f"{tiny_world}/tasks")
