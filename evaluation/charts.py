@@ -38,7 +38,7 @@ def _svg(figure, name, alt):
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.S)
     svg = re.sub(r' (?:width|height)="[\d.]+pt"', "", svg, count=2)
-    svg = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", svg)  # the family is the page's
+    svg = re.sub(r"font-family: [^;\"]*;", "", svg)  # the font is the page's
     svg = re.sub(r'(id="|url\(#|href="#)', rf"\g<1>{re.sub('[^a-z0-9]', '-', name)}-", svg)  # several pictures share a page
     for stand_in, colour in COLOURS.items():
         svg = svg.replace(stand_in, colour)

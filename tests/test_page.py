@@ -124,6 +124,7 @@ def test_a_finished_run(whole_run, capsys):
     ids = re.findall(r'\bid="([^"]+)"', page)
     assert len(ids) == len(set(ids)) > 0
     assert set(re.findall(r'(?:href|src)="([^"#]*)', page)) <= {"data:,", ""} and "@import" not in page
+    assert "font-family" not in page  # the pictures have the page's font
     assert build_page(whole_run) == page  # the same folder, the same page
     grace.main(["report", str(whole_run), "--out", str(whole_run.parent / "elsewhere.html")])
     assert "elsewhere.html shows the run" in capsys.readouterr().out
