@@ -60,6 +60,7 @@ class Config:
     # What is learned from it
     pathwise: float = setting(None, "(recipe) weight c of the pathwise term; 0: Eq. 19 alone", least=0)
     kl: float = setting(None, "(recipe) weight of the KL term to the starting policy", least=0)
+    kl_estimator: str = setting("k3", "what the KL term is: k2 has the gradient of KL(policy || start)", ("k2", "k3"))
     text_weight: float = setting(None, "(recipe) weight of the language-model loss on the texts themselves", least=0)
     normalize: bool = setting(False, "divide advantages by the group's standard deviation, Eq. 7")
     length_normalize: bool = setting(None, "(recipe) mean over a rationale's tokens (Eq. 8) instead of their sum (Eq. 19)")

@@ -126,6 +126,15 @@ def kl_k3(logprobs, reference, mask):
     return masked_mean(log_ratio.exp() - 1 - log_ratio, mask)
 
 
+def kl_k2(logprobs, reference, mask):
+    """Half the squared log-ratio, mean over tokens: the gradient of KL(policy || reference). `[N, K, T] x 3 -> [N, K]`.
+
+    Its gradient is E[log(pi / reference) grad log pi]. Where k3 pulls by at most 1 per token, this pull grows with
+    how impossible the reference finds the token, so it stops what the start would never write.
+    """
+    return masked_mean((logprobs - reference).pow(2) / 2, mask)
+
+
 def pathwise(g, h):
     """The second half of the gradient, to be maximised. `[N, K, D] x 2 -> [N, K]`.
 
@@ -242,7 +251,8 @@ class Trainer:
             with torch.no_grad():
                 at_start = score(self.reference, part, config.temperature).logprobs
             stats["kl_start"] = kl_k3(logprobs, at_start, mask)
-            value = value - config.kl * stats["kl_start"]
+            pull = kl_k2(logprobs, at_start, mask) if config.kl_estimator == "k2" else stats["kl_start"]
+            value = value - config.kl * pull
         off = ((logprobs - part.logprobs).exp() - 1).abs() * mask  # how far each ratio is from 1
         clipped = (off > config.clip_eps).float()
         stats |= {"loss": -value, "clip_fraction": masked_mean(clipped, mask), "ratio_off": off.amax(-1)}

@@ -14,7 +14,7 @@ import transformers
 from conftest import ARCHITECTURES, ROWS, build, command, config, descent, gradient, weights
 
 import grace
-from grace import Trainer, advantages, clipped_objective, judge, kl_k3, masked_mean
+from grace import Trainer, advantages, clipped_objective, judge, kl_k2, kl_k3, masked_mean
 from plumbing.data import open_dataset
 from policy import Policy
 from prompt import Reading
@@ -58,20 +58,23 @@ def test_which_side_is_clipped(ratio, A, slope):
     assert float(torch.autograd.grad(value.sum(), new)[0]) == pytest.approx(slope)
 
 
-def test_kl_k3():
-    """Its mean is KL(policy || reference), 0 at equality; its gradient, on the policy's samples, KL(reference || policy)'s."""
+@pytest.mark.parametrize("estimator", [kl_k2, kl_k3])
+def test_whose_gradient_the_kl_term_has(estimator):
+    """By enumeration: on the policy's samples k2 has the gradient of KL(policy || reference), k3 that of the other one."""
     torch.manual_seed(0)
     logits = torch.randn(7, dtype=torch.float64, requires_grad=True)
     p, q = torch.log_softmax(logits, 0), torch.log_softmax(torch.randn(7, dtype=torch.float64), 0)
-    per_token = kl_k3(p.view(7, 1, 1), q.view(7, 1, 1), torch.ones(7, 1, 1))[:, 0]
+    per_token = estimator(p.view(7, 1, 1), q.view(7, 1, 1), torch.ones(7, 1, 1))[:, 0]
     probability = p.detach().exp()
-    torch.testing.assert_close(probability @ per_token, probability @ (p - q))
     (sampled,) = torch.autograd.grad(probability @ per_token, logits, retain_graph=True)
     (forward,) = torch.autograd.grad(q.exp() @ (q - p), logits, retain_graph=True)
     (reverse,) = torch.autograd.grad(p.exp() @ (p - q), logits)
-    torch.testing.assert_close(sampled, forward)
-    assert (sampled - reverse).norm() > 0.1 * reverse.norm()
-    assert kl_k3(p.view(1, 1, 7), p.view(1, 1, 7), torch.ones(1, 1, 7)).item() == 0
+    expected, other = (reverse, forward) if estimator is kl_k2 else (forward, reverse)
+    torch.testing.assert_close(sampled, expected)
+    assert (sampled - other).norm() > 0.1 * other.norm()
+    assert estimator(p.view(1, 1, 7), p.view(1, 1, 7), torch.ones(1, 1, 7)).item() == 0
+    if estimator is kl_k3:  # and k3's own mean is KL(policy || reference)
+        torch.testing.assert_close(probability @ per_token, probability @ (p - q))
 
 
 def test_masked_mean():
