@@ -19,7 +19,7 @@ Guesses are mostly wrong, thinking is mostly right, and the policy mostly guesse
 it from a place on the way, in the mean over a rationale's hidden states that the embedding is.
 
 The warm start has walks of one to six steps, and so the language for them; what is trained by reward has three or four.
-Held-out files by the number of steps show whether thinking, once discovered, is used in walks longer than any that was rewarded.
+Held-out files by the number of steps show whether thinking, once discovered, goes on in longer walks than any rewarded.
 """
 
 import random
