@@ -18,8 +18,8 @@ the place and two words that belong to that place alone:
 Guesses are mostly wrong, thinking is mostly right, and the policy mostly guesses. Two words that belong to an end alone tell
 it from a place on the way, in the mean over a rationale's hidden states that the embedding is.
 
-The warm start has walks of one to six steps, and so the language for them; what is trained by reward has three. Held-out
-files by the number of steps show whether thinking, once discovered, is used in walks longer than any that was rewarded.
+The warm start has walks of one to six steps, and so the language for them; what is trained by reward has three or four.
+Held-out files by the number of steps show whether thinking, once discovered, goes on in longer walks than any rewarded.
 """
 
 import random
@@ -49,13 +49,13 @@ class Town:
     """Places, streets, and walks. A meaning is a pair of places: where ann ends, and where bob does.
 
     lengths  how many steps a walk of the warm start may have
-    steps    how many a walk of the other texts has, but in the files of the ladder
+    steps    how many a walk of the other texts may have, but in the files of the ladder
     """
 
     instruction = "say where they end"
     warm_up, max_prompt_tokens, max_new_tokens = 700, 48, 40
 
-    def __init__(self, lengths=(1, 2, 3, 4, 5, 6), steps=3):
+    def __init__(self, lengths=(1, 2, 3, 4, 5, 6), steps=(3, 4)):
         self.lengths, self.steps, self.names = lengths, steps, tuple(PLACES)
         self.map = self.streets(random.Random(0))
         self.back = {way: {there: here for here, there in street.items()} for way, street in self.map.items()}
@@ -127,7 +127,7 @@ class Town:
 
     def tell(self, ends, rng, n=None):
         """A text about two walks to these ends."""
-        return self.told(self.plan(ends, rng, n or self.steps), rng)
+        return self.told(self.plan(ends, rng, n or rng.choice(self.steps)), rng)
 
     def changes(self, walks):
         """All that differ from these walks in one direction; each of them ends elsewhere."""
@@ -146,7 +146,7 @@ class Town:
         """
         near = []
         while not near:  # a walk may have no such neighbour, though hardly one in a hundred
-            walks = self.plan(ends, rng, n or self.steps)
+            walks = self.plan(ends, rng, n or rng.choice(self.steps))
             near = [changed for changed in self.changes(walks) if not self.held_out(self.ends(changed))]
         negative = self.told(rng.choice(near), rng)
         return {"query": self.told(walks, rng), "positive": self.tell(ends, rng, n), "negative": negative}
