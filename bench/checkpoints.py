@@ -1,7 +1,9 @@
 """What checkpoints cost: steps of the embedded default with one every 50 steps, and without, in turn.
 
-bash train.sh                        # makes the world
-python bench/checkpoints.py --repeats 5
+    bash train.sh                        # makes the world
+    python bench/checkpoints.py --repeats 5
+
+Steps are timed in blocks of 50; every second block ends with a checkpoint.
 """
 
 import argparse
@@ -20,7 +22,7 @@ from policy import Policy
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--world", default="runs/toy-world-0", help="what toy.py wrote")
+    parser.add_argument("--world", default="runs/toy-world-0", help="the output folder of toy.py")
     parser.add_argument("--repeats", type=int, default=5, help="blocks of 50 steps of each kind")
     args = parser.parse_args()
     config = Config(batch=16, rollouts=8, lr=5e-4)
@@ -41,13 +43,13 @@ def main():
                     saves.append(clock(policy.device) - before)
                 blocks[kind].append((clock(policy.device) - start) / 50)
         size = sum(os.path.getsize(os.path.join(at, name)) for at, _, names in os.walk(out) for name in names) / 2
-    without, each = statistics.median(blocks[False]), statistics.median(saves)
+    without, save = statistics.median(blocks[False]), statistics.median(saves)
     print(machine(policy.device))
     print(f"a step, median of {args.repeats} blocks of 50, in turn:")
     for kind, name in ((False, "without"), (True, "with")):
         low, middle, high = (1e3 * f(blocks[kind]) for f in (min, statistics.median, max))
         print(f"{name:<8} {middle:.1f} ms ({low:.1f} to {high:.1f})")
-    print(f"a save: {each * 1e3:.1f} ms, {size / 1e6:.1f} MB; over 50 steps {100 * each / (50 * without):.2f} % of a step")
+    print(f"a save: {save * 1e3:.1f} ms, {size / 1e6:.1f} MB; over 50 steps {100 * save / (50 * without):.2f} % of a step")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,8 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import torch  # noqa: E402
 import transformers  # noqa: E402
 
-from policy import Policy, Reading  # noqa: E402
+from policy import Policy  # noqa: E402
+from prompt import Reading  # noqa: E402
 
 SHAPES = {  # random weights of these sizes: the Qwen2 architecture, tied embeddings
     "qwen2.5-0.5b": dict(
@@ -67,7 +68,7 @@ def word_tokenizer(vocab):
 
 
 def load_policy(args):
-    """The policy a benchmark runs: a checkpoint, or random weights whose every token is about as likely as another."""
+    """The policy a benchmark runs: a checkpoint, or random weights, to which all tokens are about equally likely."""
     dtype = args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32")
     if args.model:
         return Policy.load(args.model, args.device, dtype, max_new_tokens=args.max_new_tokens)
@@ -85,7 +86,7 @@ def load_policy(args):
 
 
 def make_texts(n, policy, tokens, seed=0):
-    """n different texts whose prompts take about `tokens` tokens."""
+    """n different texts whose prompts have about `tokens` tokens."""
     rng, empty = random.Random(seed), policy.prompts(["x"]).ids.shape[1]
     count = max(2, tokens - empty)  # words; most of them are one token each in any tokenizer
     return [" ".join(rng.choices(WORDS, k=max(2, count - rng.randrange(max(1, count // 10))))) for _ in range(n)]
@@ -98,7 +99,7 @@ def machine(device="cpu"):
 
 
 def clock(device="cpu"):
-    """Seconds, once the GPU has done what it was given."""
+    """Seconds, once the GPU has finished all its work."""
     if str(device).startswith("cuda"):
         torch.cuda.synchronize()
     return time.perf_counter()

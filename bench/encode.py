@@ -1,11 +1,11 @@
-"""Texts a second: the encoder against `generate()` and a second forward pass, in one run.
+"""Texts per second: the encoder against `generate()` and a second forward pass, in one run.
 
     python bench/encode.py --model runs/toy-world-0/model [--texts texts.jsonl] [--n 2000]
 
-Both sides decode greedily, with the same prompts and limits, and pool the same tokens. What the encoder
-saves: the second pass, the instruction read for every text, the finished rows that `generate()` goes on
-computing, and texts seen before (not counted here: all texts differ). Peak memory is that of a process of
-its own.
+Both sides decode greedily, with the same prompts and limits, and pool the same tokens. The encoder saves
+the second pass, the reading of the instruction for every text, the finished rows that `generate()` still
+computes, and repeated texts (not counted here: all texts differ). Peak memory is that of a process of its
+own.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from pool import mean_pool
 
 @torch.no_grad()
 def by_generate(policy, texts, batch):
-    """What people write: `generate()`, then the model once more over prompt and rationale. `-> [n, D]`."""
+    """The usual way: `generate()`, then the model once more over prompt and rationale. `-> [n, D]`."""
     vectors = []
     for start in range(0, len(texts), batch):
         x = policy.prompts(texts[start : start + batch], share=False)  # plain left padding
@@ -38,12 +38,12 @@ def by_generate(policy, texts, batch):
         )  # fmt: skip
         new = ids[:, P:]
         ended = torch.isin(new, end).long()
-        written = ((ended.cumsum(1) - ended) == 0).long()  # up to the first end token, which counts
-        mask = torch.cat([x.mask, written], 1)
+        rationale = ((ended.cumsum(1) - ended) == 0).long()  # up to the first end token, which counts
+        mask = torch.cat([x.mask, rationale], 1)
         hidden = policy.base(
             input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0)
         ).last_hidden_state
-        vectors.append(mean_pool(hidden, torch.cat([x.counted, written], 1)).cpu().numpy())
+        vectors.append(mean_pool(hidden, torch.cat([x.counted, rationale], 1)).cpu().numpy())
     return np.concatenate(vectors)
 
 
@@ -59,7 +59,7 @@ def main():
     parser.add_argument("--texts", default="runs/toy-world-0/data/texts.jsonl")
     parser.add_argument("--n", type=int, default=2000)
     parser.add_argument(
-        "--batch", type=int, default=32, help="of the generate() side; 32 is what mteb and sentence-transformers default to"
+        "--batch", type=int, default=32, help="of the generate() side; 32 is the default of mteb and sentence-transformers"
     )
     parser.add_argument("--max-new-tokens", type=int, help="the longest rationale (default: as the checkpoint says)")
     parser.add_argument("--repeats", type=int, default=5)

@@ -4,7 +4,7 @@
 
 Each point is one run of bench/step.py in a process of its own. Memory is the peak less what the process held
 before its first step: sampling, reward, update and AdamW's state. The exponent is the slope of log cost over log
-size between the last two sizes: 1 is linear, 0 means that the size does not matter.
+size between two neighbouring sizes: 1 is linear, 0 means that the size does not matter.
 """
 
 import argparse
@@ -29,7 +29,7 @@ GROWS = {  # what grows: its flag, and the sizes
 
 
 def point(settings):
-    """Seconds a step, and gigabytes beyond the start."""
+    """Seconds per step, and gigabytes beyond the start."""
     command = [sys.executable, STEP, "--steps", "2", "--kl", "0"] + [str(x) for pair in settings.items() for x in pair]
     out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     peak, before = re.search(r"peak memory ([\d.]+) GB, before the first step ([\d.]+)", out).groups()
@@ -42,19 +42,17 @@ def main():
     parser.add_argument("--shape", default="0.4m")
     args, rest = parser.parse_known_args()
     print(f"{machine()}; held: {', '.join(f'{k[2:]} {v}' for k, v in (HELD | {'--shape': args.shape}).items())}")
-    print(f"| {'grows':6} | size | seconds a step | exponent | GB beyond the start | exponent |\n| --- " + "| ---: " * 5 + "|")
+    print("| grows  | size | seconds per step | exponent | GB beyond the start | exponent |\n| --- " + "| ---: " * 5 + "|")
     for name in [args.only] if args.only else GROWS:
         flag, sizes = GROWS[name]
         before = None
         for size in sizes:
-            found = point(HELD | {"--shape": args.shape, flag: size} | dict(zip(rest[::2], rest[1::2])))
-            slopes = ["", ""]
+            costs, slopes = point(HELD | {"--shape": args.shape, flag: size} | dict(zip(rest[::2], rest[1::2]))), ["", ""]
             if before:
-                slopes = [
-                    f"{math.log(now / max(was, 1e-9)) / math.log(size / before[0]):.2f}" for now, was in zip(found, before[1])
-                ]
-            print(f"| {name:6} | {size} | {found[0]:.3f} | {slopes[0]} | {found[1]:.3f} | {slopes[1]} |", flush=True)
-            before = (size, found)
+                grown = math.log(size / before[0])
+                slopes = [f"{math.log(now / max(was, 1e-9)) / grown:.2f}" for now, was in zip(costs, before[1])]
+            print(f"| {name:6} | {size} | {costs[0]:.3f} | {slopes[0]} | {costs[1]:.3f} | {slopes[1]} |", flush=True)
+            before = (size, costs)
 
 
 if __name__ == "__main__":

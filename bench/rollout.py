@@ -3,9 +3,9 @@
     python bench/rollout.py [--model DIR | --shape qwen2.5-0.5b] [--batch 8] [--rollouts 8]
 
 Both sides do the same work: K sampled rationales of each prompt, the log-probabilities of their tokens and the
-embeddings; then the gradient of a sum of both. What the two sides find for the same rationales is compared
-first. On CUDA the decoding rate stands beside its floor: the bytes that have to be read for each token (all
-weights, each prompt's keys and values once, the rationales' own) at --bandwidth.
+embeddings; then the gradient of a sum of both. First both sides' results for the same rationales are compared.
+On CUDA the decoding rate stands beside its floor: the bytes that have to be read for each token (all weights,
+each prompt's keys and values once, those of the rationales) at --bandwidth.
 """
 
 import argparse
@@ -15,11 +15,11 @@ import torch
 from common import add_model_flags, clock, load_policy, machine, make_texts
 
 from pool import mean_pool
-from rollout import sample, score, tempered
+from rollout import Scores, sample, score, tempered, uniforms
 
 
 def full_rows(policy, rollouts):
-    """Log-probabilities `[N, K, T]` and embeddings `[N, K, D]`, every rationale in a row of its own with its prompt."""
+    """`rollout.score` with every rationale in a row of its own, behind its prompt. `-> Scores`."""
     N, K, T = rollouts.ids.shape
     ids = torch.cat([rollouts.prompt_ids.repeat_interleave(K, 0), rollouts.ids.view(N * K, T)], 1)
     mask = torch.cat([rollouts.prompt_mask.repeat_interleave(K, 0), rollouts.mask.view(N * K, T)], 1)
@@ -27,7 +27,7 @@ def full_rows(policy, rollouts):
     hidden, _, _ = policy.forward(ids, mask, (mask.cumsum(1) - 1).clamp(min=0))
     logits = policy.logits(hidden[:, -T - 1 : -1])
     logprobs = tempered(logits, 1.0).gather(2, ids[:, -T:, None])[..., 0] * mask[:, -T:]
-    return logprobs.view(N, K, T), mean_pool(hidden, counted).view(N, K, -1)
+    return Scores(logprobs.view(N, K, T), mean_pool(hidden, counted).view(N, K, -1))
 
 
 def by_generate(policy, prompts, K):
@@ -39,22 +39,22 @@ def by_generate(policy, prompts, K):
     )  # fmt: skip
 
 
-def backward(policy, found, weights):
+def backward(policy, scores, weights):
     """The gradient of a fixed sum of log-probabilities and embeddings."""
     policy.model.zero_grad(set_to_none=True)
-    (found[0].sum() + (found[1] * weights).sum()).backward()
+    (scores.logprobs.sum() + (scores.embeddings * weights).sum()).backward()
     return torch.cat([p.grad.flatten() for p in policy.model.parameters() if p.grad is not None])
 
 
 def floor(policy, rollouts, bandwidth):
-    """Seconds that reading every needed byte once a token takes, at so many bytes a second."""
+    """The seconds it takes to read every needed byte once per token, at `bandwidth` bytes per second."""
     N, K, T = rollouts.ids.shape
     config = policy.model.config.get_text_config()
     size = next(policy.model.parameters()).element_size()
     weights = sum(p.nbytes for p in policy.model.parameters())
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    a_token = 2 * config.num_hidden_layers * config.num_key_value_heads * head * size
-    keys = sum(N * rollouts.prompt_ids.shape[1] * a_token + N * K * t * a_token for t in range(T))
+    per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * head * size
+    keys = sum(N * rollouts.prompt_ids.shape[1] * per_token + N * K * t * per_token for t in range(T))
     return (T * weights + keys) / bandwidth
 
 
@@ -64,35 +64,35 @@ def main():
     parser.add_argument("--batch", type=int, default=8, help="prompts, N [8]")
     parser.add_argument("--rollouts", type=int, default=8, help="K [8]")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--bandwidth", type=float, default=4.8e12, help="bytes a second of the GPU's memory [H200: 4.8e12]")
+    parser.add_argument("--bandwidth", type=float, default=4.8e12, help="bytes per second of the GPU's memory [H200: 4.8e12]")
     parser.add_argument("--skip-update", action="store_true", help="rollouts only: full rows may not fit")
     args = parser.parse_args()
     policy, cuda = load_policy(args), args.device.startswith("cuda")
-    sampler = policy.twin() if policy.dtype == "bfloat16" else policy
+    sampler = policy.bfloat16_copy() if policy.dtype == "bfloat16" else policy
     texts = make_texts(args.batch, policy, args.prompt_tokens)
     ours, theirs = policy.prompts(texts), policy.prompts(texts, share=False)  # plain left padding for generate()
-    generator = torch.Generator(args.device).manual_seed(0)
-    rollouts = sample(sampler, ours, args.rollouts, 1.0, generator)
+    uniform = uniforms(0, args.batch, args.rollouts, args.max_new_tokens, device=args.device)
+    rollouts = sample(sampler, ours, args.rollouts, 1.0, uniform)
     tokens = int(rollouts.mask.sum())
     print(f"{machine(args.device)}; {sum(p.numel() for p in policy.model.parameters()) / 1e6:.1f} M parameters")
     print(f"{args.batch} prompts of {ours.ids.shape[1]} tokens, K = {args.rollouts}, {tokens} tokens sampled")
     weights = torch.randn(rollouts.embeddings.shape, device=args.device)
     if not args.skip_update:
         shared, full = (f(policy, rollouts) for f in (score, full_rows))
-        a, b = (backward(policy, found, weights) for found in (shared, full))
-        full = [x.detach() for x in full]
-        for name, x, y in (("log-probabilities", rollouts.logprobs, full[0]), ("embeddings", rollouts.embeddings, full[1])):
-            print(f"captured {name} against full rows: largest difference {float((x - y).abs().max()):.1e}")
+        a, b = (backward(policy, scores, weights) for scores in (shared, full))
+        for name in ("logprobs", "embeddings"):
+            apart = (getattr(rollouts, name) - getattr(full, name).detach()).abs().max()
+            print(f"captured {name} against full rows: largest difference {float(apart):.1e}")
         print(f"gradient, shared prefill against full rows: {float((a - b).norm() / b.norm()):.1e} of its norm")
         del shared, full, a, b
 
     @torch.no_grad()
-    def twice():  # generate(), then the model once more over what it wrote
+    def twice():  # generate(), then the model once more over its rationales
         by_generate(sampler, theirs, args.rollouts)
         full_rows(sampler, rollouts)
 
     sides = {
-        "rollouts: prefill once, capture": lambda: sample(sampler, ours, args.rollouts, 1.0, generator),
+        "rollouts: prefill once, capture": lambda: sample(sampler, ours, args.rollouts, 1.0, uniform),
         "generate()": lambda: by_generate(sampler, theirs, args.rollouts),
         "generate() + forward": twice,
     }

@@ -28,27 +28,19 @@ def example(N, K, D, device="cpu"):
 
 
 def plain(rows, columns, t):
-    """The same four numbers as one writes them first: the whole table, and autograd."""
-    B, K, D = columns.shape
-    s = (rows @ columns.view(B * K, D).T).view(len(rows), B, K)
-    mean, nearest = s.mean(2), s.amax(2)
-    own = torch.arange(len(rows), device=rows.device)[:, None] // (len(rows) // B) == torch.arange(B, device=rows.device)
-    return similarity.Similarity(
-        torch.where(own, mean, 0).sum(1),
-        (mean / t).masked_fill(own, -torch.inf).logsumexp(1),
-        (nearest / t).masked_fill(own, -torch.inf).logsumexp(1),
-        nearest.masked_fill(own, 0).sum(1) / (B - 1),
-    )
+    """The definition: the whole table, and autograd."""
+    barred = torch.eye(len(columns), dtype=torch.bool, device=rows.device)
+    return similarity.plain_similarity(rows, columns, t, barred)
 
 
 def both_ways(function, rows, columns):
-    """Forward and backward; the gradients."""
-    found = function(rows, columns, 0.05)
-    return torch.autograd.grad(sum(x.sum() for x in found), (rows, columns))
+    """The gradients, by one forward and one backward pass."""
+    numbers = function(rows, columns, 0.05)
+    return torch.autograd.grad(sum(x.sum() for x in numbers), (rows, columns))
 
 
 def peak(how, args):
-    """Bytes allocated at the worst moment beyond what was there before and what is returned, in a fresh process."""
+    """The most bytes that are allocated at a time, inputs and gradients aside, in a fresh process."""
     command = [sys.executable, __file__, "--peak", how, "--rows", args.rows, "--group", args.group, "--dim", args.dim]
     command += ["--device", args.device]
     return int(subprocess.run([str(x) for x in command], capture_output=True, text=True, check=True).stdout)
@@ -59,22 +51,22 @@ def measure_peak(function, args):
     if args.device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        found = both_ways(function, rows, columns)
-        return torch.cuda.max_memory_allocated() - before - sum(x.nbytes for x in found)
+        gradients = both_ways(function, rows, columns)
+        return torch.cuda.max_memory_allocated() - before - sum(x.nbytes for x in gradients)
     from torch.profiler import ProfilerActivity, profile
 
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
-        found = both_ways(function, rows, columns)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
+        gradients = both_ways(function, rows, columns)
     held = worst = 0
-    for event in seen.profiler.kineto_results.events():  # every allocation and release, in order
+    for event in trace.profiler.kineto_results.events():  # every allocation and release, in order
         if event.name() == "[memory]":
             held += event.nbytes()
             worst = max(worst, held)
-    return worst - sum(x.nbytes for x in found)
+    return worst - sum(x.nbytes for x in gradients)
 
 
 def loops(query, positive):
-    """Eq. 13 to 15 as loops over the batch, a similarity at a time: how the released reward is written."""
+    """Eq. 13 to 15 as loops over the batch, one similarity at a time, as the released reward has them."""
     B, K, _ = positive.shape
     cosine = lambda a, b: float(F.cosine_similarity(a, b, dim=0))
     for i in range(B):
@@ -94,12 +86,12 @@ def fused(query, positive):
 def seconds(function, device, repeats):
     """Median time of a call."""
     function()
-    found = []
+    times = []
     for _ in range(repeats):
         start = clock(device)
         function()
-        found.append(clock(device) - start)
-    return statistics.median(found)
+        times.append(clock(device) - start)
+    return statistics.median(times)
 
 
 def main():
@@ -135,7 +127,7 @@ def main():
     operations = 2 * args.rows**2 * args.dim
     products = 5 if how == "Triton" else 4  # forward; backward: the table again (twice in Triton), rows, columns
     rate = products * operations / times["fused"] / 1e9
-    print(f"{operations / 1e9:.1f} Gflop a product, {products} products: {rate:.0f} Gflop/s")
+    print(f"{operations / 1e9:.1f} Gflop per product, {products} products: {rate:.0f} Gflop/s")
     if args.device == "cpu":
         threads = torch.get_num_threads()
         torch.set_num_threads(1)

@@ -3,9 +3,9 @@
     python bench/step.py --model DIR --batch 8 --rollouts 8 --max-new-tokens 48 --train-roles positive --steps 5
     python bench/step.py --shape qwen2.5-0.5b --batch 64 --prompt-tokens 128 --max-new-tokens 256
 
-Runs real steps of grace.py and prints, for each phase, the median seconds, tokens a second, and the peak
-memory by its end; the last line is `step_s X`, the median step after one to warm up. Training text comes
-from --data, else it is made up. Any further flag of grace.py is understood: `--kl 0`, `--recipe paper`.
+Runs real steps of grace.py and prints, for each phase, the median seconds and tokens per second, then the peak
+memory; the last line is `step_s X`, the median step after one to warm up. Training text comes from --data, else
+it is made up. Any further flag is passed to grace.py: `--kl 0`, `--recipe paper`.
 """
 
 import argparse
@@ -22,7 +22,7 @@ PHASES = ("prefill", "decode", "reward", "update")
 
 
 def watch(owner, name, seconds, phase, device):
-    """Have `owner.name` add the time it takes to seconds[phase]."""
+    """Replace `owner.name` by one that adds the time it takes to seconds[phase]."""
     inner = getattr(owner, name)
 
     def timed(*args, **kwargs):
@@ -63,14 +63,14 @@ def main():
     watch(grace, "roll_out", seconds, "decode", args.device)
     watch(grace, "judge", seconds, "reward", args.device)
     watch(trainer, "update", seconds, "update", args.device)
-    watch(trainer.sampler, "prefill", seconds, "prefill", args.device)  # called in both phases: told apart below
+    watch(trainer.sampler, "prefill", seconds, "prefill", args.device)  # called in two phases: see update_alone
     update = trainer.update
 
     def update_alone(*inputs):  # the update's prefill is the update's
         sampled = seconds["prefill"]
-        learned = update(*inputs)
+        stats = update(*inputs)
         seconds["prefill"] = sampled
-        return learned
+        return stats
 
     trainer.update = update_alone
     before = peak_memory_gb(trainer.policy.device)
@@ -84,12 +84,12 @@ def main():
             table.append({**seconds, "step": total, "length": metrics["length"]})
     median = {name: statistics.median(row[name] for row in table) for name in table[0]}
     config = trainer.config
-    written = median["length"] * config.rollouts * config.batch * len(config.roles)
+    tokens = median["length"] * config.rollouts * config.batch * len(config.roles)
     print(f"{machine(args.device)}; {sum(p.numel() for p in trainer.policy.model.parameters()) / 1e6:.1f} M parameters")
-    print(f"B = {config.batch}, K = {config.rollouts}, roles {','.join(config.roles)}, {written:.0f} trained tokens a step")
+    print(f"B = {config.batch}, K = {config.rollouts}, roles {','.join(config.roles)}, {tokens:.0f} trained tokens per step")
     print(f"{'phase':10}{'seconds':>10}{'share':>8}{'trained tokens/s':>18}")
     for phase in PHASES:
-        print(f"{phase:10}{median[phase]:10.4f}{median[phase] / median['step']:8.0%}{written / median[phase]:18.0f}")
+        print(f"{phase:10}{median[phase]:10.4f}{median[phase] / median['step']:8.0%}{tokens / median[phase]:18.0f}")
     print(f"peak memory {peak_memory_gb(trainer.policy.device):.3f} GB, before the first step {before:.3f} GB")
     print(f"step_s {median['step']:.4f}")
 

@@ -1,10 +1,11 @@
-"""The experiments: other algorithms and baselines against loops, verdicts, and every name's smoke run."""
+"""Experiments and benchmarks: algorithms and baselines against loops, verdicts, records, pictures, and a smoke run of each."""
 
 import dataclasses
 import itertools
 import math
 import multiprocessing
 import os
+import runpy
 
 import pictures
 import pytest
@@ -18,6 +19,7 @@ from record import Place, read_records, rounded, write_record
 from synthetic_tasks import write_all
 from tables import EXPERIMENTS
 
+import grace
 from config import Config, setting
 from plumbing.errors import GraceError
 from rollout import make_batch, roll_out, sample
@@ -446,3 +448,20 @@ def test_what_is_cut_is_seen():
     assert on_canvas(figure) and figure.legends[0]._ncols == 1
     axis.annotate("outside", (1, 1), (400, 0), textcoords="offset points", in_layout=False)
     assert not on_canvas(figure)
+
+
+# ---------------------------------------------------------------- benchmarks
+
+SMALL_BENCH = "--shape 0.4m --batch 4 --rollouts 2 --max-new-tokens 4 --prompt-tokens 20 --device cpu".split()
+
+
+@pytest.mark.parametrize("name", [name for name in sorted(os.listdir("bench")) if name.endswith(".py")])
+def test_a_benchmark_runs_on_this_code(name, monkeypatch, capsys):
+    monkeypatch.syspath_prepend("bench")
+    monkeypatch.setattr(grace, "roll_out", grace.roll_out)  # bench/step.py replaces both by timed ones
+    monkeypatch.setattr(grace, "judge", grace.judge)
+    more = {"step.py": ["--steps", "1"], "rollout.py": ["--repeats", "1"]}
+    monkeypatch.setattr("sys.argv", [name, *SMALL_BENCH, *more.get(name, [])])
+    runpy.run_path(os.path.join("bench", name), run_name="__main__" if name in more else "bench")
+    if name in more:
+        assert {"step.py": "\nstep_s ", "rollout.py": "update: prompt once"}[name] in capsys.readouterr().out
