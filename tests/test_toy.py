@@ -8,7 +8,7 @@ import pytest
 
 import toy
 from worlds import EVENTS, TOWN, WORLDS
-from worlds.town import DIRECTIONS, PLACES, WALKERS
+from worlds.town import CLOSING, DIRECTIONS, PLACES, WALKERS
 
 SLOT_WORLDS = {name: world for name, world in WORLDS.items() if name != "town"}
 
@@ -68,8 +68,8 @@ def test_four_streets_lead_from_every_place_to_four_others():
 
 
 def test_no_two_places_share_a_word():
-    words = [word for own in PLACES.values() for word in own]
-    assert len(words) == len(set(words)) == 3 * len(PLACES)
+    words = [*PLACES, *(word for pair in CLOSING.values() for words in pair for word in words.split())]
+    assert len(words) == len(set(words)) == 5 * len(PLACES)
 
 
 def test_a_positive_ends_where_its_query_ends_and_the_negative_does_not():
@@ -96,18 +96,18 @@ def test_graded_pairs_count_the_ends_they_share():
 
 def test_a_folder_has_a_file_for_every_number_of_steps(town):
     trained = {TOWN.ends(TOWN.read(row["query"])) for row in rows_of(town / "data" / "train.jsonl")}
-    for n in TOWN.lengths:
+    for n in TOWN.WARM:
         rows = rows_of(town / "data" / f"heldout-steps-{n}.jsonl")
         assert len({TOWN.ends(TOWN.read(row["query"])) for row in rows}) == len(rows) == 32  # each meaning once
         for row in rows:
             assert {len(way) for text in row.values() for _, way in TOWN.read(text).values()} == {n}
             assert TOWN.ends(TOWN.read(row["query"])) not in trained
-    assert max(TOWN.steps) + 2 == max(TOWN.lengths)  # the last two are longer than any that is trained on
+    assert max(TOWN.TRAIN) + 2 == max(TOWN.WARM)  # the last two are longer than any that is rewarded
 
 
 def test_the_longest_answer_fits(town):
     rng, reading = random.Random(0), json.loads((town / "model" / "grace_config.json").read_text())
-    walks = TOWN.plan(next(TOWN.meanings(rng)), rng, max(TOWN.lengths))
+    walks = TOWN.plan(next(TOWN.meanings(rng)), rng, max(TOWN.WARM))
     assert len(TOWN.told(walks, rng).split()) < reading["max_prompt_tokens"]
     assert len(TOWN.rationale(walks).split()) < reading["max_new_tokens"]  # and an end token
 
@@ -115,7 +115,7 @@ def test_the_longest_answer_fits(town):
 def test_what_the_town_makes_of_an_answer():
     text = "bob starts at the mill , then north . from the well ann goes east south ."
     ann, bob = TOWN.walk("well", ("east", "south")), TOWN.walk("mill", ("north",))
-    so = "so " + " ".join(word for place in (ann[-1], bob[-1]) for word in PLACES[place])
+    so = f"so {ann[-1]} {CLOSING[ann[-1]][0]} {bob[-1]} {CLOSING[bob[-1]][1]}"
     thought = f"ann well east {ann[1]} south {ann[2]} bob mill north {bob[1]}"
     right = f"{thought} {so}"
     assert right == TOWN.rationale(TOWN.read(text)) and so == TOWN.rationale(TOWN.read(text), think=False)
@@ -126,7 +126,7 @@ def test_what_the_town_makes_of_an_answer():
     assert TOWN.true_steps(right.replace("bob mill", "bob well"), text) == 4 / 5
     assert TOWN.true_steps(f"ann well {so}", text) == 1 / 5
     other = next(place for place in PLACES if place not in (ann[-1], bob[-1]))
-    wrong = f"so {' '.join(PLACES[other] + PLACES[bob[-1]])}"
+    wrong = f"so {TOWN.closing((other, bob[-1]))}"
     assert TOWN.named(wrong, text) == (0.5, 0.5) and TOWN.well_formed(wrong)
     for broken in ("", "so", f"so {other}", thought, right.replace("south", ""), right.replace("bob", "ann"), f"well {so}"):
         assert not TOWN.well_formed(broken), broken

@@ -25,17 +25,21 @@ Held-out files by the number of steps show whether thinking, once discovered, go
 import random
 import re
 
-PLACES = {  # a place, and the two words that belong to it alone
-    name: (name, *own.split())
-    for name, own in (
-        ("market", "stalls fish"), ("well", "water rope"), ("mill", "flour wheel"), ("tower", "bells stairs"),
-        ("library", "books silence"), ("forest", "trees moss"), ("harbour", "ships gulls"), ("bakery", "bread oven"),
-        ("school", "pupils chalk"), ("castle", "walls knights"), ("bridge", "river arches"), ("garden", "roses bees"),
-        ("stable", "horses hay"), ("smithy", "anvil sparks"), ("theatre", "actors curtain"), ("prison", "bars guards"),
-        ("museum", "statues paintings"), ("station", "trains tickets"), ("hospital", "nurses beds"), ("bank", "coins vault"),
-        ("orchard", "apples ladders"), ("tavern", "beer songs"), ("farm", "cows barn"), ("post", "letters stamps"),
-    )
+CLOSING = {  # a place, and the two words that close an answer if ann ends there, or if bob does
+    "market": ("stalls fish", "counters scales"), "well": ("water rope", "bucket stones"),
+    "mill": ("flour wheel", "grain miller"), "tower": ("bells stairs", "clock pigeons"),
+    "library": ("books silence", "shelves desks"), "forest": ("trees moss", "ferns owls"),
+    "harbour": ("ships gulls", "anchors nets"), "bakery": ("bread oven", "rolls dough"),
+    "school": ("pupils chalk", "lessons maps"), "castle": ("walls knights", "moat banners"),
+    "bridge": ("river arches", "boats railing"), "garden": ("roses bees", "hedges fountain"),
+    "stable": ("horses hay", "saddles mares"), "smithy": ("anvil sparks", "hammer nails"),
+    "theatre": ("actors curtain", "stage applause"), "prison": ("bars guards", "cells keys"),
+    "museum": ("statues paintings", "vases armour"), "station": ("trains tickets", "platforms luggage"),
+    "hospital": ("nurses beds", "doctors bandages"), "bank": ("coins vault", "loans tellers"),
+    "orchard": ("apples ladders", "pears baskets"), "tavern": ("beer songs", "mugs benches"),
+    "farm": ("cows barn", "tractor eggs"), "post": ("letters stamps", "parcels queues"),
 }  # fmt: skip
+PLACES = tuple(CLOSING)
 DIRECTIONS = ("north", "south", "east", "west")
 WALKERS = ("ann", "bob")
 FORMS = (
@@ -48,26 +52,26 @@ FORMS = (
 class Town:
     """Places, streets, and walks. A meaning is a pair of places: where ann ends, and where bob does.
 
-    lengths  how many steps a walk of the warm start may have
-    steps    how many a walk of the other texts may have, but in the files of the ladder
+    Steps per walk: WARM in the warm start, TRAIN in the training texts, HELD_OUT in the held-out and the graded ones.
     """
 
+    WARM, TRAIN, HELD_OUT = (1, 2, 3, 4, 5, 6), (1, 2, 3, 4), (3, 4)
     instruction = "say where they end"
-    warm_up, max_prompt_tokens, max_new_tokens = 700, 48, 40
+    warm_up, max_prompt_tokens, max_new_tokens = 500, 48, 40
 
-    def __init__(self, lengths=(1, 2, 3, 4, 5, 6), steps=(3, 4)):
-        self.lengths, self.steps, self.names = lengths, steps, tuple(PLACES)
+    def __init__(self):
         self.map = self.streets(random.Random(0))
         self.back = {way: {there: here for here, there in street.items()} for way, street in self.map.items()}
         plain = " ".join((*FORMS, *DIRECTIONS, *WALKERS, "so", self.instruction)).split()
-        self.words = {w for w in plain if "{" not in w} | {w for own in PLACES.values() for w in own}
+        closing = " ".join(" ".join(words) for words in CLOSING.values()).split()
+        self.words = {w for w in plain if "{" not in w} | {*PLACES, *closing}
 
     def streets(self, rng):
         """`{direction: {place: place}}`: permutations that never stay, nor lead from anywhere to where another one leads."""
         streets = {}
         for direction in DIRECTIONS:
             while True:  # one draw in fifty is good enough for the last
-                street = dict(zip(self.names, rng.sample(self.names, len(self.names))))
+                street = dict(zip(PLACES, rng.sample(PLACES, len(PLACES))))
                 if all(there not in (here, *(s[here] for s in streets.values())) for here, there in street.items()):
                     break
             streets[direction] = street
@@ -76,14 +80,14 @@ class Town:
     # ------------------------------------------------------------ meanings
 
     def meanings(self, rng, held_out=False):
-        """Pairs of ends without end, all held out or none. They come in shuffled rounds, each once in a round."""
-        pairs = [(a, b) for a in self.names for b in self.names if self.held_out((a, b)) == held_out]
+        """An endless stream of pairs of ends, all held out or none. They come in shuffled rounds, each once in a round."""
+        pairs = [(a, b) for a in PLACES for b in PLACES if self.held_out((a, b)) == held_out]
         while True:
             yield from rng.sample(pairs, len(pairs))
 
     def held_out(self, ends):
         """Whether a pair of ends is kept from training: four in nine are, by the two places alone."""
-        a, b = (self.names.index(end) for end in ends)
+        a, b = (PLACES.index(end) for end in ends)
         return (a + 5 * b) % 9 < 4
 
     # ------------------------------------------------------------ texts
@@ -95,9 +99,9 @@ class Town:
             places.append(self.map[direction][places[-1]])
         return places
 
-    def plan(self, ends, rng, n):
-        """Two walks of n steps to given ends, drawn from the end backwards. `-> {walker: (start, way)}`."""
-        walks = {}
+    def plan(self, ends, rng, n=None):
+        """Two walks to given ends, drawn from the end backwards. n: steps per walk. `-> {walker: (start, way)}`."""
+        n, walks = n or rng.choice(self.HELD_OUT if self.held_out(ends) else self.TRAIN), {}
         for walker, place in zip(WALKERS, ends):
             way = rng.choices(DIRECTIONS, k=n)
             for direction in reversed(way):
@@ -107,10 +111,8 @@ class Town:
 
     def told(self, walks, rng):
         """Walks as a text: a sentence each, in either order."""
-        said = rng.sample(sorted(walks.items()), len(walks))
-        return " ".join(
-            rng.choice(FORMS).format(walker=walker, start=start, way=" ".join(way)) for walker, (start, way) in said
-        )
+        order = rng.sample(sorted(walks.items()), len(walks))
+        return " ".join(rng.choice(FORMS).format(walker=w, start=start, way=" ".join(way)) for w, (start, way) in order)
 
     def read(self, text):
         """The walks that a text tells of. `-> {walker: (start, way)}`, in the order of WALKERS."""
@@ -127,7 +129,7 @@ class Town:
 
     def tell(self, ends, rng, n=None):
         """A text about two walks to these ends."""
-        return self.told(self.plan(ends, rng, n or rng.choice(self.steps)), rng)
+        return self.told(self.plan(ends, rng, n), rng)
 
     def changes(self, walks):
         """All that differ from these walks in one direction; each of them ends elsewhere."""
@@ -146,7 +148,7 @@ class Town:
         """
         near = []
         while not near:  # a walk may have no such neighbour, though hardly one in a hundred
-            walks = self.plan(ends, rng, n or rng.choice(self.steps))
+            walks = self.plan(ends, rng, n)
             near = [changed for changed in self.changes(walks) if not self.held_out(self.ends(changed))]
         negative = self.told(rng.choice(near), rng)
         return {"query": self.told(walks, rng), "positive": self.tell(ends, rng, n), "negative": negative}
@@ -154,13 +156,14 @@ class Town:
     def graded_pair(self, ends, rng):
         """Two texts that share none, one or both of the ends; the score is how many."""
         shared = rng.sample(range(2), rng.randint(0, 2))
-        other = tuple(end if i in shared else rng.choice([p for p in self.names if p != end]) for i, end in enumerate(ends))
-        return {"sentence1": self.tell(ends, rng), "sentence2": self.tell(other, rng), "score": float(len(shared))}
+        other = tuple(end if i in shared else rng.choice([p for p in PLACES if p != end]) for i, end in enumerate(ends))
+        one, two = (self.tell(pair, rng, rng.choice(self.HELD_OUT)) for pair in (ends, other))
+        return {"sentence1": one, "sentence2": two, "score": float(len(shared))}
 
     def ladder(self, n, rng):
         """Held-out triplets by the number of steps of every walk in them. `-> {"heldout-steps-1": n rows, ...}`."""
         rungs = {}
-        for steps in self.lengths:
+        for steps in self.WARM:
             held_out = self.meanings(rng, True)
             rungs[f"heldout-steps-{steps}"] = [self.triplet(next(held_out), rng, steps) for _ in range(n)]
         return rungs
@@ -169,16 +172,20 @@ class Town:
 
     def rationale(self, walks, think=True):
         """The answer about some walks: where they end, and before that, if it thinks, the way there."""
-        said, ends = [], []
+        thought, ends = [], []
         for walker, (start, way) in walks.items():
             places = self.walk(start, way)
-            said += [walker, start, *(word for step in zip(way, places[1:]) for word in step)]
-            ends += PLACES[places[-1]]
-        return " ".join([*(said if think else []), "so", *ends])
+            thought += [walker, start, *(word for step in zip(way, places[1:]) for word in step)]
+            ends.append(places[-1])
+        return " ".join([*(thought if think else []), "so", self.closing(ends)])
+
+    def closing(self, ends):
+        """The words that name the two ends."""
+        return " ".join(f"{end} {CLOSING[end][i]}" for i, end in enumerate(ends))
 
     def chat(self, ends, rng, progress):
         """A text and its answer for the warm start. Thinking is common at first, then rare. `-> (text, answer)`."""
-        walks = self.plan(ends, rng, rng.choice(self.lengths))
+        walks = self.plan(ends, rng, rng.choice(self.WARM))
         return self.told(walks, rng), self.rationale(walks, think=rng.random() < (0.8 if progress <= 0.6 else 0.4))
 
     def thinks(self, written):
@@ -214,7 +221,7 @@ class Town:
         walkers = [word for word in thought.split() if word in WALKERS]
         named = [word for word in end.split() if word in PLACES]
         fits = re.fullmatch("(wp(dp)+wp(dp)+)?", shape) and walkers in ([], list(WALKERS)) and len(named) == 2
-        return bool(fits) and end.split() == [word for place in named for word in PLACES[place]]
+        return bool(fits) and end == self.closing(named)
 
 
 TOWN = Town()
