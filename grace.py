@@ -69,7 +69,8 @@ import similarity
 from config import parse
 from evaluation.encoder import GraceEncoder, encode_texts, text_loss  # noqa: F401 (`from grace import GraceEncoder`)
 from evaluation.explain import explain
-from evaluation.page import report
+from evaluation.page import finish_page, report
+from evaluation.probe import record
 from evaluation.tasks import evaluate_heldout
 from plumbing.data import load_rows
 from plumbing.errors import GraceError, finite, first_line
@@ -351,6 +352,7 @@ def train(config, make_trainer=Trainer):
         return evaluate_heldout(policy, heldout, graded, rationale, config.temperature)
 
     def rationales():
+        record(config.out, trainer.step_number, policy, heldout)  # what the run's page shows of held-out rows
         return dict(zip(shown, encode_texts(policy, shown).rationales))
 
     print(
@@ -361,7 +363,9 @@ def train(config, make_trainer=Trainer):
     with run:
         while trainer.step_number < config.steps:
             run.record(trainer.step())
-    return run.finish()
+    summary = run.finish()
+    finish_page(config.out)
+    return summary
 
 
 def main(arguments):

@@ -164,7 +164,8 @@ def delete_stale(out, checkpoint=None, keep_metrics=True):
     """
     folder = os.path.join(out, "checkpoints")
     for name in os.listdir(out):
-        earlier = ".safetensors" in name or name == "skipped_rows.json" or name.startswith("not_finite_step_")
+        earlier = ".safetensors" in name or name.startswith("not_finite_step_")
+        earlier |= name in ("skipped_rows.json", "probe.json", "report.html")
         if name == "summary.json" or (earlier and not checkpoint):
             os.remove(os.path.join(out, name))
     shutil.rmtree(os.path.join(out, "final.tmp"), ignore_errors=True)
