@@ -15,7 +15,7 @@ from algorithms import ALGORITHMS, DAPO, GRPO, DrGRPO, ReinforcePlusPlus, ReMax
 from baselines import Contrastive, PathwiseAlone, SimCSE
 from conftest import ROWS, TEXTS, config
 from page import COLUMNS, Claim, table, whole_page
-from record import Place, read_records, rounded, write_record
+from record import Place, measure, read_records, rounded, write_record
 from synthetic_tasks import write_all
 from tables import EXPERIMENTS
 
@@ -325,6 +325,28 @@ def test_processes_that_write_records_at_the_same_time_lose_none(tmp_path):
         writer.join()
     assert {key: record["number"] for key, record in read_records(path).items()} == {f"none-{n}": n for n in range(60)}
     assert os.listdir(tmp_path / "results") == ["events.jsonl"]
+
+
+class Numbers:
+    """A world without slots, with what `measure` needs of a world and no more."""
+
+    def __init__(self):
+        self.texts = []
+
+    def named(self, rationale, text):
+        self.texts.append(text)
+        return (0.5, 1.0) if text == TEXTS[0] else (0.0, 0.25)
+
+    def well_formed(self, rationale):
+        return isinstance(rationale, str)
+
+
+def test_what_rationales_name_is_for_the_world_to_judge(make_policy):
+    policy, world = make_policy(), Numbers()
+    stats = measure(policy, policy, TEXTS[:2], world, instructed=False)
+    assert world.texts == TEXTS[:2]
+    assert (stats["recall"], stats["precision"], stats["well_formed"]) == (0.25, 0.625, 1.0)
+    assert measure(policy, policy, TEXTS[:2], None, instructed=False).keys() == {"distinct", "start_logprob"}
 
 
 def test_every_committed_record_is_read_by_a_table():
