@@ -57,7 +57,7 @@ class Town:
 
     WARM, TRAIN, HELD_OUT = (1, 2, 3, 4, 5, 6), (1, 2, 3, 4), (3, 4)
     instruction = "say where they end"
-    warm_up, max_prompt_tokens, max_new_tokens = 500, 48, 40
+    warm_up, max_prompt_tokens, max_new_tokens = 700, 48, 40
 
     def __init__(self):
         self.map = self.streets(random.Random(0))
