@@ -368,7 +368,7 @@ def train(config, make_trainer=Trainer):
     return summary
 
 
-def main(arguments):
+def main(arguments, make_trainer=Trainer):
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
     commands = {"explain": explain, "report": report, "status": status}
@@ -376,7 +376,7 @@ def main(arguments):
         if arguments[:1] and arguments[0] in commands:
             commands[arguments[0]](arguments[1:])
         else:
-            train(parse(arguments, __doc__))
+            train(parse(arguments, __doc__), make_trainer)
     except GraceError as error:
         sys.exit(f"grace.py: {error}")
     except torch.OutOfMemoryError as error:

@@ -2,14 +2,13 @@
 
     python toy.py --out runs/toy            # two minutes on two cores
 
-writes `runs/toy/model` (an ordinary checkpoint folder) and `runs/toy/data` (ordinary jsonl files).
-Nothing else in this repository knows that the toy exists. What the texts are about is in worlds/:
-the town, in which only a policy that thinks knows what a text means, and worlds in which naming
-what happened is enough.
+writes `runs/toy/model` (an ordinary checkpoint folder) and `runs/toy/data` (ordinary jsonl files);
+the method sees nothing else of a world. What the texts are about is in worlds/: the town, in which
+only a policy that thinks knows what a text means, and worlds in which naming what happened is enough.
 
 Model. A Llama-architecture network of about 0.35 M parameters, warmed up as a language model on
-the world's chats: a text, and an answer as GRACE would have it at first, then a worse one. So the
-policy that GRACE starts from has learned enough to do better, and does not do it.
+the world's chats: first with good answers, then with worse ones. So the policy that GRACE starts
+from has learned enough to do better, and does not do it.
 """
 
 import argparse

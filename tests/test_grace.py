@@ -254,6 +254,22 @@ def test_loss_by_finite_differences(make_policy):
     assert checked > 20
 
 
+@pytest.mark.parametrize("estimator", [kl_k2, kl_k3])
+def test_kl_term(make_policy, estimator):
+    """The policy against the starting one, with the estimator that is set; what is logged is k3's, comparable between runs."""
+    policy = make_policy(double=True)
+    trainer, rollouts, A, g = prepared(policy, kl=0.5, kl_estimator=estimator.__name__.removeprefix("kl_"))
+    with torch.no_grad():
+        policy.head.weight *= 1.1
+        logprobs, at_start = (score(x, rollouts, trainer.config.temperature).logprobs for x in (policy, trainer.reference))
+        with_kl, stats = trainer.objective(rollouts, A, g)
+        trainer.config.kl = 0.0
+        without, _ = trainer.objective(rollouts, A, g)
+    torch.testing.assert_close(without - with_kl, 0.5 * estimator(logprobs, at_start, rollouts.mask))
+    torch.testing.assert_close(stats["kl_start"], kl_k3(logprobs, at_start, rollouts.mask))
+    assert (kl_k2(logprobs, at_start, rollouts.mask) - stats["kl_start"]).abs().max() > 1e-3
+
+
 def test_text_term(make_policy):
     """The language model's loss on the texts, one at a time: all tokens that count, after the first."""
     policy = make_policy(double=True)
