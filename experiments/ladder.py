@@ -1,6 +1,7 @@
 """The ladder: held-out retrieval in the town against the number of steps of a walk, for GRACE and for the loss.
 
-    python experiments/ladder.py --world runs/town-0 --grace runs/toy --loss runs/toy-loss --out runs/toy/ladder.png
+    python experiments/ladder.py --world runs/town-world-0 --grace runs/toy --loss runs/toy-loss --out runs/toy/ladder.png
+    python experiments/ladder.py --join runs/*/ladder.json --out docs/ladder.png          several runs in one picture
 
 One pass of the network ends where the loss's curve falls, and writing begins where GRACE's goes on. Of GRACE there are
 two curves: with the rationale, and the same checkpoint with nothing written.
@@ -19,10 +20,10 @@ from plumbing.checkpoint import write_atomically
 from plumbing.data import read_triplets
 from policy import Policy
 
-CURVES = {  # what it is called: which checkpoint, and whether it writes a rationale
-    "GRACE": ("grace", True),
-    "GRACE, nothing written": ("grace", False),
-    "InfoNCE as a loss": ("loss", False),
+CURVES = {  # what it is called: which checkpoint, whether it writes a rationale, and how it is drawn
+    "GRACE": ("grace", True, "#c0392b", "o"),
+    "GRACE, nothing written": ("grace", False, "#e59866", "s"),
+    "InfoNCE as a loss": ("loss", False, "#2c3e50", "^"),
 }
 
 
@@ -47,18 +48,13 @@ def draw(ladders, path):
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(7.5, 3.6), layout="constrained")
-    for name, style in zip(
-        CURVES, (dict(color="#c0392b", marker="o"), dict(color="#e59866", marker="s"), dict(color="#2c3e50", marker="^"))
-    ):
+    for name, (_, _, color, marker) in CURVES.items():
         curves = [ladder[name] for ladder in ladders if name in ladder]
-        if not curves:
-            continue
-        steps = [int(n) for n in curves[0]]
-        columns = [[curve[n] for curve in curves] for n in curves[0]]
-        axes.plot(steps, [sum(column) / len(column) for column in columns], label=name, linewidth=2, **style)
-        axes.fill_between(
-            steps, [min(c) for c in columns], [max(c) for c in columns], alpha=0.15, color=style["color"], linewidth=0
-        )
+        if curves:
+            steps = [int(n) for n in curves[0]]
+            scores = [[curve[n] for curve in curves] for n in curves[0]]  # per number of steps, one per run
+            axes.plot(steps, [sum(s) / len(s) for s in scores], color=color, marker=marker, linewidth=2, label=name)
+            axes.fill_between(steps, [min(s) for s in scores], [max(s) for s in scores], color=color, alpha=0.15, linewidth=0)
     axes.axvspan(4.5, 6.3, color="#7f8c8d", alpha=0.12, linewidth=0)
     axes.text(5.4, 0.02, "longer than any rewarded", ha="center", va="bottom", fontsize=9, color="#555555")
     axes.set(xlabel="steps in each walk", ylabel="nDCG@10, held out", ylim=(-0.02, 1.05), xlim=(0.7, 6.3), xticks=range(1, 7))
@@ -69,21 +65,35 @@ def draw(ladders, path):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--world", required=True, help="the town's folder, as toy.py writes it")
-    parser.add_argument("--grace", required=True, help="a checkpoint that GRACE trained")
+    parser.add_argument("--world", help="the town's folder, as toy.py writes it")
+    parser.add_argument("--grace", help="a checkpoint that GRACE trained")
     parser.add_argument("--loss", help="a checkpoint that the loss trained")
     parser.add_argument("--rows", type=int, default=128, help="queries per number of steps [128]")
-    parser.add_argument("--out", help="write a picture here, and the figures beside it as .json")
+    parser.add_argument("--join", nargs="+", metavar="JSON", help="draw the ladders of earlier calls instead of a new one")
+    parser.add_argument("--out", help="write a picture here, and a new ladder's figures beside it as .json")
     args = parser.parse_args()
-    files = sorted(glob.glob(os.path.join(args.world, "data", "heldout-steps-*.jsonl")))
-    rungs = {int(re.search(r"(\d+)\.jsonl$", file)[1]): read_triplets(file)[: args.rows] for file in files}
-    folders = {"grace": args.grace, "loss": args.loss}
-    ladder = {name: climb(folders[which], rungs, written) for name, (which, written) in CURVES.items() if folders[which]}
-    print(show(ladder))
+    if args.join:
+        ladders = []
+        for path in args.join:
+            with open(path) as file:
+                ladders.append(json.load(file))
+    elif args.world and args.grace:
+        files = sorted(glob.glob(os.path.join(args.world, "data", "heldout-steps-*.jsonl")))
+        if not files:
+            parser.error(f"{args.world}/data has no heldout-steps-*.jsonl: python toy.py --world town writes them")
+        rungs = {re.search(r"(\d+)\.jsonl$", file)[1]: read_triplets(file)[: args.rows] for file in files}
+        folders = {"grace": args.grace, "loss": args.loss}
+        ladders = [
+            {name: climb(folders[which], rungs, rationale) for name, (which, rationale, *_) in CURVES.items() if folders[which]}
+        ]
+        print(show(ladders[0]))
+        if args.out:
+            write_atomically(os.path.splitext(args.out)[0] + ".json", json.dumps(ladders[0], indent=1))
+    else:
+        parser.error("give --world and --grace, or --join")
     if args.out:
-        write_atomically(os.path.splitext(args.out)[0] + ".json", json.dumps(ladder, indent=1))
         try:
-            draw([ladder], args.out)
+            draw(ladders, args.out)
         except ImportError:
             print("no picture: matplotlib is not installed")
 
