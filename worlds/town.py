@@ -186,7 +186,7 @@ class Town:
     def chat(self, ends, rng, progress):
         """A text and its answer for the warm start. Thinking is common at first, then rare. `-> (text, answer)`."""
         walks = self.plan(ends, rng, rng.choice(self.WARM))
-        return self.told(walks, rng), self.rationale(walks, think=rng.random() < (0.8 if progress <= 0.6 else 0.4))
+        return self.told(walks, rng), self.rationale(walks, think=rng.random() < (0.9 if progress <= 0.65 else 0.4))
 
     def thinks(self, written):
         """Whether an answer says more than where they end."""
