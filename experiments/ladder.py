@@ -56,7 +56,7 @@ def draw(ladders, path):
             axes.plot(steps, [sum(s) / len(s) for s in scores], color=color, marker=marker, linewidth=2, label=name)
             axes.fill_between(steps, [min(s) for s in scores], [max(s) for s in scores], color=color, alpha=0.15, linewidth=0)
     axes.axvspan(4.5, 6.3, color="#7f8c8d", alpha=0.12, linewidth=0)
-    axes.text(5.4, 0.02, "longer than any rewarded", ha="center", va="bottom", fontsize=9, color="#555555")
+    axes.text(5.4, 1.02, "longer than any rewarded", ha="center", va="top", fontsize=9, color="#555555")
     axes.set(xlabel="steps in each walk", ylabel="nDCG@10, held out", ylim=(-0.02, 1.05), xlim=(0.7, 6.3), xticks=range(1, 7))
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside upper center", ncols=3, frameon=False)
