@@ -142,8 +142,16 @@ def command(world, out, *more, heldout=True):
     return f"{given} --save-every 1 --eval-every 5 {' '.join(more)}".split()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def no_page():
+    """Runs end without drawing their page, which takes longer than all else in a run of a few steps."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(grace, "finish_page", lambda out: None)
+        yield
+
+
 @pytest.fixture(scope="session")
-def finished_run(tiny_world, tmp_path_factory):
+def finished_run(tiny_world, no_page, tmp_path_factory):
     """A run of four steps, the last two checkpoints included. Not to be written to."""
     out = tmp_path_factory.mktemp("finished")
     grace.main(command(tiny_world, out, "--steps 4"))

@@ -14,6 +14,7 @@ import transformers
 from conftest import ARCHITECTURES, ROWS, build, command, config, descent, gradient, weights
 
 import grace
+from evaluation.page import finish_page
 from grace import Trainer, advantages, clipped_objective, judge, kl_k2, kl_k3, masked_mean
 from plumbing.data import open_dataset
 from policy import Policy
@@ -408,8 +409,10 @@ def test_truncated_groups():
 # ---------------------------------------------------------------- whole runs
 
 
-def test_run_writes_what_it_promises(tiny_world, tmp_path, capsys):
+def test_run_writes_what_it_promises(tiny_world, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(grace, "finish_page", finish_page)
     grace.main(command(tiny_world, tmp_path, f"--eval-every 2 --graded {tiny_world}/data/graded.jsonl"))
+    assert "report.html shows this run" in capsys.readouterr().out and (tmp_path / "report.html").exists()
     with open(tmp_path / "summary.json") as file:
         summary = json.load(file)
     for moment in ("before", "after"):

@@ -1,9 +1,9 @@
 """The protocols: worked examples, the traps of MTEB's layouts, and bad input. tests/test_mteb.py compares with mteb."""
 
 import itertools
-import json
 import math
 import os
+import zlib
 
 import numpy as np
 import pytest
@@ -224,16 +224,13 @@ def test_held_out_texts(make_policy):
 
 @pytest.mark.skipif(not os.path.isdir(REAL), reason="no real tasks beside the repository")
 def test_real_tasks_are_read():
-    pytest.importorskip("sklearn", reason="scikit-learn is not installed")
-    hashed = {}
-
     def encode(texts):  # bags of hashed words
-        vectors = np.zeros((len(texts), 256), np.float32)
+        vectors = np.full((len(texts), 256), 1e-3, np.float32)
         for row, text in zip(vectors, texts):
             for word in text.lower().split():
-                row[hashed.setdefault(word, hash(json.dumps(word)) % 256)] += 1
-            row += 1e-3
+                row[zlib.crc32(word.encode()) % 256] += 1
         return vectors
 
     results = evaluate_tasks(encode, "STSBenchmark,STS17,STS12,STS13,SICK-R", REAL)
-    assert all(0.3 < result["main_score"] < 0.9 for result in results.values())
+    scores = {name: result["main_score"] for name, result in results.items()}
+    assert all(0.3 < score < 0.9 for score in scores.values()), scores
