@@ -20,6 +20,7 @@ from itertools import islice
 
 import torch
 import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 from worlds import EVENTS, WORLDS
 
@@ -84,20 +85,23 @@ def warm_up(model, tokenizer, world, rng, steps, B=96, lr=3e-3):
     for step in range(steps):
         chats = []
         for meaning in islice(meanings, B):
-            text, answer = world.chat(meaning, rng, progress=(step + 1) / steps)
-            chats.append(f"<system> {world.instruction} <user> {text} <assistant> {answer} <end>")
-        batch = tokenizer(chats, padding=True, padding_side="right", return_tensors="pt", add_special_tokens=False)
-        labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
-        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+            instruction, text, answer = world.chat(meaning, rng, progress=(step + 1) / steps)
+            chats.append(f"<system> {instruction} <user> {text} <assistant> {answer} <end>")
         for group in optimizer.param_groups:
             group["lr"] = lr * min(1, (step + 1) / 20) * (1 - step / steps)
         optimizer.zero_grad()
-        loss.backward()
+        ids = sorted(tokenizer(chats, add_special_tokens=False)["input_ids"], key=len)
+        n, total = sum(len(row) - 1 for row in ids), 0.0
+        for part in (ids[i : i + B // 3] for i in range(0, B, B // 3)):  # by length: a third of the time would go into padding
+            labels = pad_sequence([torch.tensor(row) for row in part], True, -100)  # [b, L]
+            logits = model(input_ids=labels.clamp(min=0), attention_mask=(labels >= 0).long()).logits
+            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum") / n
+            loss.backward()
+            total += loss.item()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         if step % 50 == 0 or step == steps - 1:
-            print(f"warm-up step {step:4d}  loss {loss.item():.3f}", flush=True)
+            print(f"warm-up step {step:4d}  loss {total:.3f}", flush=True)
     return model
 
 

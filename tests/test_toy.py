@@ -36,8 +36,9 @@ def test_the_words_of_a_world_are_all_that_it_writes(world):
 def test_first_answers_of_the_warm_start_are_well_formed(world):
     rng = random.Random(0)
     for meaning in islice(world.meanings(rng), 100):
-        text, answer = world.chat(meaning, rng, 0.1)
-        assert world.well_formed(answer) and world.named(answer, text) == (1, 1)
+        instruction, text, answer = world.chat(meaning, rng, 0.1)
+        if instruction == world.instruction:
+            assert world.well_formed(answer) and world.named(answer, text) == (1, 1)
 
 
 def test_the_same_seed_writes_the_same_files(tiny_world, tmp_path):
@@ -115,21 +116,43 @@ def test_the_longest_answer_fits(town):
 def test_what_the_town_makes_of_an_answer():
     text = "bob starts at the mill , then north . from the well ann goes east south ."
     ann, bob = TOWN.walk("well", ("east", "south")), TOWN.walk("mill", ("north",))
-    so = f"so {ann[-1]} {CLOSING[ann[-1]][0]} {bob[-1]} {CLOSING[bob[-1]][1]}"
-    thought = f"ann well east {ann[1]} south {ann[2]} bob mill north {bob[1]}"
-    right = f"{thought} {so}"
+    closing = [f"so {place} {CLOSING[place][i]}" for i, place in enumerate((ann[-1], bob[-1]))]
+    right = f"ann well east {ann[1]} south {ann[2]} {closing[0]} bob mill north {bob[1]} {closing[1]}"
+    so = f"ann {closing[0]} bob {closing[1]}"
     assert right == TOWN.rationale(TOWN.read(text)) and so == TOWN.rationale(TOWN.read(text), think=False)
     for answer, thinks in ((right, True), (so, False)):
         assert TOWN.named(answer, text) == (1, 1) and TOWN.well_formed(answer) and TOWN.thinks(answer) == thinks
     assert TOWN.true_steps(right, text) == 1 and TOWN.true_steps(so, text) == 0
     assert TOWN.true_steps(right.replace("south", "west"), text) == 4 / 5
     assert TOWN.true_steps(right.replace("bob mill", "bob well"), text) == 4 / 5
+    assert TOWN.true_steps(right.replace("bob mill", "bob mill east well"), text) == 4 / 6  # one too much
     assert TOWN.true_steps(f"ann well {so}", text) == 1 / 5
     other = next(place for place in PLACES if place not in (ann[-1], bob[-1]))
-    wrong = f"so {TOWN.closing((other, bob[-1]))}"
+    wrong = f"ann so {TOWN.closing('ann', other)} bob {closing[1]}"
     assert TOWN.named(wrong, text) == (0.5, 0.5) and TOWN.well_formed(wrong)
-    for broken in ("", "so", f"so {other}", thought, right.replace("south", ""), right.replace("bob", "ann"), f"well {so}"):
+    assert TOWN.named(f"bob {closing[1]}", text) == (0.5, 1)
+    swapped = f"ann so {bob[-1]} {CLOSING[bob[-1]][0]} bob so {ann[-1]} {CLOSING[ann[-1]][1]}"
+    assert TOWN.named(swapped, text) == (0, 0) and TOWN.well_formed(swapped)
+    for broken in (
+        "",
+        "so",
+        f"ann so {other}",
+        f"ann {closing[0]}",
+        right.replace("south", ""),
+        right.replace("bob", "ann"),
+        f"well {so}",
+    ):
         assert not TOWN.well_formed(broken), broken
+
+
+def test_the_other_instruction_is_in_one_chat_of_ten_and_asks_for_what_stands_in_the_text():
+    rng = random.Random(0)
+    chats = [TOWN.chat(ends, rng, 0.5) for ends in islice(TOWN.meanings(rng), 1000)]
+    others = [(text, answer) for instruction, text, answer in chats if instruction == TOWN.other_instruction]
+    assert 70 < len(others) < 130
+    for text, answer in others + TOWN.other_chats(10, rng):
+        starts = {walker: start for walker, (start, _) in TOWN.read(text).items()}
+        assert answer == f"ann {starts['ann']} bob {starts['bob']}"
 
 
 # ---------------------------------------------------------------- events, meals, parcels

@@ -9,7 +9,9 @@ Every world offers the same to toy.py, which writes it out as ordinary files. A 
     triplet(meaning, rng)          a query, its positive, and a hard negative
     graded_pair(meaning, rng)      two texts, and how much of their meaning they share
     ladder(n, rng)                 {name: n triplets}, files of rising difficulty, where a world has them
-    chat(meaning, rng, progress)   a text and an answer for the warm start, of which this share has passed
+    chat(meaning, rng, progress)   an instruction, a text and an answer for the warm start, of which this share has passed
+    other_instruction              where a world has one: an instruction that the warm start teaches and no reward touches
+    other_chats(n, rng, held_out)  n texts and the right answers to it
 
 and to whoever measures what a policy writes about a text:
 

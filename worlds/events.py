@@ -105,14 +105,14 @@ class SlotWorld:
         return " ".join(said)
 
     def chat(self, event, rng, progress):
-        """A text and its answer for the warm start: complete in the first half, then poor. `-> (text, answer)`."""
+        """A text and its answer for the warm start: complete in the first half, then poor. `-> (instruction, text, answer)`."""
         if progress <= 0.5:
             answer = self.rationale(event, rng)
         elif rng.random() < 0.15:
             answer = rng.choice(self.talk)
         else:
             answer = self.rationale(event, rng, keep=0.5, wrong=0.2)
-        return self.tell(event, rng), answer
+        return self.instruction, self.tell(event, rng), answer
 
     def named(self, written, text):
         """How much of a text its rationale names: `(recall over the slots, precision of what is named)`."""

@@ -9,21 +9,24 @@ hard negative is the query with one direction changed, so whoever compares words
 
 Why thinking pays. One look-up in the map is easy. Three in a row, each of the last one's result, are more than a network of
 three layers does while it reads: its guesses are as good as chance, however long it trains. Written down place by place,
-each step is one look-up again. So the warm start's answers are of two kinds, and both close with the two ends, each named by
-the place and two words that belong to that place alone:
+each step is one look-up again. So the warm start's answers are of two kinds, and both close with the end of each walk, named
+by the place and two words that belong to that place alone:
 
-    guess   so market stalls fish well water rope
-    think   ann mill west library north forest south market bob tower east ... well so market stalls fish well water rope
+    guess   ann so market stalls fish bob so well bucket stones
+    think   ann mill west library north forest south market so market stalls fish bob tower east ... well so well bucket stones
 
 Guesses are mostly wrong, thinking is mostly right, and the policy mostly guesses. Two words that belong to an end alone tell
 it from a place on the way, in the mean over a rationale's hidden states that the embedding is.
 
-The warm start has walks of one to six steps, and so the language for them; what is trained by reward has three or four.
+The warm start has walks of one to six steps, and so the language for them; what is trained by reward has one to four.
 Held-out files by the number of steps show whether thinking, once discovered, goes on in longer walks than any rewarded.
+One chat in ten follows another instruction, which no reward ever touches: whether it is still followed shows what training
+took from the model.
 """
 
 import random
 import re
+from itertools import islice
 
 CLOSING = {  # a place, and the two words that close an answer if ann ends there, or if bob does
     "market": ("stalls fish", "counters scales"), "well": ("water rope", "bucket stones"),
@@ -56,13 +59,13 @@ class Town:
     """
 
     WARM, TRAIN, HELD_OUT = (1, 2, 3, 4, 5, 6), (1, 2, 3, 4), (3, 4)
-    instruction = "say where they end"
-    warm_up, max_prompt_tokens, max_new_tokens = 700, 48, 40
+    instruction, other_instruction = "say where they end", "say where they start"
+    warm_up, max_prompt_tokens, max_new_tokens = 800, 48, 40
 
     def __init__(self):
         self.map = self.streets(random.Random(0))
         self.back = {way: {there: here for here, there in street.items()} for way, street in self.map.items()}
-        plain = " ".join((*FORMS, *DIRECTIONS, *WALKERS, "so", self.instruction)).split()
+        plain = " ".join((*FORMS, *DIRECTIONS, *WALKERS, "so", self.instruction, self.other_instruction)).split()
         closing = " ".join(" ".join(words) for words in CLOSING.values()).split()
         self.words = {w for w in plain if "{" not in w} | {*PLACES, *closing}
 
@@ -171,57 +174,77 @@ class Town:
     # ------------------------------------------------------------ answers
 
     def rationale(self, walks, think=True):
-        """The answer about some walks: where they end, and before that, if it thinks, the way there."""
-        thought, ends = [], []
+        """The answer about some walks: where each ends, and before that, if it thinks, the way there."""
+        words = []
         for walker, (start, way) in walks.items():
             places = self.walk(start, way)
-            thought += [walker, start, *(word for step in zip(way, places[1:]) for word in step)]
-            ends.append(places[-1])
-        return " ".join([*(thought if think else []), "so", self.closing(ends)])
+            thought = [start, *(word for step in zip(way, places[1:]) for word in step)] if think else []
+            words += [walker, *thought, "so", self.closing(walker, places[-1])]
+        return " ".join(words)
 
-    def closing(self, ends):
-        """The words that name the two ends."""
-        return " ".join(f"{end} {CLOSING[end][i]}" for i, end in enumerate(ends))
+    def closing(self, walker, end):
+        """The words that name the end of a walker's walk."""
+        return f"{end} {CLOSING[end][WALKERS.index(walker)]}"
 
     def chat(self, ends, rng, progress):
-        """A text and its answer for the warm start. Thinking is common at first, then rare. `-> (text, answer)`."""
+        """A chat of the warm start. Thinking is common at first, then rare. `-> (instruction, text, answer)`."""
         walks = self.plan(ends, rng, rng.choice(self.WARM))
-        return self.told(walks, rng), self.rationale(walks, think=rng.random() < (0.9 if progress <= 0.65 else 0.4))
+        if rng.random() < 0.1:
+            return self.other_instruction, self.told(walks, rng), self.starts(walks)
+        answer = self.rationale(walks, think=rng.random() < (0.9 if progress <= 0.65 else 0.35))
+        return self.instruction, self.told(walks, rng), answer
+
+    def starts(self, walks):
+        """The answer to the other instruction: where each walk starts."""
+        return " ".join(f"{walker} {start}" for walker, (start, _) in walks.items())
+
+    def other_chats(self, n, rng, held_out=True):
+        """Texts and the right answers to the other instruction. `-> [(text, answer)] * n`."""
+        walks = [self.plan(ends, rng) for ends in islice(self.meanings(rng, held_out), n)]
+        return [(self.told(w, rng), self.starts(w)) for w in walks]
+
+    # ------------------------------------------------------------ what an answer says
+
+    def said(self, written):
+        """What an answer says of each walker: the words up to "so", and those after it. `-> {walker: (words, words)}`."""
+        said = {}
+        for part in re.split(rf"\b(?={'|'.join(WALKERS)})", written):
+            walker, _, rest = part.partition(" ")
+            thought, _, end = rest.partition("so ") if rest.startswith("so ") else rest.partition(" so ")
+            said.setdefault(walker, (thought.split(), end.split()))
+        return {walker: said.get(walker, ([], [])) for walker in WALKERS}
 
     def thinks(self, written):
         """Whether an answer says more than where they end."""
-        return any(word in WALKERS for word in written.split())
+        return any(thought for thought, _ in self.said(written).values())
 
     def true_steps(self, written, text):
         """The share of a text's steps that an answer writes down truly and in their order.
 
         A start counts as a step; what is left out counts as an untrue one, and so does what is too much.
         """
-        claimed, steps = written.rpartition("so ")[0].split(), []
-        for word in claimed:  # each step ends with a place
-            if not steps or steps[-1][-1] in PLACES:
-                steps.append([])
-            steps[-1].append(word)
-        truth = []
-        for walker, (start, way) in self.read(text).items():
-            truth += [[walker, start], *map(list, zip(way, self.walk(start, way)[1:]))]
-        return sum(a == b for a, b in zip(steps, truth)) / max(len(steps), len(truth))
+        right = total = 0
+        for (thought, _), (start, way) in zip(self.said(written).values(), self.read(text).values()):
+            steps = [thought[:1], *(thought[i : i + 2] for i in range(1, len(thought), 2))]
+            truth = [[start], *map(list, zip(way, self.walk(start, way)[1:]))]
+            right += sum(a == b for a, b in zip(steps, truth))
+            total += max(len(steps), len(truth))
+        return right / total
 
     def named(self, written, text):
         """How many of the two ends an answer names, each for its walker: `(recall, precision)`."""
-        claims = [word for word in written.rpartition("so ")[2].split() if word in PLACES]
+        claims = [closing[0] if closing else None for _, closing in self.said(written).values()]
         right = sum(a == b for a, b in zip(claims, self.ends(self.read(text))))
-        return right / 2, right / max(len(claims), 1)
+        return right / 2, right / max(len(claims) - claims.count(None), 1)
 
     def well_formed(self, written):
-        """Whether an answer has the form of the warm start's: a guess, or thinking and then the same."""
-        thought, _, end = written.rpartition("so ")
-        kinds = {**dict.fromkeys(WALKERS, "w"), **dict.fromkeys(DIRECTIONS, "d"), **dict.fromkeys(PLACES, "p")}
-        shape = "".join(kinds.get(word, "?") for word in thought.split())
-        walkers = [word for word in thought.split() if word in WALKERS]
-        named = [word for word in end.split() if word in PLACES]
-        fits = re.fullmatch("(wp(dp)+wp(dp)+)?", shape) and walkers in ([], list(WALKERS)) and len(named) == 2
-        return bool(fits) and end == self.closing(named)
+        """Whether an answer has the form of the warm start's: for each walker a guess, or thinking and then the same."""
+        kinds = {**dict.fromkeys(WALKERS, "w"), **dict.fromkeys(DIRECTIONS, "d"), **dict.fromkeys(PLACES, "p"), "so": "s"}
+        shape = "".join(kinds.get(word, "?") for word in written.split())
+        if not re.fullmatch(r"(w(p(dp)+)?sp\?\?){2}", shape):
+            return False
+        ends = {walker: closing for walker, (_, closing) in self.said(written).items()}
+        return all(end and " ".join(end) == self.closing(walker, end[0]) for walker, end in ends.items())
 
 
 TOWN = Town()
