@@ -117,8 +117,8 @@ def test_remax_subtracts_the_greedy_rationales_reward(make_policy):
                 reward += weight * (own / c.infonce_temperature - top)
             reward += c.lambda_consistency * mean([dot(h, x) for x in mine[i]])
             expected.append(reward / c.tau - (0.0 if bool(greedy.finished) else c.gamma))
-    for row, value in zip(baseline.tolist(), expected):
-        assert row == pytest.approx([value] * len(row), abs=1e-5)
+    for row, want in zip(baseline.tolist(), expected):
+        assert row == pytest.approx([want] * len(row), abs=1e-5)
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
@@ -394,7 +394,8 @@ def test_another_instruction_is_followed_or_not(make_policy):
     policy = make_policy(max_new_tokens=5)
     reading = dataclasses.replace(policy.reading, instruction="say where")
     other = policy.__class__(make_policy(max_new_tokens=5).model, policy.tokenizer, reading)
-    greedy = [policy.tokenizer.decode(ids[0], skip_special_tokens=True) for ids in rolled(other, K=1, temperature=0).rationales()]
+    written = rolled(other, K=1, temperature=0).rationales()
+    greedy = [policy.tokenizer.decode(ids[0], skip_special_tokens=True) for ids in written]
     answers = [greedy[0], "the old lamp", "boat"]
     nats, tokens = 0.0, 0
     for text, answer in zip(TEXTS, answers):
