@@ -181,6 +181,27 @@ def budget_lines(by_label):
     return lines + [f"\nA training step takes {whole:.2f} s, of which sampling takes {sampling:.2f} s.\n"]
 
 
+def search_lines(by_label):
+    """What was tried, each run at its best evaluation, by the better way; per family of rows, the best of all in bold."""
+    lines = ["| tried | best nDCG@10 | Spearman there | at step | of | embedded |", "| --- " + "| ---: " * 4 + "| --- |"]
+    tried = {label: best_evaluation(*records) for label, records in by_label.items()}
+    family = lambda label: label.split(":")[0]
+    chosen = {family(label): label for label in sorted(tried, key=lambda label: tried[label][0])}
+    for label, (ndcg, spearman, step, way) in tried.items():
+        score = f"**{ndcg:.3f}**" if label in chosen.values() else f"{ndcg:.3f}"
+        steps = by_label[label][0]["config"]["steps"]
+        lines.append(f"| {label} | {score} | {spearman:.3f} | {step} | {steps} | {WAYS[way]} |")
+    before = next(iter(by_label.values()))[0]["before"]
+    return [*lines, "", f"The start: nDCG@10 {before['ndcg_at_10']:.3f}, Spearman {before['spearman']:.3f}.\n"]
+
+
+def best_evaluation(record):
+    """Of all evaluations after some training the one with the best nDCG@10: `(ndcg, spearman, step, way)`."""
+    steps = record["config"]["steps"]
+    evaluations = [(record[way]["ndcg_at_10"], record[way]["spearman"], steps, way) for way in WAYS]
+    return max(evaluations + [(c["ndcg_at_10"], c["spearman"], c["step"], "after") for c in record["curve"]])
+
+
 def task_lines(by_label):
     """Real tasks and held-out triplets, a row per policy and way."""
     first = next(iter(by_label.values()))[0]
