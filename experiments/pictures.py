@@ -185,7 +185,7 @@ def collapse(by_label, labels):
 
 
 def frontier(by_label, knobs):
-    """How much the loss on the training kind of texts rose, against how well pairs are ordered (above), how much is named (below).
+    """How much the loss on the training kind of texts rose, against how well pairs are ordered and how much is named.
 
     knobs: {name: labels of its settings}, two per column of panels, the settings of all others in gray behind them. Both
     axes are logarithmic in the distance from the best there could be: no rise, and a score of 1.
