@@ -358,7 +358,7 @@ def make(run, place):
             record["budgets"] = budgets(policy, heldout, limits[::4] if place.quick else limits)
         if run.get("probe") == "ladder":
             record["ladder"] = {way: ladder(policy, folder, way == "after") for way in WAYS}
-        if hasattr(world, "thinks"):
+        if hasattr(world, "thinks") and run["trainer"] in UNREWARDED:
             record["after"]["forced"] = forced(policy, start, folder)
         if run.get("probe") == "tasks":
             with_and_without = (GraceEncoder(policy, rationale=rationale).encode for rationale in (True, False))

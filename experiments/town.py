@@ -10,11 +10,11 @@ import pictures
 from page import Claim, Experiment, along, budget_lines, discovery_lines, ladder_lines, search_lines
 
 IN_TOWN = dict(world="town", batch=32, rollouts=4, lr=1e-3, lr_decay=True, infonce_temperature=0.05, eval_every=20)
-WALKING = IN_TOWN | dict(trainer="GRACE", recipe="full", pathwise=2.0, kl=0.75, kl_estimator="k2", steps=120)
-PAPER = IN_TOWN | dict(trainer="GRACE", recipe="paper", lr=5e-4, steps=100)
+WALKING = IN_TOWN | dict(trainer="GRACE", recipe="full", pathwise=2.0, kl=0.75, kl_estimator="k2", lr=5e-4, steps=160)
+PAPER = IN_TOWN | dict(trainer="GRACE", recipe="paper", lr=5e-4, steps=100, eval_every=50)
 LOSS = IN_TOWN | dict(trainer="contrastive", batch=64, steps=150, text_weight=0.0, eval_every=0)
 START = dict(trainer="none", world="town")
-BRIEF = dict(steps=60, eval_every=10)
+BRIEF = dict(steps=60, eval_every=15)
 LADDER = dict(probe="ladder")
 
 FULL, PAPERS, LOSSES = "GRACE, full", "GRACE, the paper's recipe", "contrastive with the text term"
@@ -27,8 +27,8 @@ ROWS = {
     "contrastive over forced walks": LOSS | dict(trainer="forced", batch=32, text_weight=1.0),
     PAPERS: PAPER,
     FULL: WALKING | LADDER,
-    NO_GRPO: WALKING | dict(trainer="pathwise"),
-    NO_PATHWISE: WALKING | dict(pathwise=0.0),
+    NO_GRPO: WALKING | dict(trainer="pathwise", eval_every=40),
+    NO_PATHWISE: WALKING | dict(pathwise=0.0, eval_every=40),
 }
 UNLABELLED = dict(mode="unsupervised")
 SIMCSE, VIEWS = "SimCSE", "full: two rationales as two views"
@@ -37,7 +37,7 @@ UNSUPERVISED = {
     "Base with reasoning": START | LADDER,
     SIMCSE: LOSS | UNLABELLED | dict(trainer="simcse"),
     PAPERS: PAPER | UNLABELLED,
-    VIEWS: WALKING | UNLABELLED,
+    VIEWS: WALKING | UNLABELLED | dict(eval_every=40),
 }
 CURVES = {
     "GRACE": (FULL, "after"),
