@@ -99,12 +99,12 @@ class Policy:
         with open(os.path.join(folder, SETTINGS), "w") as file:
             json.dump(dataclasses.asdict(self.reading), file, indent=2)
 
-    def frozen_copy(self, dtype):
-        """A copy with weights of a type, to sample from: in bfloat16 each token reads half the bytes. These weights stay."""
+    def frozen_copy(self, dtype=None):
+        """A copy to sample from. In another type, bfloat16, each token reads half the bytes; these weights stay."""
         other = copy.copy(self)
         other.model, other.dtype = copy.deepcopy(self.model).requires_grad_(False), "as the weights"
         for parameter in other.model.parameters():  # not the buffers: positions need float32
-            parameter.data = parameter.data.to(dtype)
+            parameter.data = parameter.data.to(dtype or parameter.dtype)
         other.base, other.head = other.model.base_model, other.model.get_output_embeddings()
         return other
 

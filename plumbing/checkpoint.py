@@ -93,7 +93,7 @@ def save_checkpoint(trainer, out, **progress):
     """Everything a resumed run needs, whole or not at all; the last two stay. Raises GraceError where it cannot be written."""
     state = {"step": trainer.step_number, "config": dataclasses.asdict(trainer.config), "progress": progress}
     state |= {"optimizer": ranks.gathered(trainer.optimizer.state_dict()), "random": _random_states()}
-    _write_checkpoint(state, trainer.policy, ranks.gathered(trainer.policy.model.state_dict()), out)
+    _write_checkpoint(state, trainer.policy, ranks.gathered(trainer.policy.model.state_dict(keep_vars=True)), out)
 
 
 @ranks.by_first
@@ -121,7 +121,7 @@ def _write_checkpoint(state, policy, weights, out):
 
 def save_model(policy, out):
     """The trained model into --out, each file of it whole. That all are there is what summary.json says, written later."""
-    _write_model(policy, ranks.gathered(policy.model.state_dict()), out)
+    _write_model(policy, ranks.gathered(policy.model.state_dict(keep_vars=True)), out)
 
 
 @ranks.by_first

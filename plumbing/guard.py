@@ -81,16 +81,18 @@ def on_every_rank(compute, budget, least, where, meets=False):
 
     meets: compute itself meets the other ranks, so none of them can do it again alone. Out of memory then ends the run.
     """
-    if not meets:
-        results, budgets = zip(*ranks.together(lambda: within_memory(compute, budget, least, where)))
-        return results, min(budgets)
-    try:
-        return ranks.exchange(compute(budget)), budget
-    except BaseException as error:
-        ranks.leave()  # the others are in the middle of their work, and end when this process does
-        if isinstance(error, torch.OutOfMemoryError):
+
+    def attempt():
+        if not meets:
+            return within_memory(compute, budget, least, where)
+        try:
+            return compute(budget), budget
+        except torch.OutOfMemoryError as error:
+            ranks.leave()
             raise GraceError(f"{where} {budget}: out of memory; lower it, and --resume continues") from error
-        raise
+
+    results, budgets = zip(*ranks.together(attempt, meets))
+    return results, min(budgets)
 
 
 @contextlib.contextmanager

@@ -108,10 +108,11 @@ def exchange(x):
     return [x if rank == _rank else load(content) for rank, content in enumerate(everyone)]
 
 
-def together(compute):
+def together(compute, meets=False):
     """`compute()` on every rank, `[each rank's result]`. An error on one rank is raised on all of them.
 
-    compute must not exchange anything: the others would be waiting at another place.
+    meets: the ranks meet inside compute as well (FSDP). Then one that fails there cannot tell the others, who are in the
+    middle of it: they end because it does. Only a GraceError, which compute raises when it is done, is raised on all.
     """
     if _size == 1:
         return [compute()]
@@ -120,6 +121,9 @@ def together(compute):
         result = compute()
     except Exception as error:
         problem = error
+        if meets and not isinstance(error, GraceError):
+            leave()
+            problem = GraceError(LOST) if isinstance(error, dist.DistError) or "gloo" in str(error) else error
     told = problem
     if problem and not isinstance(problem, GraceError):
         told = GraceError(f"rank {_rank} failed: {type(problem).__name__}: {first_line(problem)}")
@@ -229,10 +233,12 @@ def whole(x):
 def gathered(x):
     """Nested dicts of tensors with the sharded ones whole, one after the other, on the first rank's CPU; elsewhere None."""
     if isinstance(x, dict):
-        return {name: gathered(value) for name, value in x.items()}
+        distinct = {id(value): value for value in x.values()}  # tied weights stay one tensor
+        made = {key: gathered(value) for key, value in distinct.items()}
+        return {name: made[id(value)] for name, value in x.items()}
     if not is_sharded(x):
         return x
-    x = whole(x)
+    x = whole(x.detach())
     return x.cpu() if first() else None
 
 

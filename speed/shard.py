@@ -13,6 +13,7 @@ Sampling reads every weight once per token, which no gathering could keep up wit
 """
 
 import functools
+import warnings
 
 import torch
 from torch.distributed.device_mesh import init_device_mesh
@@ -25,10 +26,10 @@ from speed.recompute import pure_layers, recompute_layers
 def prepare(policy, reference, config):
     """Make a policy and the one it started from, or None, ready to train. Returns the policy to sample from.
 
-    That is a whole copy, with weights of the compute type, where the policy's own are sharded or of another type.
+    That is a whole copy, with weights in the compute type, where the policy's own are sharded or in another type.
     """
-    apart = config.shard or config.dtype == "bfloat16"
-    sampler = policy.frozen_copy(getattr(torch, config.dtype)) if apart else policy
+    rounded = config.dtype == "bfloat16"
+    sampler = policy.frozen_copy(torch.bfloat16 if rounded else None) if config.shard or rounded else policy
     if config.shard:
         shard(policy, config.recompute)
         if reference:
@@ -51,6 +52,8 @@ def shard(policy, recompute=False):
 
     recompute: as `recompute_layers`, too. Raises GraceError where `pure_layers` does.
     """
+    # Said of results that are views, because changing one in place would hide it: nothing here does that.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view", UserWarning)
     model, split = policy.model, dict(mesh=init_device_mesh(policy.device.type, (ranks.size(),)), reshard_after_forward=True)
     pure_layers(policy, recompute, lambda layer: fully_shard(layer, **split))
     fully_shard(model, **split)
