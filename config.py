@@ -72,8 +72,8 @@ class Config:
     lr_decay: bool = setting(False, "let the learning rate fall linearly to 0")
     weight_decay: float = setting(0.01, "weight decay of AdamW", least=0)
     max_grad_norm: float = setting(1.0, "the gradient is clipped to this norm", above=0)
-    # How much of it
-    batch: int = setting(64, "instances per step, B, of all ranks together", least=1)
+    # How much of it, over all ranks together
+    batch: int = setting(64, "instances per step, B", least=1)
     rollouts: int = setting(8, "rollouts per prompt, K", least=1)
     steps: int = setting(1000, "training steps", least=1)
     temperature: float = setting(None, "(recipe) rollouts are sampled, and scored, at this temperature", above=0)

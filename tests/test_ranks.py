@@ -10,7 +10,7 @@ import sys
 
 import pytest
 from conftest import command
-from two_ranks import CASES, weights_off
+from two_ranks import CASES, CHECKS, weights_off
 
 import grace
 from plumbing import ranks
@@ -22,15 +22,18 @@ NOISE = 2e-5  # float noise, as a share of how far the weights moved; a sum that
 ADAMS = 1e-3  # the same, as a share of norms, after AdamW, which makes a step of the noise where there is no gradient
 
 
-def figures(check, world):
-    run = subprocess.run([sys.executable, PROGRAM, str(world), check], env=ENVIRONMENT, capture_output=True, text=True)
+@pytest.fixture(scope="module")
+def figures(tiny_world):
+    """What the program prints, by check."""
+    run = subprocess.run([sys.executable, PROGRAM, str(tiny_world)], env=ENVIRONMENT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-3000:]
-    return [json.loads(line) for line in run.stdout.splitlines()]
+    lines = [json.loads(line) for line in run.stdout.splitlines()]
+    return {check: [line for line in lines if line["check"] == check] for check in CHECKS}
 
 
-def test_steps(tiny_world):
+def test_steps(figures):
     """Of both recipes, with labels and without, with minibatches, epochs, twins, uneven shares, and sharded."""
-    cases = {line["case"]: line for line in figures("steps", tiny_world)}
+    cases = {line["case"]: line for line in figures["steps"]}
     assert cases.keys() == {*CASES, "out of memory"}
     for name, line in cases.items():
         assert line["same_ids"] and line["ranks_equal"], name
@@ -38,22 +41,22 @@ def test_steps(tiny_world):
         assert line["budgets"] == [30, 30] if name == "out of memory" else line["budgets"][0] in (60, 4096)
 
 
-def test_reading(tiny_world):
+def test_reading(figures):
     """Vectors, sampled ones too, the text loss and the counts are those of one process, to the bit."""
-    new, again = figures("encoding", tiny_world)
+    new, again = figures["encoding"]
     assert new["same"] == again["same"] == [True, True]
     assert new["counts"]["read"] == again["counts"]["remembered"] == 16 and new["counts"]["remembered"] == 0
 
 
-def test_scores(tiny_world):
-    same, printed = figures("scores", tiny_world)
+def test_scores(figures):
+    same, printed = figures["scores"]
     assert same["codes"] == [0, 0] and same["same"] and same["tasks"] == 2
     assert printed["printed"] == [True, False] and printed["counts"]
 
 
-def test_what_stops_a_run(tiny_world):
+def test_what_stops_a_run(figures):
     """It stops both ranks, one sentence says why, and what was done is saved; any number of ranks goes on from there."""
-    lines = figures("stops", tiny_world)
+    lines = figures["stops"]
     runs = {line["run"]: line for line in reversed(lines)}  # the first of each name
     for name in ("sharded, resumed by one", "killed, resumed sharded"):
         assert runs[name]["moved"] > 0.1 and runs[name]["off"] < ADAMS * runs[name]["moved"]

@@ -96,8 +96,7 @@ CASES = {  # settings of a run of two steps
     "paper unsupervised": dict(recipe="paper", mode="unsupervised", batch=3),
     "negatives too": dict(train_roles="query,positive,negative", batch=2, kl_estimator="k2"),
     "sharded": dict(**SHARDED, minibatches=2),
-    "sharded and recomputed": dict(**SHARDED, recompute=True),
-    "sharded, paper": dict(**SHARDED, recipe="paper", kl=0.1),
+    "sharded and recomputed": dict(**SHARDED, recompute=True, recipe="paper", kl=0.1),
 }
 
 
