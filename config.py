@@ -68,6 +68,7 @@ class Config:
     minibatches: int = setting(1, "optimizer steps per batch of rollouts (the released code: 4)", least=1)
     epochs: int = setting(1, "passes over one batch of rollouts", least=1)
     lr: float = setting(1e-6, "learning rate of AdamW", above=0)
+    lora: int = setting(None, "train adapters of this rank and not the weights; try ten times the rate (needs peft)", least=1)
     lr_decay: bool = setting(False, "let the learning rate fall linearly to 0")
     weight_decay: float = setting(0.01, "weight decay of AdamW", least=0)
     max_grad_norm: float = setting(1.0, "the gradient is clipped to this norm", above=0)

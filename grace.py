@@ -78,7 +78,7 @@ from plumbing.guard import finished_summary, inspected, save_batch, within_memor
 from plumbing.report import peak_memory_gb, show_summary
 from plumbing.run import Run
 from plumbing.status import status
-from policy import Policy
+from policy import load_policies
 from rollout import describe, make_batch, roll_out, score
 from speed.recompute import recompute_layers
 
@@ -341,8 +341,7 @@ def train(config, make_trainer=Trainer):
     run = Run(config)
     rows, heldout, graded = load_rows(config, run.skipped)
     run.check(rows)
-    policy = Policy.load(run.checkpoint or config.model, config.device, config.dtype, **config.reading)
-    reference = Policy.load(config.model, config.device, config.dtype, **config.reading) if config.kl else None
+    policy, reference = load_policies(config, run.checkpoint)
     trainer = make_trainer(policy, reference, rows, config)
     shown = [row.get("query") or row["text"] for row in (heldout or rows)[:6]]
 
