@@ -97,23 +97,21 @@ class Policy:
         settings |= {k: v for k, v in reading.items() if v is not None}
         return cls(model.to(device), tokenizer, Reading(**settings), dtype)
 
-    def save(self, folder):
-        """Write an ordinary checkpoint folder, with the reading beside the weights; where adapters are trained, them alone."""
-        if self.adapters:
+    def save(self, folder, merged=False):
+        """Write an ordinary checkpoint folder, with the reading beside the weights. Adapters: alone, or merged into it."""
+        if self.adapters and not merged:
             self.adapters.save_pretrained(folder, save_embedding_layers=False)
         else:
-            self.model.save_pretrained(folder)
+            self.model.save_pretrained(folder, state_dict=lora.merged_state(self.adapters) if self.adapters else None)
         self.tokenizer.save_pretrained(folder)
         with open(os.path.join(folder, SETTINGS), "w") as file:
             json.dump(dataclasses.asdict(self.reading), file, indent=2)
 
     def save_result(self, folder):
-        """As `save`. Adapters stand in folder/adapter, and are merged into the weights, here and in the folder, for good."""
+        """Write the whole model as an ordinary checkpoint folder, and adapters, where they are what was trained, beside it."""
+        self.save(folder, merged=True)
         if self.adapters:
             self.save(os.path.join(folder, "adapter"))
-            self.adapters.merge_and_unload()
-            self.adapters = None
-        self.save(folder)
 
     def adapt(self, rank, seed, folder=None):
         """From now on train adapters of a rank and not the weights: new adapters, or those of a folder (speed/lora.py)."""

@@ -88,6 +88,13 @@ def off(adapters):
         adapters.base_model.enable_adapter_layers()
 
 
+def merged_state(adapters):
+    """What the model's state dict would be with its adapters merged into the weights: that of an ordinary model."""
+    state = adapters.get_base_model().state_dict().items()
+    return {name.replace(".base_layer.", "."): x for name, x in state if ".lora_" not in name} | dict(merged_weights(adapters))
+
+
+@torch.no_grad()
 def merged_weights(adapters):
     """Yields name and value `[D_out, D_in]` of each adapted weight, its adapter added in; one at a time."""
     for name, layer in adapters.get_base_model().named_modules():

@@ -25,6 +25,7 @@ from policy import Policy
 from rollout import score
 from speed.lora import ALPHA
 
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft asks transformers for it
 KINDS = {"Llama": {}, "Qwen2": dict(tie_word_embeddings=True), "GPT2": {}}  # GPT2's layers hold their weights transposed
 each_kind = pytest.mark.parametrize("kind", KINDS)
 
@@ -86,10 +87,14 @@ def test_adapters_are_what_their_file_says(pair, tmp_path):
     assert (sampler.head.weight is sampler.model.get_input_embeddings().weight) == plain.model.config.tie_word_embeddings
     policy.save_result(tmp_path / "out")
     expected, _ = by_hand(plain, tmp_path / "out" / "adapter")
-    assert policy.adapters is None
-    torch.testing.assert_close(weights(policy), weights(expected), rtol=0, atol=1e-12)
-    torch.testing.assert_close(weights(sampler), weights(policy).bfloat16(), rtol=0, atol=0)
-    torch.testing.assert_close(scores(policy, rollouts), scores(expected, rollouts), rtol=0, atol=1e-12)
+    merged, told = load_file(tmp_path / "out" / "model.safetensors"), dict(expected.model.named_parameters())
+    assert merged.keys() == told.keys()
+    for name, x in merged.items():
+        torch.testing.assert_close(x, told[name], rtol=0, atol=1e-12)
+    torch.testing.assert_close(weights(sampler), weights(expected).bfloat16(), rtol=1e-2, atol=1e-6)
+    torch.testing.assert_close(
+        scores(policy, rollouts), scores(expected, rollouts), rtol=0, atol=1e-12
+    )  # and goes on as it was
 
 
 @each_kind
@@ -154,9 +159,11 @@ def test_recomputed_layers(make_policy):
 
 @pytest.fixture(scope="module")
 def lora_run(tiny_world, no_page, tmp_path_factory):
-    """A run of four steps with adapters. Not to be written to."""
+    """A run of four steps with adapters, whose model was named relative to the folder it ran in. Not to be written to."""
     out = tmp_path_factory.mktemp("lora")
-    grace.main(command(tiny_world, out, "--steps 4 --lora 2 --lr 0.02"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tiny_world)
+        grace.main(command(tiny_world, out, "--model model --steps 4 --lora 2 --lr 0.02"))
     return out
 
 
@@ -217,13 +224,16 @@ def test_on_from_adapters(lora_run, tmp_path):
     assert torch.equal(again, weights(Policy.load(str(tmp_path / "out")))) and not torch.equal(again, weights(merged))
 
 
-def test_an_earlier_result(tiny_world, lora_run, tmp_path):
+def test_an_earlier_result(tiny_world, lora_run, tmp_path, monkeypatch):
     """Adapters are a result like any other, and go with it."""
     shutil.copytree(lora_run, tmp_path / "out")
     out = tmp_path / "out"
     with pytest.raises(SystemExit, match="is where --model is: give another folder"):
         grace.main(command(tiny_world, out, f"--model {out}/adapter --overwrite"))
-    grace.main(command(tiny_world, out, "--steps 5 --lora 2 --lr 0.02 --resume"))  # over the adapter that is there
+    monkeypatch.chdir(tiny_world)
+    grace.main(
+        command(tiny_world, out, "--model model --steps 5 --lora 2 --lr 0.02 --resume")
+    )  # over the adapters that are there
     assert (out / "adapter" / "adapter_model.safetensors").exists()
     shutil.rmtree(out / "checkpoints")
     (out / "model.safetensors").unlink()
