@@ -24,8 +24,8 @@ ALPHA = 32
 
 
 @contextlib.contextmanager
-def _heard():
-    """Of peft's warnings one is an error in here, and two go without saying."""
+def _warned():
+    """In here one of peft's warnings is an error, and two are not shown."""
     with warnings.catch_warnings():
         warnings.filterwarnings("error", "Found missing adapter keys")  # what a file lacks would stay random
         warnings.filterwarnings("ignore", "fan_in_fan_out")  # it is set as the layer needs it
@@ -55,7 +55,7 @@ def adapt(model, rank, seed, folder=None):
     else:
         settings = library.LoraConfig(r=rank, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM")
         try:
-            with torch.random.fork_rng(devices=[]), _heard():
+            with torch.random.fork_rng(devices=[]), _warned():
                 torch.manual_seed(seed)
                 adapters = library.get_peft_model(model, settings)
         except ValueError as error:
@@ -72,7 +72,7 @@ def load(model, source, **options):
     """
     library, base = peft(), model.name_or_path
     try:
-        with _heard():
+        with _warned():
             return library.PeftModel.from_pretrained(model, source, torch_device="cpu", **options)
     except (RuntimeError, ValueError, UserWarning) as error:  # other shapes, no such layers, layers without adapters
         raise GraceError(f"{source}: its adapters do not fit {base}: give the model that they were trained on") from error

@@ -240,8 +240,14 @@ def test_an_earlier_result(tiny_world, lora_run, tmp_path, monkeypatch):
     (out / "summary.json").unlink()
     with pytest.raises(SystemExit, match="holds a model: --resume"):
         grace.main(command(tiny_world, out, "--steps 1"))
-    grace.main(command(tiny_world, out, "--steps 1 --overwrite"))
-    assert not (out / "adapter").exists()
+
+    def stopped(trainer):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(grace.Trainer, "step", stopped)
+    with pytest.raises(SystemExit):
+        grace.main(command(tiny_world, out, "--steps 1 --overwrite"))
+    assert not (out / "adapter").exists()  # from the start
 
 
 # ---------------------------------------------------------------- what is refused
