@@ -69,6 +69,7 @@ class Config:
     minibatches: int = setting(1, "optimizer steps per batch of rollouts (the released code: 4)", least=1)
     epochs: int = setting(1, "passes over one batch of rollouts", least=1)
     lr: float = setting(1e-6, "learning rate of AdamW", above=0)
+    lora: int = setting(None, "train adapters of this rank and not the weights; try ten times the rate (needs peft)", least=1)
     lr_decay: bool = setting(False, "let the learning rate fall linearly to 0")
     weight_decay: float = setting(0.01, "weight decay of AdamW", least=0)
     max_grad_norm: float = setting(1.0, "the gradient is clipped to this norm", above=0)
@@ -141,6 +142,8 @@ class Config:
             raise GraceError(f"--minibatches {self.minibatches}: a batch has only {groups} groups{shared}")
         if self.shard and n == 1:
             raise GraceError("--shard shares the weights out over ranks: torchrun --standalone --nproc-per-node N grace.py ...")
+        if self.shard and self.lora:
+            raise GraceError("--shard with --lora: adapters are small enough for every rank; leave out --shard")
         if self.shard and groups % (n * self.minibatches):
             raise GraceError(
                 f"--shard: {n} ranks x --minibatches {self.minibatches} must divide {groups} groups; change --batch"

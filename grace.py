@@ -80,7 +80,7 @@ from plumbing.guard import finished_summary, inspected, on_every_rank, save_batc
 from plumbing.report import peak_memory_gb, show_summary
 from plumbing.run import Run
 from plumbing.status import status
-from policy import Policy
+from policy import load_policies
 from rollout import describe, make_batch, roll_out, score
 from speed.shard import newest, prepare
 
@@ -342,8 +342,7 @@ def train(config, make_trainer=Trainer):
     run = Run(config)
     rows, heldout, graded = load_rows(config, run.skipped)
     run.check(rows)
-    policy = Policy.load(run.checkpoint or config.model, config.device, config.dtype, **config.reading)
-    reference = Policy.load(config.model, config.device, config.dtype, **config.reading) if config.kl else None
+    policy, reference = load_policies(config, run.checkpoint)
     trainer = make_trainer(policy, reference, rows, config)
     shown = [row.get("query") or row["text"] for row in (heldout or rows)[:6]]
 

@@ -5,7 +5,7 @@
 
 Runs real steps of grace.py and prints, for each phase, the median seconds and tokens per second, then the peak
 memory; the last line is `step_s X`, the median step after one to warm up. Training text comes from --data, else
-it is made up. Any further flag is passed to grace.py: `--kl 0`, `--recipe paper`.
+it is made up. Any further flag is passed to grace.py: `--kl 0`, `--recipe paper`, `--lora 8`.
 """
 
 import argparse
@@ -46,7 +46,10 @@ def make_trainer(args, rest):
         texts = make_texts(3 * 4 * args.batch, policy, args.prompt_tokens)
         rows = [{"query": q, "positive": p, "negative": [n]} for q, p, n in zip(*[iter(texts)] * 3)]
         rows = rows if args.mode == "supervised" else [{"text": text} for text in texts]
-    return grace.Trainer(policy, load_policy(args) if config.kl else None, rows, config)
+    if config.lora:
+        policy.adapt(config.lora, config.seed)
+    reference = None if not config.kl else policy.start() if config.lora else load_policy(args)
+    return grace.Trainer(policy, reference, rows, config)
 
 
 def main():

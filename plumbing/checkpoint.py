@@ -74,7 +74,8 @@ def append(path, text):
 
 def _flush_folder(folder):
     for name in os.listdir(folder):
-        _flush(os.path.join(folder, name))
+        path = os.path.join(folder, name)
+        _flush_folder(path) if os.path.isdir(path) else _flush(path)
     _flush(folder)
 
 
@@ -120,7 +121,10 @@ def _write_checkpoint(state, policy, weights, out):
 
 
 def save_model(policy, out):
-    """The trained model into --out, each file of it whole. That all are there is what summary.json says, written later."""
+    """The trained model into --out, each file of it whole; adapters, if it has any, into --out/adapter.
+
+    That all are there is what summary.json says, written later.
+    """
     _write_model(policy, ranks.gathered(policy.model.state_dict(keep_vars=True)), out)
 
 
@@ -129,8 +133,9 @@ def _write_model(policy, weights, out):
     beside = os.path.join(out, "final.tmp")
     with _writing(out, beside, RESUME):
         _empty(beside)
-        policy.save(beside, weights)
+        policy.save_result(beside, weights)
         _flush_folder(beside)
+        shutil.rmtree(os.path.join(out, "adapter"), ignore_errors=True)  # a folder replaces only an empty one
         for name in sorted(os.listdir(beside)):
             os.replace(os.path.join(beside, name), os.path.join(out, name))
         os.rmdir(beside)

@@ -159,11 +159,12 @@ def claim(config):
     out = config.out
     try:
         os.makedirs(out, exist_ok=True)
-        weights = any(name.endswith(".safetensors") for name in os.listdir(out))
+        weights = any(name.endswith(".safetensors") or name == "adapter" for name in os.listdir(out))
     except OSError as error:
         raise GraceError(f"--out {out}: cannot be written to ({error.strerror})") from error
     model = os.path.realpath(config.model)
-    if model == os.path.realpath(out) or os.path.dirname(model) == os.path.realpath(os.path.join(out, "checkpoints")):
+    inside = [os.path.realpath(os.path.join(out, name)) for name in ("", "adapter", "checkpoints")]
+    if model in inside or os.path.dirname(model) == inside[-1]:
         raise GraceError(f"--out {out} is where --model is: give another folder")
     result = "a finished run" if os.path.isfile(os.path.join(out, "summary.json")) else "a model" if weights else None
     if (result or checkpoints(out)) and not (config.resume or config.overwrite):
@@ -190,7 +191,8 @@ def delete_stale(out, checkpoint=None, keep_metrics=True):
         earlier |= name in ("skipped_rows.json", "probe.json", "report.html")
         if name == "summary.json" or (earlier and not checkpoint):
             os.remove(os.path.join(out, name))
-    shutil.rmtree(os.path.join(out, "final.tmp"), ignore_errors=True)
+    for name in ["final.tmp"] if checkpoint else ["final.tmp", "adapter"]:
+        shutil.rmtree(os.path.join(out, name), ignore_errors=True)
     for name in os.listdir(folder) if os.path.isdir(folder) else []:
         if not checkpoint or name > os.path.basename(checkpoint):
             shutil.rmtree(os.path.join(folder, name))
