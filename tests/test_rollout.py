@@ -121,7 +121,8 @@ def test_sampling_in_parts(make_policy, monkeypatch, temperature):
     monkeypatch.setattr("rollout.join", lambda *args: parts.extend(args[0]) or join(*args))
     prompts = policy.prompts(TEXTS)
     whole = sample_in_parts(policy, prompts, 2, temperature, uniform, 10**6)
-    assert not parts
+    assert len(parts) == 1
+    parts.clear()
     assert_same(sample_in_parts(policy, prompts, 2, temperature, uniform, 1), whole)
     assert len(parts) == 3 and len({part.ids.shape[2] for part in parts}) > 1
     assert whole.n_shared == 5
@@ -145,7 +146,7 @@ def test_join():
         part([[[5], [6]]], [[[1], [1]]]),
         part([[[7, 8], [9, 0]], [[1, 2], [3, 4]]], [[[1, 1], [1, 0]], [[1, 1], [1, 1]]]),
     )
-    rollouts = join([one, two], Prompts)
+    rollouts = join([one, two], [slice(0, 1), slice(1, 3)], Prompts)
     assert rollouts.ids.tolist() == [[[5, 0], [6, 0]], [[7, 8], [9, 0]], [[1, 2], [3, 4]]]
     assert rollouts.mask.tolist() == [[[1, 0], [1, 0]], [[1, 1], [1, 0]], [[1, 1], [1, 1]]]
     assert rollouts.logprobs.tolist() == (-rollouts.ids / 10).tolist()
@@ -154,6 +155,9 @@ def test_join():
     assert torch.equal(rollouts.prompt_ids, Prompts.ids) and torch.equal(rollouts.prompt_mask, Prompts.mask)
     assert torch.equal(rollouts.counted, Prompts.counted) and (rollouts.n_shared, rollouts.n_cut) == (2, 1)
     assert len(rollouts) == 3 and rollouts.rationales() == [[[5], [6]], [[7, 8], [9]], [[1, 2], [3, 4]]]
+    dealt = join([two, one], [slice(0, None, 2), slice(1, None, 2)], Prompts)  # as two ranks share them out
+    assert dealt.rationales() == [[[7, 8], [9]], [[5], [6]], [[1, 2], [3, 4]]]
+    assert dealt.finished.tolist() == [[False, True], [False, False], [False, False]]
 
 
 def test_selected_groups(make_policy):
