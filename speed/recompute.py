@@ -46,7 +46,7 @@ def _pure(layer, index):
             return inner(hidden, *args, past_key_values=passing, **kwargs), passing.keys, passing.values
 
         earlier = (store.keys, store.values) if store.is_initialized else (None, None)
-        out, keys, values = checkpoint(run, hidden, *earlier, use_reentrant=False)
+        out, keys, values = checkpoint(run, hidden, *earlier, use_reentrant=False, preserve_rng_state=False)
         if not store.is_initialized:
             store.lazy_initialization(keys, values)
         store.keys, store.values = keys, values
