@@ -59,7 +59,6 @@ D hidden size.
 import sys
 import time
 
-import datasets
 import numpy as np
 import torch
 import transformers
@@ -370,7 +369,6 @@ def train(config, make_trainer=Trainer):
 
 def main(arguments, make_trainer=Trainer):
     transformers.utils.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
     commands = {"explain": explain, "report": report, "status": status}
     try:
         if arguments[:1] and arguments[0] in commands:
