@@ -25,6 +25,7 @@ import transformers
 
 from evaluation.encoder import GraceEncoder, MeanEncoder
 from evaluation.tasks import FAMILIES, SUBSET, TASKS, choose_tasks, evaluate_tasks
+from plumbing import ranks
 from plumbing.checkpoint import write_atomically
 from plumbing.errors import GraceError
 from plumbing.report import versions
@@ -94,9 +95,10 @@ def main(arguments):
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
     try:
+        ranks.start()
         evaluate(args)
     except GraceError as error:
-        sys.exit(f"eval_mteb_subset.py: {error}")
+        sys.exit(ranks.last_word(f"eval_mteb_subset.py: {error}"))
 
 
 def evaluate(args):

@@ -21,6 +21,7 @@ import warnings
 
 import torch
 
+from plumbing import ranks
 from plumbing.errors import GraceError, first_line
 from prompt import PromptBuilder, Reading
 from speed.decode import PlainDecoder, SharedDecoder
@@ -94,26 +95,27 @@ class Policy:
         settings |= {k: v for k, v in reading.items() if v is not None}
         return cls(model.to(device), tokenizer, Reading(**settings), dtype)
 
-    def save(self, folder):
-        """Write an ordinary checkpoint folder, with the reading beside the weights."""
-        self.model.save_pretrained(folder)
+    def save(self, folder, weights=None):
+        """Write an ordinary checkpoint folder, with the reading beside the weights. weights: its state dict, if sharded."""
+        self.model.save_pretrained(folder, state_dict=weights)
         self.tokenizer.save_pretrained(folder)
         with open(os.path.join(folder, SETTINGS), "w") as file:
             json.dump(dataclasses.asdict(self.reading), file, indent=2)
 
-    def bfloat16_copy(self):
-        """A copy with bfloat16 weights, to sample from: each token reads half the bytes. The float32 weights stay."""
+    def frozen_copy(self, dtype=None):
+        """A copy to sample from. In another type, bfloat16, each token reads half the bytes; these weights stay."""
         other = copy.copy(self)
         other.model, other.dtype = copy.deepcopy(self.model).requires_grad_(False), "as the weights"
         for parameter in other.model.parameters():  # not the buffers: positions need float32
-            parameter.data = parameter.data.to(torch.bfloat16)
+            parameter.data = parameter.data.to(dtype or parameter.dtype)
         other.base, other.head = other.model.base_model, other.model.get_output_embeddings()
         return other
 
     def copy_weights(self, policy):
-        """Take over another policy's weights, rounded to this one's type."""
+        """Take over another policy's weights, rounded to this one's type; if they are sharded, one after the other."""
         with torch.no_grad():
-            torch._foreach_copy_(list(self.model.parameters()), list(policy.model.parameters()))
+            for mine, theirs in zip(self.model.parameters(), policy.model.parameters()):
+                mine.copy_(ranks.whole(theirs))
 
     # ------------------------------------------------------------ the network
 

@@ -76,7 +76,7 @@ def main():
         texts = [row["text"] for row in read_texts(args.texts)]
         texts = list(dict.fromkeys(texts))[: args.n]
     if policy.dtype == "bfloat16":
-        policy = policy.bfloat16_copy()
+        policy = policy.frozen_copy(torch.bfloat16)
     options = {"tokens_per_batch": args.tokens_per_batch}
     if args.only_encode:
         GraceEncoder(policy, **options).encode(texts)

@@ -69,7 +69,7 @@ def main():
     parser.add_argument("--skip-update", action="store_true", help="rollouts only: full rows may not fit")
     args = parser.parse_args()
     policy = load_policy(args)
-    sampler = policy.bfloat16_copy() if policy.dtype == "bfloat16" else policy
+    sampler = policy.frozen_copy(torch.bfloat16) if policy.dtype == "bfloat16" else policy
     texts = make_texts(args.batch, policy, args.prompt_tokens)
     ours, theirs = policy.prompts(texts), policy.prompts(texts, share=False)  # plain left padding for generate()
     uniform = uniforms(0, args.batch, args.rollouts, args.max_new_tokens, device=args.device)

@@ -20,6 +20,7 @@ import threading
 
 import torch
 
+from plumbing import ranks
 from plumbing.checkpoint import checkpoints, newest_whole, write_atomically
 from plumbing.errors import GraceError, NotFinite, first_line
 
@@ -46,8 +47,8 @@ class Signals(contextlib.AbstractContextManager):
         self.received = number
         for n in self.handlers:
             signal.signal(n, signal.SIG_DFL)
-        # Not print: the signal may have come in the middle of one.
-        os.write(2, f"\n{signal.Signals(number).name}: finishing this step, then saving. Again: end at once.\n".encode())
+        if ranks.first():  # not by print: the signal may have come in the middle of one
+            os.write(2, f"\n{signal.Signals(number).name}: finishing this step, then saving. Again: end at once.\n".encode())
 
 
 def within_memory(compute, budget, least, where):
@@ -73,6 +74,25 @@ def within_memory(compute, budget, least, where):
             )
         budget = max(budget // 2, least)
         print(f"\nout of memory; continuing with {where} {budget}")
+
+
+def on_every_rank(compute, budget, least, where, meets=False):
+    """`within_memory` on every rank. Returns (each rank's result, the smallest budget that one of them used).
+
+    meets: compute itself meets the other ranks, so none of them can do it again alone. Out of memory then ends the run.
+    """
+
+    def attempt():
+        if not meets:
+            return within_memory(compute, budget, least, where)
+        try:
+            return compute(budget), budget
+        except torch.OutOfMemoryError as error:
+            ranks.leave()
+            raise GraceError(f"{where} {budget}: out of memory; lower it, and --resume continues") from error
+
+    results, budgets = zip(*ranks.together(attempt, meets))
+    return results, min(budgets)
 
 
 @contextlib.contextmanager
@@ -130,6 +150,7 @@ def finished_summary(config):
     return summary if done else None
 
 
+@ranks.by_first
 def claim(config):
     """Check, before anything is loaded, that --out may be used. Returns the checkpoint to resume from, or None.
 
@@ -156,6 +177,7 @@ def claim(config):
     return checkpoint
 
 
+@ranks.by_first
 def delete_stale(out, checkpoint=None, keep_metrics=True):
     """Delete stale files: the mark of a finished run, and what a kill left half written.
 

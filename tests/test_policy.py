@@ -128,7 +128,7 @@ def test_checks_are_made_in_float32(make_policy, monkeypatch):
 def test_bfloat16_copy(make_policy):
     policy = make_policy("Qwen2", tie_word_embeddings=True)
     before = [p.clone() for p in policy.model.parameters()]
-    sampler = policy.bfloat16_copy()
+    sampler = policy.frozen_copy(torch.bfloat16)
     rollouts = rolled(sampler, K=4)
     assert {p.dtype for p in sampler.model.parameters()} == {torch.bfloat16}
     assert sampler.head.weight is sampler.base.embed_tokens.weight  # still tied

@@ -204,7 +204,7 @@ def test_roles_get_their_texts_embeddings(make_policy):
     rows = [{**row, "negative": [*row["negative"], f"{row['query']} ."]} for row in ROWS]
     batch = make_batch(rows)
     settings = config(train_roles="positive", reward="infonce", anchor_temperature=0.0)
-    rollouts, embeddings = roll_out(policy, batch.texts, settings, step=0, budget=10**6)
+    rollouts, embeddings, _ = roll_out(policy, batch.texts, settings, step=0, budget=10**6)
     assert {role: x.shape[:-1] for role, x in embeddings.items()} == {
         "positive": (4, 3),
         "query": (4, 1),
@@ -221,7 +221,7 @@ def test_roles_without_texts(make_policy):
     """M = 0: an empty sum over negatives."""
     policy = make_policy()
     batch = make_batch([{**row, "negative": []} for row in ROWS])
-    _, embeddings = roll_out(policy, batch.texts, config(), step=0, budget=10**6)
+    _, embeddings, _ = roll_out(policy, batch.texts, config(), step=0, budget=10**6)
     assert embeddings["negative"].shape[:3] == (4, 0, 1)
     parts = split_by_role(torch.arange(6.0)[:, None], {"query": "ab", "negative": "cdef"}, ["query", "negative"])
     assert parts["query"][:, 0].tolist() == [0, 1] and parts["negative"][..., 0].tolist() == [[2, 3], [4, 5]]
