@@ -23,7 +23,8 @@ similarity="--rows 4096 --group 8 --dim 896" encode="--n 512 --batch 256 --token
 world="OUT=$folder/town bash train.sh"
 grown="--max-new-tokens 64 --points 3" profiled="--batch 8" micro=32
 if [ -n "${TINY:-}" ]; then
-  folder=runs/gpu-tiny page=runs/gpu-tiny/page.md
+  folder=${FOLDER:-runs/gpu-tiny}
+  page=$folder/page.md
   lengths="--prompt-tokens 40 --max-new-tokens 8 --device cpu"
   model="--shape 0.4m"
   sizes="$model --batch 2 --rollouts 2 $lengths"
