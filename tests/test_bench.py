@@ -77,6 +77,13 @@ def test_micro_batches(scaling):
     assert {costs: scaling.micro_batches(np.array(costs), 100) for costs in expected} == expected
 
 
+def test_the_page_has_the_tables(scaling, capsys):
+    scaling.tables()
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    page = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8").splitlines()
+    assert len(rows) == 4 * (9 + 2) and set(rows) <= set(page)
+
+
 def test_the_page_of_a_gpu(tmp_path):
     """Parts that work, one that fails and one of an earlier call: the page has all of them, in order."""
     python = tmp_path / "python"
