@@ -10,6 +10,11 @@ Decoding is greedy unless a temperature is given. The released evaluation sample
 where the same text gets another vector each time; `--temperature 1 --samples 3` takes the mean of
 three and shows how far single ones spread. `--no-rationale` is the paper's Base: the prompt alone.
 
+    torchrun --standalone --nproc-per-node N eval_mteb_subset.py …the same flags…
+
+shares out the batches of texts over N GPUs. They are the batches of one process, so the scores are the same to the last
+digit; the first rank keeps the vectors. docs/benchmarks.md says how long the 16 tasks take.
+
 In mteb's own harness: `mteb.evaluate(mteb_encoder(GraceEncoder("DIR")), [mteb.get_task("STSBenchmark")])`.
 """
 

@@ -10,6 +10,7 @@ the steps is `train`.
     python grace.py status DIR                                                 where a run is, and signs of trouble
     python grace.py report DIR                                                 a page about a run, finished or not
     python grace.py explain --model DIR_OR_HUB_ID "text a" "text b"            their cosine, word by word
+    torchrun --standalone --nproc-per-node N grace.py …the same flags…         N ranks take the step that one process takes
 
 Both halves of the gradient. The objective is the expected reward of what the policy writes,
 

@@ -104,7 +104,8 @@ class Run:
                 self.save()
                 print(f"step {self.trainer.step_number} was the last whole one and is saved: --resume continues from it")
             except GraceError as problem:  # a full disk stops the run and then the saving; the first error is raised
-                print(problem)
+                if str(problem) != str(error):
+                    print(problem)
         self.signals.__exit__(kind, error, trace)
 
     def save(self):

@@ -10,7 +10,6 @@ import contextlib
 import copy
 import json
 import os
-import shutil
 import signal
 import sys
 import tempfile
@@ -21,7 +20,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
-from conftest import ROWS, build, command, config, same  # noqa: E402
+from conftest import ROWS, build, command, config  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
 import eval_mteb_subset  # noqa: E402
@@ -90,7 +89,7 @@ MORE = [
     },
 ]
 SHARDED = dict(shard=True, batch=4, tokens_per_batch=60)
-CASES = {  # settings of a run of three steps; two more are rows and architecture
+CASES = {  # settings of a run of two steps
     "full": dict(batch=5, minibatches=2, tokens_per_batch=60),
     "paper": dict(recipe="paper", batch=5, minibatches=2, kl=0.1),
     "full unsupervised": dict(mode="unsupervised", batch=5, epochs=2, tokens_per_batch=60),
@@ -102,8 +101,8 @@ CASES = {  # settings of a run of three steps; two more are rows and architectur
 }
 
 
-def three_steps(settings, starve=False):
-    """Ids, weights and metrics of three steps in float64, by gradient descent. starve: the second rank runs out of memory."""
+def two_steps(settings, starve=False):
+    """Ids, weights and metrics of two steps in float64, by gradient descent. starve: the second rank runs out of memory."""
     tokenizer, rows = toy.build_tokenizer(), ROWS[:3] + MORE
     if settings.get("mode") == "unsupervised":
         rows = [{"text": text} for row in rows for text in (row["query"], row["positive"])]
@@ -120,12 +119,12 @@ def three_steps(settings, starve=False):
         return rollouts, embeddings
 
     def starved(*args):
-        if starve and not ranks.first() and len(ids) < 3 and len(args[0]) > 1:
+        if starve and not ranks.first() and len(ids) < 2 and len(args[0]) > 1:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return objective(*args)
 
     trainer.sample, trainer.objective = recorded, starved
-    for _ in range(3):
+    for _ in range(2):
         metrics.append({name: x for name, x in trainer.step().items() if not name.endswith(("_s", "_gb"))})
     whole = torch.cat([ranks.whole(p.detach()).flatten() for p in policy.model.parameters()])
     start = torch.cat(
@@ -140,7 +139,7 @@ def compared(one, each):
     off = max(float((rank["weights"] - one["weights"]).abs().max()) for rank in each)
     pairs = [(a[name], b[name]) for rank in each for a, b in zip(rank["metrics"], one["metrics"]) for name in b]
     return {
-        "same_ids": same_ids and len(one["ids"]) == 3,
+        "same_ids": same_ids and len(one["ids"]) == 2,
         "ranks_equal": torch.equal(each[0]["weights"], each[1]["weights"]),
         "off": off,
         "metrics_off": max(abs(a - b) for a, b in pairs),
@@ -150,15 +149,15 @@ def compared(one, each):
 
 
 def steps(world, folder):
-    """Three steps of every case in two ranks."""
+    """Two steps of every case in two ranks."""
 
     def all_cases():
-        found = {name: three_steps(settings) for name, settings in CASES.items()}
-        return found | {"out of memory": three_steps(CASES["full"], starve=True)}
+        found = {name: two_steps(settings) for name, settings in CASES.items()}
+        return found | {"out of memory": two_steps(CASES["full"], starve=True)}
 
     each = returned(all_cases, folder)
     for name in each[0]:
-        one = three_steps(CASES.get(name, CASES["full"]))
+        one = two_steps(CASES.get(name, CASES["full"]))
         yield {"case": name, **compared(one, [rank[name] for rank in each])}
 
 
@@ -205,95 +204,80 @@ def scores(world, folder):
 
 
 def weights_off(one, two, start):
-    """The largest difference between two models, and how far the first has moved."""
+    """How far two models are apart, and how far the first has moved, as norms over all weights."""
     a, b, s = (load_file(f"{path}/model.safetensors") for path in (one, two, start))
     assert a.keys() == b.keys()
-    largest = lambda x, y: max(float((x[name] - y[name]).abs().max()) for name in x)
-    return {"off": largest(a, b), "moved": largest(a, s)}
+    apart = lambda x, y: sum(float((x[name] - y[name]).pow(2).sum()) for name in x) ** 0.5
+    return {"off": apart(a, b), "moved": apart(a, s)}
 
 
-def whole_runs(world, folder):
-    """The command itself, in two ranks, sharded and not, against one process; and what ends a run, and how it is resumed."""
-    args = lambda out, *more: command(world, f"{folder}/{out}", "--steps 4 --device cpu", *more)
-    run = lambda out, *more: lambda: grace.main(args(out, *more))
+def second_rank(method, act, step=1):
+    """In this rank, if it is the second one: `act()` before the trainer's method is called first in a step."""
+    original, acted = getattr(grace.Trainer, method), []
+
+    def acting(trainer, *given):
+        if not ranks.first() and trainer.step_number == step and not acted:
+            acted.append(True)
+            act()
+        return original(trainer, *given)
+
+    setattr(grace.Trainer, method, acting)
+
+
+def no_number():
+    objective = grace.Trainer.objective
+
+    def bad(*given):
+        value, stats = objective(*given)
+        return value * float("nan"), stats
+
+    grace.Trainer.objective = bad
+
+
+def raising(error):
+    def act():
+        raise error
+
+    return act
+
+
+def stops(world, folder):
+    """What ends a run of two ranks, by its name: exit codes, what is printed, and the checkpoints that are left."""
+    args = lambda out, *more: command(world, f"{folder}/{out}", "--steps 3 --device cpu --eval-every 0", *more)
+    to_self = lambda number: lambda: os.kill(os.getpid(), number)
 
     def alone(out, *more):
         with open(f"{folder}/alone.txt", "w") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
             grace.main(args(out, *more))
 
-    def reported(name, ended, out, **more):
+    def run(out, *more, prepare=lambda: None):
+        ended = forked(lambda: (prepare(), grace.main(args(out, *more))), folder)
         saved = [os.path.basename(path) for path in checkpoints(f"{folder}/{out}")]
-        said = [[line for line in text.splitlines() if line.strip() and "step/s" not in line] for _, text in ended]
-        return {"run": name, "codes": [code for code, _ in ended], "said": said, "saved": saved, **more}
+        said = [
+            [line for line in text.splitlines() if line.strip() and "step/s" not in line and "s/step" not in line]
+            for _, text in ended
+        ]
+        return {"run": out, "codes": [code for code, _ in ended], "said": said, "saved": saved}
 
-    def second_rank(method, act, step=2):
-        """In this rank, if it is the second one: `act()` before the method's first call in a step."""
-        original, acted = getattr(grace.Trainer, method), []
+    def fails(out, method, act, *more):
+        return run(out, "--save-every 0", *more, prepare=lambda: second_rank(method, act))
 
-        def acting(trainer, *given):
-            if not ranks.first() and trainer.step_number == step and not acted:
-                acted.append(act())
-            return original(trainer, *given)
-
-        setattr(grace.Trainer, method, acting)
-
-    def ends(out, method, act, *more):
-        def function():
-            second_rank(method, act)
-            grace.main(args(out, "--save-every 0", *more))
-
-        return forked(function, folder)
-
+    off = lambda out: weights_off(f"{folder}/one", f"{folder}/{out}", f"{world}/model")
     alone("one")
-    yield reported(
-        "plain", forked(run("two"), folder), "two", **weights_off(*(f"{folder}/{x}" for x in ("one", "two")), f"{world}/model")
-    )
-    sharded = forked(run("sharded", "--shard"), folder)
-    yield reported("sharded", sharded, "sharded", **weights_off(f"{folder}/one", f"{folder}/sharded", f"{world}/model"))
+    # Any number of ranks resumes, sharded or not, what any other number left.
+    yield run("sharded", "--shard --steps 2")
+    alone("sharded", "--resume")
+    yield {"run": "sharded, resumed by one", **off("sharded")}
+    yield fails("killed", "update", to_self(signal.SIGKILL))
+    yield run("killed", "--shard --resume")
+    yield {"run": "killed, resumed sharded", **off("killed")}
 
-    # A checkpoint of two ranks, sharded, is resumed by one process, and the other way round.
-    forked(run("there", "--shard --steps 2"), folder)
-    alone("there", "--resume")
-    yield {"run": "resumed by one", **weights_off(f"{folder}/one", f"{folder}/there", f"{world}/model")}
-    alone("back", "--steps 2")
-    resumed = forked(run("back", "--shard --resume"), folder)
-    yield reported("resumed sharded", resumed, "back", **weights_off(f"{folder}/one", f"{folder}/back", f"{world}/model"))
-
-    die = lambda: os.kill(os.getpid(), signal.SIGKILL)
-    yield reported("killed, sharded", ends("killed-sharded", "objective", die, "--shard"), "killed-sharded")
-    yield reported("killed", ends("killed", "update", die), "killed")
-    forked(run("killed", "--save-every 0", "--resume"), folder)
-    same(f"{folder}/two", f"{folder}/killed")  # to the bit
-
-    yield reported("stopped", ends("stopped", "update", lambda: os.kill(os.getpid(), signal.SIGTERM)), "stopped")
-    yield reported("stopped, sharded", ends("stop", "update", lambda: os.kill(os.getpid(), signal.SIGTERM), "--shard"), "stop")
-
-    def no_number():
-        objective = grace.Trainer.objective
-
-        def bad(*given):
-            value, stats = objective(*given)
-            return value * float("nan"), stats
-
-        grace.Trainer.objective = bad
-
-    for out, flag in (("nan", ""), ("nan-sharded", "--shard")):
-        ended = ends(out, "update", no_number, flag)
-        yield reported(out, ended, out, shown=os.path.exists(f"{folder}/{out}/not_finite_step_3.json"))
-
-    def refuse():
-        raise GraceError("the second rank does not like this")
-
-    def break_down():
-        raise RuntimeError("a bug")
-
-    yield reported("refused", ends("refused", "backward", refuse), "refused")
-    yield reported("bug", ends("bug", "backward", break_down), "bug")
-
-    def no_memory():
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    yield reported("memory, sharded", ends("memory", "objective", no_memory, "--shard"), "memory")
+    yield fails("signal", "update", to_self(signal.SIGTERM), "--shard")
+    yield fails("not-finite", "update", no_number, "--shard")
+    yield {"run": "shown", "files": [name for name in os.listdir(f"{folder}/not-finite") if name.startswith("not_finite")]}
+    yield fails("refused", "backward", raising(GraceError("the second rank does not like this")))
+    yield fails("bug", "backward", raising(KeyError("a bug")))
+    yield fails("memory", "objective", raising(torch.OutOfMemoryError("CUDA out of memory")), "--shard")
 
     def full_disk():
         step = grace.Trainer.step
@@ -305,14 +289,13 @@ def whole_runs(world, folder):
             return step(trainer)
 
         grace.Trainer.step = blocked
-        grace.main(args("full", "--save-every 0"))
 
-    yield reported("full disk", forked(full_disk, folder), "full")
-    yield reported("no model", forked(run("none", "--model no/such/model"), folder), "none")
-    yield reported("too many", forked(run("many", "--batch 2 --minibatches 3"), folder), "many")
+    yield run("full", "--save-every 0", prepare=full_disk)
+    yield run("no-model", "--model no/such/model")
+    yield run("too-many", "--batch 2 --minibatches 3")
 
 
-CHECKS = {f.__name__: f for f in (steps, encoding, scores, whole_runs)}
+CHECKS = {f.__name__: f for f in (steps, encoding, scores, stops)}
 
 
 def main(world, *names):
@@ -322,8 +305,6 @@ def main(world, *names):
         with tempfile.TemporaryDirectory() as folder:
             for figures in CHECKS[name](world, folder):
                 print(json.dumps({"check": name, **figures}), flush=True)
-            shutil.rmtree(folder, ignore_errors=True)
-            os.makedirs(folder, exist_ok=True)
 
 
 if __name__ == "__main__":
