@@ -5,7 +5,7 @@
 #   bash bench/gpu.sh machine rollout    these parts; what earlier calls measured stays on the page
 #   TINY=1 bash bench/gpu.sh             tiny sizes on a CPU, to see that all of it runs; the page is runs/gpu-tiny/page.md
 #
-# A part that fails, or takes longer than its limit, says so on the page and keeps nothing from the others. What each prints
+# A part that fails, or takes longer than its limit, says so on the page and takes nothing from the others. What each prints
 # lies in runs/gpu/. No network is used once the packages are installed (PYTHON=/path/to/python takes an environment as it
 # is); only the comparison with TRL needs more than requirements-dev.txt: `pip install trl`.
 set -uo pipefail
@@ -29,8 +29,9 @@ if [ -n "${TINY:-}" ]; then
   model="--shape 0.4m"
   sizes="$model --batch 2 --rollouts 2 $lengths"
   similarity="--rows 64 --group 4 --dim 32 --device cpu" encode="--n 6 --batch 4 --repeats 1"
-  world="python toy.py --out $folder/world --steps 20 && python grace.py --model $folder/world/model --out $folder/town
-    --data $folder/world/data/train.jsonl --batch 4 --rollouts 2 --steps 2 --eval-every 0 --overwrite --device cpu"
+  world="python toy.py --out $folder/world --world events --steps 20"
+  world+=" && python grace.py --model $folder/world/model --data $folder/world/data/train.jsonl --out $folder/town"
+  world+=" --batch 4 --rollouts 2 --steps 2 --eval-every 0 --overwrite --device cpu"
   grown="--max-new-tokens 8 --points 2 --device cpu" profiled="--batch 2" micro=2
 fi
 mkdir -p "$folder"
