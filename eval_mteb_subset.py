@@ -117,7 +117,8 @@ def evaluate(args):
         tokens_per_batch=args.tokens_per_batch, device=args.device, dtype=args.dtype, progress=True,
     )  # fmt: skip
     first = GraceEncoder(args.model, seed=args.seed, **common, **reading)
-    encoders = [first] + [GraceEncoder(first.policy, seed=args.seed + i, **common) for i in range(1, args.samples)]
+    more = {**common, "device": None, "dtype": "float32"}  # the first one's policy brings both
+    encoders = [first] + [GraceEncoder(first.policy, seed=args.seed + i, **more) for i in range(1, args.samples)]
     encode = (MeanEncoder(encoders) if args.samples > 1 else first).encode
 
     def report(name, result):

@@ -60,7 +60,6 @@ D hidden size.
 import sys
 import time
 
-import datasets
 import numpy as np
 import torch
 import transformers
@@ -372,7 +371,6 @@ def train(config, make_trainer=Trainer):
 
 def main(arguments, make_trainer=Trainer):
     transformers.utils.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
     commands = {"explain": explain, "report": report, "status": status}
     try:
         ranks.start()

@@ -48,7 +48,9 @@ class Policy:
         self.model, self.tokenizer = model.eval(), tokenizer
         self.reading = _fit_context(reading or Reading(), model.config.get_text_config())
         self.base, self.head = model.base_model, model.get_output_embeddings()
-        self.device, self.dtype = model.device, dtype
+        self.device, self.dtype = model.device, "float32"
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)  # streams, captured graphs and Triton's kernels go to the current device
         self.end_ids = torch.tensor(_end_ids(model, tokenizer), device=self.device)
         text_config = model.config.get_text_config()
         self.softcap = getattr(text_config, "final_logit_softcapping", None)  # Gemma
@@ -61,7 +63,8 @@ class Policy:
         self.prompts_once = model.config._attn_implementation in ("sdpa", "grace")  # grace: in another Policy already
         if self.prompts_once:
             model.set_attn_implementation("grace")
-        self._check()
+        self._check()  # of structure, so not in a type whose rounding could hide it
+        self.dtype = dtype
         self.prompts = PromptBuilder(tokenizer, self.reading, self.device, self.can_share)
 
     @classmethod

@@ -159,7 +159,9 @@ class GraceEncoder:
         if isinstance(model, Policy) and (reading or device or dtype != "float32"):
             raise GraceError("a Policy brings its own reading, device and dtype: give them to Policy.load instead")
         if not isinstance(model, Policy):
-            model = Policy.load(model, device or ("cuda" if torch.cuda.is_available() else "cpu"), dtype, **reading)
+            model = Policy.load(model, device or ("cuda" if torch.cuda.is_available() else "cpu"), **reading)
+            if dtype == "bfloat16":  # weights in it, too: they are only read here, and rounding them per token costs more
+                model = model.frozen_copy(torch.bfloat16)
         self.policy, self.temperature, self.seed, self.rationale = model, temperature, seed, rationale
         self.tokens_per_batch, self.progress = tokens_per_batch, progress
         self.n_requested, self.n_read, self.flags = 0, 0, {}

@@ -49,7 +49,9 @@ def _pure(layer, index, again):
             return inner(hidden, *args, past_key_values=passing, **kwargs), passing.keys, passing.values
 
         earlier = (store.keys, store.values) if store.is_initialized else (None, None)
-        return checkpoint(run, hidden, *earlier, use_reentrant=False) if again else run(hidden, *earlier)
+        if not again:
+            return run(hidden, *earlier)
+        return checkpoint(run, hidden, *earlier, use_reentrant=False, preserve_rng_state=False)
 
     def keep(layer, args, kwargs, out):
         """What the layer's caller gets of the three; keys and values go into the cache."""

@@ -114,6 +114,14 @@ def test_no_code_is_run(tiny_world, tmp_path):
     assert not (tmp_path / "was-here").exists()
 
 
+def test_checks_are_made_in_float32(make_policy, monkeypatch):
+    """What a model is does not depend on the compute type: rounding could hide a difference, or look like one."""
+    float32, made = make_policy(), []
+    check = Policy._check
+    monkeypatch.setattr(Policy, "_check", lambda self: (made.append(self.dtype), check(self)))
+    assert Policy(float32.model, float32.tokenizer, float32.reading, "bfloat16").dtype == "bfloat16" and made == ["float32"]
+
+
 # ---------------------------------------------------------------- a copy to sample from
 
 

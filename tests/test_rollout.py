@@ -10,6 +10,7 @@ from rollout import (
     describe,
     draw,
     effective_rank,
+    invert,
     join,
     make_batch,
     roll_out,
@@ -83,6 +84,31 @@ def test_draw_follows_the_softmax():
     torch.testing.assert_close(logprob.double(), p[token].log(), rtol=1e-5, atol=1e-6)
     token, logprob = draw(logits[:1], 0.0)
     assert token.item() == 2 and logprob.item() == pytest.approx(float(torch.log_softmax(logits[0], -1)[2]))
+
+
+@pytest.mark.parametrize("V", [7, 512, 513, 5000])
+def test_a_draw_is_the_inverse_transform(V):
+    """The place where the running sum passes the random number, as float64 finds it, in one step or in two."""
+    torch.manual_seed(0)
+    p = torch.softmax(5 * torch.randn(400, V), -1)
+    p[:, 2] = 0
+    u = uniforms(1, 400)[:, None]
+    below = p.double().cumsum(-1)
+    exact = torch.searchsorted(below, u * below[:, -1:], right=True)
+    near = [torch.searchsorted(below, (u + e) * below[:, -1:], right=True).clamp(max=V - 1) for e in (-2e-6, 2e-6)]
+    place = invert(p, u)
+    assert (place == exact).float().mean() > 0.99 and ((near[0] <= place) & (place <= near[1])).all()
+    assert (p.gather(1, place) > 0).all()
+
+
+def test_a_draw_has_weight_at_both_ends():
+    """The largest float32 below 1 times a total can round to that total: still the last place with any weight."""
+    for V in (40, 40_000):
+        weights = torch.zeros(2000, V)
+        weights[:, 9:-9] = torch.rand(2000, V - 18, generator=torch.Generator().manual_seed(0)) + 0.1
+        for share, place in ((0.0, 9), (1 - 2**-24, V - 10)):
+            drawn = invert(weights, torch.full((2000, 1), share))
+            assert (weights.gather(1, drawn) > 0).all() and (drawn - place).abs().max() <= V * 1e-6
 
 
 def test_uniforms():
