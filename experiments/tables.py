@@ -69,14 +69,16 @@ def some(rows, *labels):
     return {label: rows[label] for label in labels}
 
 
-# The search for the settings that suit the paper's recipe best: its rate, then the rest at a good one. And for the loss.
-TRIED, TRIED_LOSS = PAPER | dict(steps=150, eval_every=50), CONTRASTIVE | dict(eval_every=0)
+# The search for the settings that suit the paper's recipe best: its rate, then the rest at the best rate. And for the loss.
+TRIED, TRIED_LOSS = PAPER | dict(steps=150, eval_every=25), CONTRASTIVE | dict(eval_every=0)
+STEEP = PAPER | dict(lr=1e-3, steps=100, eval_every=50)
 SEARCH = {
-    **{f"the paper's recipe: rate {rate:g}": TRIED | dict(lr=rate, eval_every=25) for rate in (1e-4, 3e-4, 5e-4, 1e-3)},
-    **{f"the paper's recipe: rate {rate:g}, falling to 0": TRIED | dict(lr=rate, lr_decay=True) for rate in (5e-4, 1e-3)},
-    **{f"the paper's recipe: rate 0.0005, KL {x:g}": TRIED | dict(kl=x) for x in (0.03, 0.1)},
-    "the paper's recipe: rate 0.0005, temperature 0.7": TRIED | dict(temperature=0.7),
-    "the paper's recipe: rate 0.0005, K = 8": TRIED | dict(rollouts=8),
+    **{f"the paper's recipe: rate {rate:g}": TRIED | dict(lr=rate) for rate in (1e-4, 3e-4, 5e-4, 1e-3)},
+    "the paper's recipe: rate 0.0005, falling to 0": TRIED | dict(lr_decay=True, eval_every=50),
+    "the paper's recipe: rate 0.001, falling to 0": STEEP | dict(lr_decay=True),
+    **{f"the paper's recipe: rate 0.001, KL {x:g}": STEEP | dict(kl=x) for x in (0.03, 0.1)},
+    "the paper's recipe: rate 0.001, temperature 0.7": STEEP | dict(temperature=0.7),
+    "the paper's recipe: rate 0.001, K = 8": STEEP | dict(rollouts=8),
     **{f"the loss: rate {rate:g}": TRIED_LOSS | dict(lr=rate) for rate in (3e-4, 1e-3, 3e-3)},
     **{f"the loss: softmax temperature {t:g}": TRIED_LOSS | dict(infonce_temperature=t) for t in (0.1, 0.2)},
 }
