@@ -13,6 +13,7 @@ from dataclasses import field as dataclass_field
 
 import torch
 
+from plumbing import ranks
 from plumbing.errors import GraceError
 from pool import POOLS
 from prompt import Reading
@@ -29,7 +30,7 @@ RECIPES = {  # a recipe only sets defaults: any of them can be given on the comm
 }  # fmt: skip
 HOW_LONG_AND_WHERE = {  # settings that a resumed run may change: none moves its gradients
     "steps", "out", "resume", "overwrite", "may_change", "on_bad_row", "save_every", "save_minutes", "eval_every",
-    "kernel", "recompute", "tokens_per_batch", "sample_tokens",
+    "kernel", "recompute", "shard", "tokens_per_batch", "sample_tokens",
 }  # fmt: skip
 
 
@@ -68,10 +69,11 @@ class Config:
     minibatches: int = setting(1, "optimizer steps per batch of rollouts (the released code: 4)", least=1)
     epochs: int = setting(1, "passes over one batch of rollouts", least=1)
     lr: float = setting(1e-6, "learning rate of AdamW", above=0)
+    lora: int = setting(None, "train adapters of this rank and not the weights; try ten times the rate (needs peft)", least=1)
     lr_decay: bool = setting(False, "let the learning rate fall linearly to 0")
     weight_decay: float = setting(0.01, "weight decay of AdamW", least=0)
     max_grad_norm: float = setting(1.0, "the gradient is clipped to this norm", above=0)
-    # How much of it
+    # How much of it, over all ranks together
     batch: int = setting(64, "instances per step, B", least=1)
     rollouts: int = setting(8, "rollouts per prompt, K", least=1)
     steps: int = setting(1000, "training steps", least=1)
@@ -98,6 +100,7 @@ class Config:
     )
     tokens_per_batch: int = setting(4096, "token budget of a micro-batch; lower it when memory is short", least=1)
     recompute: bool = setting(False, "keep no activations inside layers: a third more time in the update, less memory")
+    shard: bool = setting(False, "under torchrun: each rank holds its share of weights, gradients and moments (FSDP2)")
     dtype: str = setting(
         "float32", "compute type; weights stay float32, rationales come from a copy in it", ("float32", "bfloat16")
     )
@@ -133,8 +136,20 @@ class Config:
             raise GraceError("--reward paper is defined for the positive's rollouts (Eq. 13); use --train-roles positive")
         if self.reward == "infonce" and self.batch == 1:
             raise GraceError("--batch 1: InfoNCE tells an instance from others of its batch; use 2 or more")
-        if self.minibatches > self.batch * len(self.roles):
-            raise GraceError(f"--minibatches {self.minibatches}: a batch has only {self.batch * len(self.roles)} groups")
+        groups, n = self.batch * len(self.roles), ranks.size()
+        if self.minibatches * n > groups or n > self.batch:
+            shared = f", and each of {n} ranks needs an instance, and a group of every minibatch" if n > 1 else ""
+            raise GraceError(f"--minibatches {self.minibatches}: a batch has only {groups} groups{shared}")
+        if self.shard and n == 1:
+            raise GraceError("--shard shares the weights out over ranks: torchrun --standalone --nproc-per-node N grace.py ...")
+        if self.shard and self.lora:
+            raise GraceError("--shard with --lora: adapters are small enough for every rank; leave out --shard")
+        if self.shard and groups % (n * self.minibatches):
+            raise GraceError(
+                f"--shard: {n} ranks x --minibatches {self.minibatches} must divide {groups} groups; change --batch"
+            )
+        if self.device == "cuda" and ranks.local_rank() >= torch.cuda.device_count():
+            raise GraceError(f"a rank needs a GPU: give --nproc-per-node {torch.cuda.device_count()} at most")
         if self.resume and self.overwrite:
             raise GraceError("--resume continues a run and --overwrite starts anew: give one of them")
         if unknown := set(self.changeable) - {field.name for field in dataclasses.fields(self)}:

@@ -10,6 +10,11 @@ Decoding is greedy unless a temperature is given. The released evaluation sample
 where the same text gets another vector each time; `--temperature 1 --samples 3` takes the mean of
 three and shows how far single ones spread. `--no-rationale` is the paper's Base: the prompt alone.
 
+    torchrun --standalone --nproc-per-node N eval_mteb_subset.py …the same flags…
+
+shares out the batches of texts over N GPUs. They are the batches of one process, so the scores are the same to the last
+digit; the first rank keeps the vectors. docs/benchmarks.md says how long the 16 tasks take.
+
 In mteb's own harness: `mteb.evaluate(mteb_encoder(GraceEncoder("DIR")), [mteb.get_task("STSBenchmark")])`.
 """
 
@@ -25,6 +30,7 @@ import transformers
 
 from evaluation.encoder import GraceEncoder, MeanEncoder
 from evaluation.tasks import FAMILIES, SUBSET, TASKS, choose_tasks, evaluate_tasks
+from plumbing import ranks
 from plumbing.checkpoint import write_atomically
 from plumbing.errors import GraceError
 from plumbing.report import versions
@@ -94,9 +100,10 @@ def main(arguments):
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
     try:
+        ranks.start()
         evaluate(args)
     except GraceError as error:
-        sys.exit(f"eval_mteb_subset.py: {error}")
+        sys.exit(ranks.last_word(f"eval_mteb_subset.py: {error}"))
 
 
 def evaluate(args):
@@ -110,7 +117,8 @@ def evaluate(args):
         tokens_per_batch=args.tokens_per_batch, device=args.device, dtype=args.dtype, progress=True,
     )  # fmt: skip
     first = GraceEncoder(args.model, seed=args.seed, **common, **reading)
-    encoders = [first] + [GraceEncoder(first.policy, seed=args.seed + i, **common) for i in range(1, args.samples)]
+    more = {**common, "device": None, "dtype": "float32"}  # the first one's policy brings both
+    encoders = [first] + [GraceEncoder(first.policy, seed=args.seed + i, **more) for i in range(1, args.samples)]
     encode = (MeanEncoder(encoders) if args.samples > 1 else first).encode
 
     def report(name, result):

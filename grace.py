@@ -10,6 +10,7 @@ the steps is `train`.
     python grace.py status DIR                                                 where a run is, and signs of trouble
     python grace.py report DIR                                                 a page about a run, finished or not
     python grace.py explain --model DIR_OR_HUB_ID "text a" "text b"            their cosine, word by word
+    torchrun --standalone --nproc-per-node N grace.py …the same flags…         N ranks take the step that one process takes
 
 Both halves of the gradient. The objective is the expected reward of what the policy writes,
 
@@ -59,7 +60,6 @@ D hidden size.
 import sys
 import time
 
-import datasets
 import numpy as np
 import torch
 import transformers
@@ -72,15 +72,16 @@ from evaluation.explain import explain
 from evaluation.page import finish_page, report
 from evaluation.probe import record
 from evaluation.tasks import evaluate_heldout
+from plumbing import ranks
 from plumbing.data import load_rows
 from plumbing.errors import GraceError, finite, first_line
-from plumbing.guard import finished_summary, inspected, save_batch, within_memory
+from plumbing.guard import finished_summary, inspected, on_every_rank, save_batch
 from plumbing.report import peak_memory_gb, show_summary
 from plumbing.run import Run
 from plumbing.status import status
-from policy import Policy
+from policy import load_policies
 from rollout import describe, make_batch, roll_out, score
-from speed.recompute import recompute_layers
+from speed.shard import newest, prepare
 
 # ---------------------------------------------------------------- advantage and objective
 
@@ -174,14 +175,12 @@ class Trainer:
 
     def __init__(self, policy, reference, rows, config):
         self.policy, self.reference, self.rows, self.config = policy, reference, rows, config
-        self.sampler = policy.bfloat16_copy() if config.dtype == "bfloat16" else policy
+        self.sampler = prepare(policy, reference, config)
         self.optimizer = torch.optim.AdamW(policy.model.parameters(), config.lr, weight_decay=config.weight_decay, fused=True)
         self.step_number = 0
         # Token budgets; halved when the device runs out of memory.
         self.sample_tokens, self.tokens_per_batch = config.sample_tokens, config.tokens_per_batch
         similarity.kernel = config.kernel
-        if config.recompute:
-            recompute_layers(policy)
 
     def next_rows(self):
         """The next B rows of a stream of shuffled passes over the data, a function of seed and step."""
@@ -216,14 +215,12 @@ class Trainer:
         return {name: float(x) for name, x in metrics.items()}
 
     def sample(self, texts):
-        """Phase 2 within the device's memory, from the newest weights. Returns what `roll_out` returns."""
+        """Phase 2, from the newest weights. Returns the rollouts and the embeddings by role, as `roll_out` does."""
         if self.sampler is not self.policy:
             self.sampler.copy_weights(self.policy)
-        attempt = lambda budget: roll_out(self.sampler, texts, self.config, self.step_number, budget)
-        least = self.config.rollouts * self.policy.reading.max_new_tokens
-        where = f"step {self.step_number + 1}: --sample-tokens"
-        result, self.sample_tokens = within_memory(attempt, self.sample_tokens, least, where)
-        return result
+        drawn = roll_out(self.sampler, texts, self.config, self.step_number, self.sample_tokens)
+        rollouts, embeddings, self.sample_tokens = drawn
+        return rollouts, embeddings
 
     def advantage(self, R, batch):
         """Eq. 18. `[N, K] -> [N, K]`. What else it could be made from is in the batch: experiments/algorithms.py."""
@@ -274,8 +271,8 @@ class Trainer:
             for minibatch in order.tensor_split(config.minibatches):
                 least, where = int(self.cost(rollouts)[minibatch].max()), f"step {self.step_number + 1}: --tokens-per-batch"
                 backward = lambda budget: self.backward(minibatch, rollouts, A, g, budget)  # noqa: B023
-                part, self.tokens_per_batch = within_memory(backward, self.tokens_per_batch, least, where)
-                stats.append(part)
+                parts, self.tokens_per_batch = on_every_rank(backward, self.tokens_per_batch, least, where, config.shard)
+                stats.append([micro for part in parts for micro in part])
                 norms.append(self.optimizer_step())
         first_ratio_off = max(float(micro["ratio_off"].max()) for micro in stats[0])
         every = [micro for part in stats for micro in part]
@@ -284,19 +281,21 @@ class Trainer:
         return {**means, "first_ratio_off": first_ratio_off, "grad_norm": float(np.mean(norms))}
 
     def backward(self, minibatch, rollouts, A, g, budget):
-        """The gradient of one minibatch, from zero. Returns what `objective` logs, a dict per micro-batch."""
+        """A rank's part of one minibatch's gradient, from zero. Returns what `objective` logs, a dict per micro-batch."""
         self.optimizer.zero_grad(set_to_none=True)
-        stats = []
-        for micro in self.micro_batches(minibatch, rollouts, budget):
+        stats, values = [], []
+        for micro in filter(len, self.micro_batches(minibatch, rollouts, budget)):
             value, logged = self.objective(rollouts[micro], A[micro], g[micro])
-            finite("the loss", value)
             (-value.sum() / (len(minibatch) * A.shape[1])).backward()
             stats.append(logged)
+            values.append(value.detach())
+        finite("the loss", *values)  # here, where every rank comes, and not amid work that ranks share
         return stats
 
     def optimizer_step(self):
         """One step along the accumulated gradient, at this step's rate. Returns the gradient's norm before clipping."""
-        norm = torch.nn.utils.clip_grad_norm_(self.policy.model.parameters(), self.config.max_grad_norm)
+        ranks.sum_gradients(self.policy.model.parameters())
+        norm = ranks.whole(torch.nn.utils.clip_grad_norm_(self.policy.model.parameters(), self.config.max_grad_norm))
         finite("the gradient", norm)
         if self.config.lr_decay:
             for group in self.optimizer.param_groups:
@@ -310,13 +309,14 @@ class Trainer:
         return rollouts.prompt_mask.sum(1) - rollouts.n_shared + rollouts.ids.shape[1] * rollouts.mask.sum(-1).amax(1)
 
     def micro_batches(self, groups, rollouts, budget):
-        """Groups by length, in micro-batches whose padded tokens stay within the budget; at least one group each."""
+        """A rank's groups by length, in micro-batches whose padded tokens stay within the budget; at least one group each."""
         cost = self.cost(rollouts)
-        groups = groups[cost[groups].argsort()]
+        # In a row stand groups of about one cost, one for each rank: so the ranks' micro-batches are alike, and equally many.
+        rows = groups[cost[groups].argsort(stable=True)].split(ranks.size())
         first = 0
-        for last in range(1, len(groups) + 1):
-            if last == len(groups) or (last + 1 - first) * int(cost[groups[last]]) > budget:
-                yield groups[first:last]
+        for last in range(1, len(rows) + 1):
+            if last == len(rows) or (last + 1 - first) * int(cost[rows[last][-1]]) > budget:
+                yield torch.cat(rows[first:last])[ranks.mine()]
                 first = last
 
     def save_batch(self, path, batch, figures):
@@ -341,19 +341,20 @@ def train(config, make_trainer=Trainer):
     run = Run(config)
     rows, heldout, graded = load_rows(config, run.skipped)
     run.check(rows)
-    policy = Policy.load(run.checkpoint or config.model, config.device, config.dtype, **config.reading)
-    reference = Policy.load(config.model, config.device, config.dtype, **config.reading) if config.kl else None
+    policy, reference = load_policies(config, run.checkpoint)
     trainer = make_trainer(policy, reference, rows, config)
     shown = [row.get("query") or row["text"] for row in (heldout or rows)[:6]]
 
     def evaluate(rationale=True):
         if not heldout:  # fewer than ten rows of data
-            return {"text_loss": text_loss(policy, shown)}
-        return evaluate_heldout(policy, heldout, graded, rationale, config.temperature)
+            return {"text_loss": text_loss(newest(policy, trainer.sampler), shown)}
+        return evaluate_heldout(newest(policy, trainer.sampler), heldout, graded, rationale, config.temperature)
 
     def rationales():
-        record(config.out, trainer.step_number, policy, heldout)  # what the run's page shows of held-out rows
-        return dict(zip(shown, encode_texts(policy, shown).rationales))
+        record(
+            config.out, trainer.step_number, newest(policy, trainer.sampler), heldout
+        )  # what the run's page shows of held-out rows
+        return dict(zip(shown, encode_texts(newest(policy, trainer.sampler), shown).rationales))
 
     print(
         f"{len(rows)} training rows ({len(rows[0].get('negative', []))} negatives each), {len(heldout)} held-out, "
@@ -364,23 +365,23 @@ def train(config, make_trainer=Trainer):
         while trainer.step_number < config.steps:
             run.record(trainer.step())
     summary = run.finish()
-    finish_page(config.out)
+    ranks.by_first(finish_page)(config.out)
     return summary
 
 
 def main(arguments, make_trainer=Trainer):
     transformers.utils.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
     commands = {"explain": explain, "report": report, "status": status}
     try:
+        ranks.start()
         if arguments[:1] and arguments[0] in commands:
             commands[arguments[0]](arguments[1:])
         else:
             train(parse(arguments, __doc__), make_trainer)
     except GraceError as error:
-        sys.exit(f"grace.py: {error}")
+        sys.exit(ranks.last_word(f"grace.py: {error}"))
     except torch.OutOfMemoryError as error:
-        sys.exit(f"grace.py: out of memory outside the update and the sampler ({first_line(error)})")
+        sys.exit(ranks.last_word(f"grace.py: out of memory outside the update and the sampler ({first_line(error)})"))
     except KeyboardInterrupt:  # before or after the training steps: nothing to save
         sys.exit(130)
 

@@ -15,17 +15,21 @@ Shapes: N prompts, P prompt positions, L positions, D hidden size, V vocabulary.
 import contextlib
 import copy
 import dataclasses
+import functools
 import json
 import os
 import warnings
 
 import torch
 
+from plumbing import ranks
 from plumbing.errors import GraceError, first_line
 from prompt import PromptBuilder, Reading
+from speed import lora
 from speed.decode import PlainDecoder, SharedDecoder
 
 SETTINGS = "grace_config.json"
+SAFE = dict(trust_remote_code=False)  # left out, the library would ask at the terminal
 
 
 class Policy:
@@ -35,13 +39,18 @@ class Policy:
     reading      instruction, limits and pooling
     base, head   the network's body and its output head
     end_ids      `[n]`, the tokens that end a rationale
+    adapters     what is trained in place of the weights, once `adapt` was called (speed/lora.py); else None
     """
+
+    adapters, switched = None, contextlib.nullcontext  # switched: a context, in which the adapters are as this policy has them
 
     def __init__(self, model, tokenizer, reading=None, dtype="float32"):
         self.model, self.tokenizer = model.eval(), tokenizer
         self.reading = _fit_context(reading or Reading(), model.config.get_text_config())
         self.base, self.head = model.base_model, model.get_output_embeddings()
-        self.device, self.dtype = model.device, dtype
+        self.device, self.dtype = model.device, "float32"
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)  # streams, captured graphs and Triton's kernels go to the current device
         self.end_ids = torch.tensor(_end_ids(model, tokenizer), device=self.device)
         text_config = model.config.get_text_config()
         self.softcap = getattr(text_config, "final_logit_softcapping", None)  # Gemma
@@ -54,7 +63,8 @@ class Policy:
         self.prompts_once = model.config._attn_implementation in ("sdpa", "grace")  # grace: in another Policy already
         if self.prompts_once:
             model.set_attn_implementation("grace")
-        self._check()
+        self._check()  # of structure, so not in a type whose rounding could hide it
+        self.dtype = dtype
         self.prompts = PromptBuilder(tokenizer, self.reading, self.device, self.can_share)
 
     @classmethod
@@ -64,16 +74,16 @@ class Policy:
         Weights are float32 whatever the file holds; `dtype="bfloat16"` computes in bfloat16, on CUDA.
         Raises GraceError if there is no such model, or if it cannot be used (see `_check`).
         """
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoTokenizer
 
         settings, path = {}, os.path.join(source, SETTINGS)
         try:
-            safe = dict(trust_remote_code=False)  # left out, the library would ask at the terminal
-            tokenizer = AutoTokenizer.from_pretrained(source, **safe)
-            model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, use_safetensors=True, **safe)
+            tokenizer, model = AutoTokenizer.from_pretrained(source, **SAFE), _model(source)
             if os.path.isfile(path):
                 with open(path) as file:
                     settings = dict(json.load(file))
+        except GraceError:
+            raise
         except Exception as error:  # each kind of damage raises its own; to a user they mean the same
             advice = "Give a folder written by save_pretrained, or, with a network, a hub id."
             if "trust_remote_code" in str(error):
@@ -91,26 +101,54 @@ class Policy:
         settings |= {k: v for k, v in reading.items() if v is not None}
         return cls(model.to(device), tokenizer, Reading(**settings), dtype)
 
-    def save(self, folder):
-        """Write an ordinary checkpoint folder, with the reading beside the weights."""
-        self.model.save_pretrained(folder)
+    def save(self, folder, weights=None, merged=False):
+        """Write an ordinary checkpoint folder, with the reading beside the weights.
+
+        weights: the model's state dict, where it is sharded. Adapters are written alone, or merged into the weights.
+        """
+        if self.adapters and not merged:
+            self.adapters.save_pretrained(folder, save_embedding_layers=False)
+        else:
+            self.model.save_pretrained(folder, state_dict=lora.merged_state(self.adapters) if self.adapters else weights)
         self.tokenizer.save_pretrained(folder)
         with open(os.path.join(folder, SETTINGS), "w") as file:
             json.dump(dataclasses.asdict(self.reading), file, indent=2)
 
-    def bfloat16_copy(self):
-        """A copy with bfloat16 weights, to sample from: each token reads half the bytes. The float32 weights stay."""
+    def save_result(self, folder, weights=None):
+        """Write the whole model as an ordinary checkpoint folder, and adapters, where they are what was trained, beside it."""
+        self.save(folder, weights, merged=True)
+        if self.adapters:
+            self.save(os.path.join(folder, "adapter"))
+
+    def adapt(self, rank, seed, folder=None):
+        """From now on train adapters of a rank and not the weights: new adapters, or those of a folder (speed/lora.py)."""
+        self.adapters = lora.adapt(self.model, rank, seed, folder)
+
+    def start(self):
+        """This policy with its adapters off: as it was before training. All weights are shared."""
         other = copy.copy(self)
-        other.model, other.dtype = copy.deepcopy(self.model).requires_grad_(False), "as the weights"
+        other.switched = functools.partial(lora.off, self.adapters)
+        return other
+
+    def frozen_copy(self, dtype=None):
+        """A copy to sample from. In another type, bfloat16, each token reads half the bytes; these weights stay."""
+        other = copy.copy(self)
+        whole = copy.deepcopy(self.adapters).merge_and_unload() if self.adapters else copy.deepcopy(self.model)
+        other.model, other.adapters, other.dtype = whole.requires_grad_(False), None, "as the weights"
         for parameter in other.model.parameters():  # not the buffers: positions need float32
-            parameter.data = parameter.data.to(torch.bfloat16)
+            parameter.data = parameter.data.to(dtype or parameter.dtype)
         other.base, other.head = other.model.base_model, other.model.get_output_embeddings()
         return other
 
     def copy_weights(self, policy):
-        """Take over another policy's weights, rounded to this one's type."""
+        """Take over another policy's weights, adapters merged, rounded to this one's type; sharded ones one after the other."""
         with torch.no_grad():
-            torch._foreach_copy_(list(self.model.parameters()), list(policy.model.parameters()))
+            if not policy.adapters:
+                for mine, theirs in zip(self.model.parameters(), policy.model.parameters()):
+                    mine.copy_(ranks.whole(theirs))
+            else:  # the others have not moved
+                for name, weight in lora.merged_weights(policy.adapters):
+                    self.model.get_parameter(name).copy_(weight)
 
     # ------------------------------------------------------------ the network
 
@@ -127,7 +165,7 @@ class Policy:
         would otherwise get them wrong. Further arguments reach the attention function (decode.py).
         """
         below = self.reading.pooling == "penultimate"
-        with self.autocast():
+        with self.autocast(), self.switched():
             out = self.base(
                 input_ids=ids,
                 attention_mask=mask,
@@ -219,6 +257,35 @@ class Policy:
             # or its attention asks for more than `attend` does.
             return False
         return near(shared, plain)
+
+
+def load_policies(config, checkpoint=None):
+    """The policy to train, as a checkpoint has it if there is one, and the start that the KL term refers to, or None.
+
+    With adapters (`--lora`) both are one model: that of `--model`, with its adapters and without them.
+    """
+    load = lambda source: Policy.load(source, config.device, config.dtype, **config.reading)
+    if config.lora:
+        policy = load(config.model)
+        policy.adapt(config.lora, config.seed, checkpoint)
+        trained, every = policy.adapters.get_nb_trainable_parameters()
+        print(f"adapters of rank {config.lora}: {trained / 1e6:.2f} M of {every / 1e6:.2f} M parameters are trained")
+        return policy, policy.start() if config.kl else None
+    return load(checkpoint or config.model), load(config.model) if config.kl else None
+
+
+def _model(source):
+    """The network of a checkpoint folder or hub id, float32. Adapters are merged into the base that they name."""
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import find_adapter_config_file
+
+    if adapter := find_adapter_config_file(source):
+        with open(adapter) as file:
+            base = json.load(file)["base_model_name_or_path"]
+        model = lora.load(_model(base), source).merge_and_unload().requires_grad_(True)
+        model.name_or_path = source  # what adapters that are trained from here on name as their base
+        return model
+    return AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, use_safetensors=True, **SAFE)
 
 
 def _fit_context(reading, config):

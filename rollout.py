@@ -14,16 +14,21 @@ Shapes: N prompts (one group of rollouts each), P prompt positions, K rollouts p
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+from plumbing import ranks
 from plumbing.errors import finite
+from plumbing.guard import on_every_rank
 from pool import fold, length_mask, unit
+from speed.shard import one_forward
 
-LOGITS = 2**25  # logits held at a time when scoring: 134 MB in float32
+LOGITS = 2**25  # logits held at a time when scoring: 134 MB in float32; four times as many on CUDA
+BLOCK = 512  # a larger vocabulary than this is searched in two steps: for the block of the drawn token, then in the block
 
 
 @dataclass
@@ -76,10 +81,35 @@ def draw(logits, temperature, uniform=None):
     if temperature == 0:
         token = logits.argmax(-1, keepdim=True)
     else:
-        below = probabilities.cumsum(-1)
-        at = uniform[:, None].to(below.dtype) * below[:, -1:]
-        token = torch.searchsorted(below, at, right=True).clamp(max=logits.shape[1] - 1)
+        token = invert(probabilities, uniform[:, None])
     return token[:, 0], probabilities.gather(1, token)[:, 0].log()
+
+
+def invert(weights, share):
+    """The place where a share of a row's weight is reached. `[R, V], [R, 1] -> [R, 1]`. Never a place without weight.
+
+    A running sum over all of V = 152,000 takes sixteen times as long, and a GPU makes it in float32, where a probability
+    below 6e-8 is nothing next to 1. So the blocks' sums are searched first, and then one block, from 0.
+    """
+    R, V = weights.shape
+    if V <= BLOCK:
+        return locate(weights, share)[0]
+    whole = V - V % BLOCK
+    sums = torch.cat([weights[:, :whole].view(R, -1, BLOCK).sum(-1), weights[:, whole:].sum(-1, keepdim=True)], 1)
+    block, share = locate(sums, share)
+    at = block * BLOCK + torch.arange(BLOCK, device=weights.device)  # [R, BLOCK]
+    inside = weights.gather(1, at.clamp(max=V - 1)).masked_fill(at >= V, 0)
+    return block * BLOCK + locate(inside, share)[0]
+
+
+def locate(weights, share):
+    """`invert` by one running sum, and how much of the place's own weight the share takes. `[R, n], [R, 1] -> [R, 1] x 2`."""
+    below = weights.cumsum(-1)
+    total = below[:, -1:]
+    at = torch.minimum(share.to(below.dtype) * total, torch.nextafter(total, torch.zeros_like(total)))  # rounding may reach it
+    place = torch.searchsorted(below, at, right=True).clamp(max=weights.shape[1] - 1)
+    own = weights.gather(1, place)
+    return place, ((at - below.gather(1, place) + own) / own).clamp(min=0)
 
 
 def uniforms(seed, *shape, device=None):
@@ -164,19 +194,25 @@ def sample_in_parts(policy, prompts, K, temperature, uniform, budget):
     n = max(1, budget // (P + K * T if policy.prompts_once else K * (P + T)))
     places = [slice(i, i + n) for i in range(0, N, n)]
     parts = [sample(policy, prompts[at], K, temperature, uniform if uniform is None else uniform[at]) for at in places]
-    return parts[0] if len(parts) == 1 else join(parts, prompts)
+    return join(parts, places, prompts)
 
 
-def join(parts, prompts):
-    """Rollouts of consecutive parts of the prompts as one, padded to the longest part's T."""
-    T = max(part.ids.shape[2] for part in parts)
-    ids, mask, logprobs = (
-        torch.cat([F.pad(x, (0, T - x.shape[2])) for x in tensors])
-        for tensors in zip(*((part.ids, part.mask, part.logprobs) for part in parts))
-    )
-    embeddings, finished = (torch.cat(x) for x in zip(*((part.embeddings, part.finished) for part in parts)))
-    kept = prompts.ids, prompts.mask, prompts.counted
-    return Rollouts(*kept, ids, mask, logprobs, embeddings, finished, prompts.n_shared, prompts.n_cut)
+def join(parts, places, prompts):
+    """Rollouts of parts of the prompts as one, each at its places (slices), padded to the longest part's T."""
+    if len(parts) == 1:
+        return parts[0]
+    N, T = len(prompts.ids), max(part.ids.shape[2] for part in parts)
+
+    def whole(name):
+        tensors = [getattr(part, name) for part in parts]
+        tensors = [F.pad(x, (0, T - x.shape[2])) for x in tensors] if name in ("ids", "mask", "logprobs") else tensors
+        joined = tensors[0].new_empty(N, *tensors[0].shape[1:])
+        for at, x in zip(places, tensors):
+            joined[at] = x
+        return joined
+
+    made = map(whole, ("ids", "mask", "logprobs", "embeddings", "finished"))
+    return Rollouts(prompts.ids, prompts.mask, prompts.counted, *made, prompts.n_shared, prompts.n_cut)
 
 
 # ---------------------------------------------------------------- a batch's texts by role
@@ -222,14 +258,18 @@ def split_by_role(x, texts, roles):
 def roll_out(policy, texts, config, step, budget):
     """Phase 2: K rationales per text of a trained role, one per text of the others, as anchors (Eq. 12, 20).
 
-    Returns the trained roles' `Rollouts`, and the embeddings of every role as `Batch` has them. What is drawn is a
-    function of `config.seed` and `step`; budget: see `sample_in_parts`.
+    Returns the trained roles' `Rollouts`, the embeddings of every role as `Batch` has them, and the budget (see
+    `sample_in_parts`) that fitted the memory. What is drawn is a function of `config.seed` and `step`. Of several ranks
+    each reads its share of the prompts; all get everything.
     """
 
     def draw_roles(roles, K, temperature, stream):
+        nonlocal budget
         prompts, T = policy.prompts(texts_of(texts, roles)), policy.reading.max_new_tokens
-        uniform = uniforms([config.seed, step, stream], len(prompts.ids), K, T, device=policy.device)
-        rollouts = sample_in_parts(policy, prompts, K, temperature, uniform, budget)
+        uniform, mine = uniforms([config.seed, step, stream], len(prompts.ids), K, T, device=policy.device), ranks.mine()
+        attempt = lambda budget: sample_in_parts(policy, prompts[mine], K, temperature, uniform[mine], budget)
+        parts, budget = on_every_rank(attempt, budget, K * T, f"step {step + 1}: --sample-tokens")
+        rollouts = join(parts, ranks.shares(), prompts)
         return rollouts, split_by_role(rollouts.embeddings, texts, roles)
 
     rollouts, embeddings = draw_roles(config.roles, config.rollouts, config.temperature, 1)
@@ -239,14 +279,13 @@ def roll_out(policy, texts, config, step, budget):
         rollouts.n_cut += fixed.n_cut
     else:  # every role is trained, or M = 0: an empty sum over negatives
         more = split_by_role(rollouts.embeddings[:0, :1], texts, anchors) if anchors else {}
-    return rollouts, embeddings | more
+    return rollouts, embeddings | more, budget
 
 
 # ---------------------------------------------------------------- scoring, with gradients
 
 
-@dataclass
-class Scores:
+class Scores(NamedTuple):
     """What the update's forward pass gives, all with gradients."""
 
     logprobs: torch.Tensor  # [N, K, T], 0 where masked
@@ -259,9 +298,9 @@ def token_logprobs(policy, hidden, ids, temperature=1.0, chunk=None):
 
     The head is applied to `chunk` tokens at a time, and again in the backward pass, so no `[n, V]` tensor is ever
     held: at V = 152,000, 4,096 tokens would take 2.5 GB per copy. By default a chunk has about `LOGITS` logits,
-    whatever V is.
+    whatever V is; four times as many on CUDA, where each chunk casts the whole head to bfloat16 and adds to its gradient.
     """
-    chunk = chunk or max(1, LOGITS // policy.head.weight.shape[0])
+    chunk = chunk or max(1, LOGITS * (4 if hidden.is_cuda else 1) // policy.head.weight.shape[0])
 
     def one(hidden, ids):
         return tempered(policy.logits(hidden), temperature).gather(1, ids[:, None])[:, 0]
@@ -269,7 +308,7 @@ def token_logprobs(policy, hidden, ids, temperature=1.0, chunk=None):
     if len(ids) == 0:
         return hidden.new_zeros(0)
     parts = zip(hidden.split(chunk), ids.split(chunk))
-    return torch.cat([checkpoint(one, h, i, use_reentrant=False) for h, i in parts])
+    return torch.cat([checkpoint(one, h, i, use_reentrant=False, preserve_rng_state=False) for h, i in parts])
 
 
 def text_logprobs(policy, hidden, ids, counted):
@@ -282,6 +321,7 @@ def text_logprobs(policy, hidden, ids, counted):
     return logprobs.new_zeros(known.shape).masked_scatter(known, logprobs).sum(1) / known.sum(1).clamp(min=1)
 
 
+@one_forward
 def score(policy, rollouts, temperature=1.0, text=False):
     """Log-probabilities and embeddings of given rationales, with gradients: the update's forward pass. `-> Scores`.
 

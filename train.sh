@@ -56,7 +56,7 @@ files=(--model "$folder/model" --data "$folder/data/train.jsonl" --heldout "$fol
 case "$what" in
   town)
     out=${OUT:-runs/toy}
-    settings=(--lr-decay --steps 150 --lr 1e-3 --pathwise 2 --kl 0.75 --kl-estimator k2 --eval-every 25)
+    settings=(--lr-decay --steps 160 --lr 5e-4 --pathwise 2 --kl 0.75 --kl-estimator k2 --eval-every 20)
     ;;
   paper)
     out=${OUT:-runs/toy-paper}

@@ -1,8 +1,11 @@
-"""What the benchmarks share: a model of a named shape, made-up texts, and a stopwatch that waits for the GPU."""
+"""What the benchmarks share: a model of a named shape, made-up texts, a stopwatch that waits for the GPU, and what the
+machine can do at most: the two rates by which a measured time is judged.
+"""
 
 import os
 import platform
 import random
+import statistics
 import sys
 import time
 
@@ -14,6 +17,7 @@ import transformers  # noqa: E402
 from policy import Policy  # noqa: E402
 from prompt import Reading  # noqa: E402
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPES = {  # random weights of these sizes: the Qwen2 architecture, tied embeddings
     "qwen2.5-0.5b": dict(
         hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14, num_key_value_heads=2,
@@ -48,7 +52,7 @@ def add_model_flags(parser, shape="6.6m"):
     parser.add_argument("--hidden", type=int, help="another hidden size for --shape, the MLP in proportion")
     parser.add_argument("--max-new-tokens", type=int, default=48, help="the longest rationale, T [48]")
     parser.add_argument("--prompt-tokens", type=int, default=200, help="about how long a made-up prompt is [200]")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default=DEVICE)
     parser.add_argument("--dtype", default=None, help="compute type [bfloat16 on CUDA, else float32]")
 
 
@@ -103,3 +107,38 @@ def clock(device="cpu"):
     if str(device).startswith("cuda"):
         torch.cuda.synchronize()
     return time.perf_counter()
+
+
+def seconds(function, device="cpu", repeats=5):
+    """The median time of a call, after one to warm up."""
+    function()
+    times = []
+    for _ in range(repeats):
+        start = clock(device)
+        function()
+        times.append(clock(device) - start)
+    return statistics.median(times)
+
+
+def copy_rate(device="cpu", n=None):
+    """Bytes per second that the memory moves, measured by copying n float32 numbers: each is read and written."""
+    x = torch.zeros(n or (2**28 if str(device).startswith("cuda") else 2**24), device=device)
+    y = torch.zeros_like(x)  # written once, so that its pages exist
+    return 2 * x.nbytes / seconds(lambda: y.copy_(x), device)
+
+
+def matmul_rate(device="cpu", precision="float32", n=None):
+    """Operations per second, measured by a product of n x n matrices: "float32" (IEEE), "tf32" or "bfloat16"."""
+    n = n or (8192 if str(device).startswith("cuda") else 1024)
+    x = torch.randn(n, n, device=device, dtype=torch.bfloat16 if precision == "bfloat16" else torch.float32)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    try:
+        return 2 * n**3 / seconds(lambda: x @ x, device)
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def goal(what, wanted, reached):
+    """A line that bench/gpu.sh gathers into the table at the top of its page."""
+    print(f"goal | {what} | {wanted} | {reached} |")

@@ -4,7 +4,8 @@
 
 Each point is one run of bench/step.py in a process of its own. Memory is the peak less what the process held
 before its first step: sampling, reward, update and AdamW's state. The exponent is the slope of log cost over log
-size between two neighbouring sizes: 1 is linear, 0 means that the size does not matter.
+size between two neighbouring sizes: 1 is linear, 0 means that the size does not matter. Further flags replace what
+is held: `--only B --shape qwen2.5-0.5b --max-new-tokens 256`.
 """
 
 import argparse
@@ -14,7 +15,7 @@ import re
 import subprocess
 import sys
 
-from common import machine
+from common import DEVICE, machine
 
 STEP = os.path.join(os.path.dirname(os.path.abspath(__file__)), "step.py")
 HELD = {"--batch": 16, "--rollouts": 4, "--max-new-tokens": 32, "--prompt-tokens": 32, "--shape": "0.4m"}
@@ -39,15 +40,17 @@ def point(settings):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=GROWS, help="one size")
+    parser.add_argument("--points", type=int, default=4, help="so many of its sizes [4]")
     parser.add_argument("--shape", default="0.4m")
     args, rest = parser.parse_known_args()
-    print(f"{machine()}; held: {', '.join(f'{k[2:]} {v}' for k, v in (HELD | {'--shape': args.shape}).items())}")
+    held = HELD | {"--shape": args.shape} | dict(zip(rest[::2], rest[1::2]))
+    print(f"{machine(held.get('--device', DEVICE))}; held: {', '.join(f'{k[2:]} {v}' for k, v in held.items())}")
     print("| grows  | size | seconds per step | exponent | GB beyond the start | exponent |\n| --- " + "| ---: " * 5 + "|")
     for name in [args.only] if args.only else GROWS:
         flag, sizes = GROWS[name]
         before = None
-        for size in sizes:
-            costs, slopes = point(HELD | {"--shape": args.shape, flag: size} | dict(zip(rest[::2], rest[1::2]))), ["", ""]
+        for size in sizes[: args.points]:
+            costs, slopes = point(held | {flag: size}), ["", ""]
             if before:
                 grown = math.log(size / before[0])
                 slopes = [f"{math.log(now / max(was, 1e-9)) / grown:.2f}" for now, was in zip(costs, before[1])]

@@ -4,15 +4,15 @@
 
 Both sides do the same work: K sampled rationales of each prompt, the log-probabilities of their tokens and the
 embeddings; then the gradient of a sum of both. First both sides' results for the same rationales are compared.
-On CUDA the decoding rate stands beside its floor: the bytes that have to be read for each token (all weights,
-each prompt's keys and values once, those of the rationales) at --bandwidth.
+The decoding stands beside two floors: the bytes that have to be read for each token (all weights, each prompt's keys and
+values once, those of the rationales) at the memory's measured rate, and the operations of the matrix products at theirs.
 """
 
 import argparse
 import statistics
 
 import torch
-from common import add_model_flags, clock, load_policy, machine, make_texts
+from common import add_model_flags, clock, copy_rate, goal, load_policy, machine, make_texts, matmul_rate
 
 from pool import mean_pool
 from rollout import Scores, sample, score, tempered, uniforms
@@ -46,8 +46,8 @@ def backward(policy, scores, weights):
     return torch.cat([p.grad.flatten() for p in policy.model.parameters() if p.grad is not None])
 
 
-def floor(policy, rollouts, bandwidth):
-    """The seconds it takes to read every needed byte once per token, at `bandwidth` bytes per second."""
+def floors(policy, rollouts):
+    """What the decoding has to do at least: bytes to read, each once per token, and operations of matrix products."""
     N, K, T = rollouts.ids.shape
     config = policy.model.config.get_text_config()
     size = next(policy.model.parameters()).element_size()
@@ -55,7 +55,9 @@ def floor(policy, rollouts, bandwidth):
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * head * size
     keys = sum(N * rollouts.prompt_ids.shape[1] * per_token + N * K * t * per_token for t in range(T))
-    return (T * weights + keys) / bandwidth
+    operations = 2 * N * K * T * sum(p.numel() for p in policy.model.parameters())
+    operations += 4 * N * K * T * (rollouts.prompt_ids.shape[1] + T / 2) * config.num_hidden_layers * config.hidden_size
+    return T * weights + keys, operations
 
 
 def main():
@@ -64,11 +66,10 @@ def main():
     parser.add_argument("--batch", type=int, default=8, help="prompts, N [8]")
     parser.add_argument("--rollouts", type=int, default=8, help="K [8]")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--bandwidth", type=float, default=4.8e12, help="bytes per second of the GPU's memory [H200: 4.8e12]")
     parser.add_argument("--skip-update", action="store_true", help="rollouts only: full rows may not fit")
     args = parser.parse_args()
-    policy, cuda = load_policy(args), args.device.startswith("cuda")
-    sampler = policy.bfloat16_copy() if policy.dtype == "bfloat16" else policy
+    policy = load_policy(args)
+    sampler = policy.frozen_copy(torch.bfloat16) if policy.dtype == "bfloat16" else policy
     texts = make_texts(args.batch, policy, args.prompt_tokens)
     ours, theirs = policy.prompts(texts), policy.prompts(texts, share=False)  # plain left padding for generate()
     uniform = uniforms(0, args.batch, args.rollouts, args.max_new_tokens, device=args.device)
@@ -87,9 +88,10 @@ def main():
         del shared, full, a, b
 
     @torch.no_grad()
-    def twice():  # generate(), then the model once more over its rationales
+    def twice():  # generate(), then the model once more over its rationales, a group at a time: all logits would not fit
         by_generate(sampler, theirs, args.rollouts)
-        full_rows(sampler, rollouts)
+        for n in range(args.batch):
+            full_rows(sampler, rollouts[n : n + 1])
 
     sides = {
         "rollouts: prefill once, capture": lambda: sample(sampler, ours, args.rollouts, 1.0, uniform),
@@ -112,9 +114,14 @@ def main():
         base = update if name.startswith("update") else first
         ratio = statistics.median(x / y for x, y in zip(times[name], times[base]))
         print(f"{name:34}{seconds:9.4f} s{tokens / seconds:10.0f} tokens/s{ratio:8.2f} x")
-    if cuda:
-        least = floor(sampler, rollouts, args.bandwidth)
-        print(f"bandwidth floor of the decoding: {least:.3f} s; reached {least / median[first]:.0%} (prefill included)")
+    bytes_read, operations = floors(sampler, rollouts)
+    precision = "bfloat16" if policy.dtype == "bfloat16" else "float32"
+    by_memory, by_products = bytes_read / copy_rate(args.device), operations / matmul_rate(args.device, precision)
+    print(f"floors of the decoding: {by_memory:.4f} s to read {bytes_read / 1e9:.1f} GB")
+    print(f"                        {by_products:.4f} s for {operations / 1e12:.2f} Tflop in {precision}")
+    goal("rollouts, prefill included: share of the memory floor", "40 %", f"{by_memory / median[first]:.0%}")
+    goal("the same: share of both floors in turn", "-", f"{(by_memory + by_products) / median[first]:.0%}")
+    goal("rollouts against `generate()`", "5 times", f"{median['generate()'] / median[first]:.1f} times")
 
 
 if __name__ == "__main__":

@@ -2,11 +2,12 @@
 
     python bench/similarity.py [--rows 4096] [--group 8] [--dim 896]
 
-Peak memory is what a direction allocates beyond inputs and gradients, measured in a process of its own. On CUDA
-the kernel's time stands beside the floor of its counted operations and bytes.
+Peak memory is what a direction allocates beyond inputs and gradients, measured in a process of its own. Times stand
+beside the floor of their counted operations. On CUDA the kernel is also timed with other tiles and products.
 """
 
 import argparse
+import itertools
 import statistics
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import time
 
 import torch
 import torch.nn.functional as F
-from common import clock, machine
+from common import DEVICE, goal, machine, matmul_rate, seconds
 
 import reward
 import similarity
@@ -47,7 +48,7 @@ def peak(how, args):
 
 
 def measure_peak(function, args):
-    rows, columns = example(args.rows, args.group, args.dim, args.device)
+    rows, columns = example(*sizes(args))
     if args.device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -83,15 +84,39 @@ def fused(query, positive):
     reward.hard_negative(query, positive)
 
 
-def seconds(function, device, repeats):
-    """Median time of a call."""
-    function()
-    times = []
-    for _ in range(repeats):
-        start = clock(device)
-        function()
-        times.append(clock(device) - start)
-    return statistics.median(times)
+def variants(args):
+    """The kernel with other products, tiles and warps: a table, and a goal per kind of product."""
+    from speed import similarity_triton as kernel
+
+    print(f"{'products':10}{'inputs':10}{'tile':>9}{'warps':>7}{'forward, ms':>13}{'both, ms':>10}{'of the floor':>14}")
+    before = kernel.precision, kernel.tile, kernel.warps
+    for precision, dtype in (("ieee", "float32"), ("tf32x3", "float32"), ("tf32", "float32"), ("tf32", "bfloat16")):
+        rows, columns = (x.detach().to(getattr(torch, dtype)).requires_grad_() for x in example(*sizes(args)))
+        peak, best = matmul_rate(args.device, {"ieee": "float32"}.get(precision, "tf32")), 0
+        count = 3 if precision == "tf32x3" else 1  # products of tensor cores for one of float32
+        for tile, warps in itertools.product(((32, 64), (64, 64), (64, 128)), (4, 8)):
+            kernel.precision, kernel.tile, kernel.warps = precision, tile, warps
+            try:
+                forward = seconds(lambda: similarity.group_similarity(rows, columns, 0.05), args.device)  # noqa: B023
+                both = seconds(lambda: both_ways(similarity.group_similarity, rows, columns), args.device)  # noqa: B023
+            except Exception as error:  # a tile can be more than a multiprocessor holds; the others are still measured
+                print(f"{precision:10}{dtype:10}{tile[0]:>5}x{tile[1]:<3}{warps:7}  {type(error).__name__}")
+                continue
+            share = 5 * count * products(args) / peak / both
+            print(f"{precision:10}{dtype:10}{tile[0]:>5}x{tile[1]:<3}{warps:7}{forward * 1e3:13.3f}", end="")
+            print(f"{both * 1e3:10.3f}{share:14.0%}")
+            best = max(best, share)
+        goal(f"the kernel, {precision} on {dtype}, best tile: share of its arithmetic floor", "50 %", f"{best:.0%}")
+    kernel.precision, kernel.tile, kernel.warps = before
+
+
+def sizes(args):
+    return args.rows, args.group, args.dim, args.device
+
+
+def products(args):
+    """The operations of one matrix product, rows by columns."""
+    return 2 * args.rows**2 * args.dim
 
 
 def main():
@@ -100,14 +125,14 @@ def main():
     parser.add_argument("--group", type=int, default=8, help="K [8]")
     parser.add_argument("--dim", type=int, default=896, help="D [896]")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default=DEVICE)
     parser.add_argument("--peak", choices=["fused", "plain"], help="print one peak and stop")
     args = parser.parse_args()
     forms = {"fused": similarity.group_similarity, "plain": plain}
     if args.peak:
         print(measure_peak(forms[args.peak], args))
         return
-    rows, columns = example(args.rows, args.group, args.dim, args.device)
+    rows, columns = example(*sizes(args))
     difference = max(
         float((a - b).abs().max()) for a, b in zip(*(both_ways(form, rows, columns) for form in forms.values()))
     )  # fmt: skip
@@ -124,10 +149,14 @@ def main():
     for name in forms:
         print(f"{name:8}{times[name]:24.4f}{peaks[name] / 2**20:40.1f}")
     print(f"ratio   {times['fused'] / times['plain']:24.2f}{peaks['fused'] / peaks['plain']:40.3f}")
-    operations = 2 * args.rows**2 * args.dim
-    products = 5 if how == "Triton" else 4  # forward; backward: the table again (twice in Triton), rows, columns
-    rate = products * operations / times["fused"] / 1e9
-    print(f"{operations / 1e9:.1f} Gflop per product, {products} products: {rate:.0f} Gflop/s")
+    count = 5 if how == "Triton" else 4  # forward; backward: the table again (twice in Triton), rows, columns
+    least = count * products(args) / matmul_rate(args.device)
+    rate = count * products(args) / times["fused"] / 1e9
+    print(f"{products(args) / 1e9:.1f} Gflop per product, {count} products: {rate:.0f} Gflop/s, floor {least:.4f} s")
+    goal("the kernel as it is, against the plain form", "no slower", f"{times['plain'] / times['fused']:.2f} times as fast")
+    goal("the kernel as it is, float32: share of its arithmetic floor", "50 %", f"{least / times['fused']:.0%}")
+    if how == "Triton":
+        variants(args)
     if args.device == "cpu":
         threads = torch.get_num_threads()
         torch.set_num_threads(1)

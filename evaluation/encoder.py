@@ -18,6 +18,7 @@ import torch
 from tqdm import tqdm
 
 from evaluation.metrics import normalize
+from plumbing import ranks
 from plumbing.errors import GraceError
 from policy import Policy
 from pool import fold, unit
@@ -83,11 +84,17 @@ def encode_batch(policy, texts, temperature=0.0, seed=0, rationale=True):
 
 
 def encode_distinct(policy, texts, temperature=0.0, seed=0, rationale=True, tokens_per_batch=8192):
-    """Distinct texts, a batch at a time. Yields `{text: (vector [D], rationale, cut, finished)}` per batch."""
-    for indices in token_batches(texts, tokens_per_batch, policy):
+    """Distinct texts, a batch at a time. Yields `{text: (vector [D], rationale, cut, finished)}` per batch.
+
+    Several ranks share out the batches, which are those of one process: so are the vectors, to the bit.
+    """
+
+    def encoded(indices):
         batch = [texts[i] for i in indices]
         x = encode_batch(policy, batch, temperature, seed, rationale)
-        yield dict(zip(batch, zip(x.vectors, x.rationales, x.cut.tolist(), x.finished.tolist())))
+        return dict(zip(batch, zip(x.vectors, x.rationales, x.cut.tolist(), x.finished.tolist())))
+
+    yield from ranks.each(encoded, token_batches(texts, tokens_per_batch, policy))
 
 
 def encode_texts(policy, texts, **options):
@@ -106,14 +113,15 @@ def text_loss(policy, texts, tokens_per_batch=8192):
     The texts stand where they stand in P(x). What training takes from the model shows here, but only as far as texts like
     these go: a text term (--text-weight) trains this very loss on the training texts.
     """
-    nats, count = 0.0, 0
-    for part in token_batches(texts, tokens_per_batch, policy):
+
+    def loss(part):
         # Not shared: the text's first token is predicted by the instruction's last.
         prompts = policy.prompts([texts[i] for i in part], share=False)
         hidden, _, _ = policy.prefill(prompts.ids, prompts.mask, 0)
         keep = prompts.text[:, 1:].bool()
-        nats -= float(token_logprobs(policy, hidden[:, :-1][keep], prompts.ids[:, 1:][keep]).sum())
-        count += int(keep.sum())
+        return -float(token_logprobs(policy, hidden[:, :-1][keep], prompts.ids[:, 1:][keep]).sum()), int(keep.sum())
+
+    nats, count = map(sum, zip(*ranks.each(loss, token_batches(texts, tokens_per_batch, policy))))
     return nats / count
 
 
@@ -151,7 +159,9 @@ class GraceEncoder:
         if isinstance(model, Policy) and (reading or device or dtype != "float32"):
             raise GraceError("a Policy brings its own reading, device and dtype: give them to Policy.load instead")
         if not isinstance(model, Policy):
-            model = Policy.load(model, device or ("cuda" if torch.cuda.is_available() else "cpu"), dtype, **reading)
+            model = Policy.load(model, device or ("cuda" if torch.cuda.is_available() else "cpu"), **reading)
+            if dtype == "bfloat16":  # weights in it, too: they are only read here, and rounding them per token costs more
+                model = model.frozen_copy(torch.bfloat16)
         self.policy, self.temperature, self.seed, self.rationale = model, temperature, seed, rationale
         self.tokens_per_batch, self.progress = tokens_per_batch, progress
         self.n_requested, self.n_read, self.flags = 0, 0, {}
@@ -166,6 +176,7 @@ class GraceEncoder:
             "dtype": model.dtype,
         }
         name = hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()[:16]
+        cache = cache if ranks.first() else None  # the other ranks hear from the first what it remembers
         self.path = ":memory:" if cache is None else os.path.join(cache, f"{name}.sqlite")
         try:
             if cache is not None:
@@ -185,6 +196,7 @@ class GraceEncoder:
     def _damaged(self, error):
         return GraceError(f"{self.path}: damaged cache ({error}). Delete the file; its texts will be read again.")
 
+    @ranks.by_first
     def _remembered(self, texts):
         """The texts that the memory has: `{text: (vector, rationale, cut, finished)}`. Looks up 500 keys at a time."""
         keys, known = {_key(text): text for text in texts}, {}
@@ -210,12 +222,15 @@ class GraceEncoder:
         distinct = list(dict.fromkeys(texts))
         known = self._remembered(distinct)
         new = [text for text in distinct if text not in known]
-        bar = tqdm(total=len(new), unit="text", desc="reading", disable=not self.progress or not new, leave=False)
+        hidden = not (self.progress and new and ranks.first())
+        bar = tqdm(total=len(new), unit="text", desc="reading", disable=hidden, leave=False)
         options = self.temperature, self.seed, self.rationale, self.tokens_per_batch
         for batch in encode_distinct(self.policy, new, *options):
             if bad := [text for text, (vector, *_) in batch.items() if not np.isfinite(vector).all()]:
                 raise GraceError(f"the embedding of {bad[0][:80]!r} is not finite: the model or its dtype is broken")
             known |= batch
+            if not ranks.first():
+                continue
             with self.memory:  # one transaction: all of the batch or none of it
                 self.memory.executemany(
                     "INSERT OR REPLACE INTO texts VALUES (?, ?, ?, ?, ?)",

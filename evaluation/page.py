@@ -323,7 +323,7 @@ def reread(out):
     """Record anew what the page shows of held-out rows, with the starting model and the newest one of the run."""
     settings = read_run(out)["config"]
     known = {name: value for name, value in settings.items() if name in Config.__dataclass_fields__}
-    config = Config(**{**known, "resume": False, "overwrite": False})
+    config = Config(**{**known, "resume": False, "overwrite": False, "shard": False})
     _, heldout, _ = load_rows(config)
     steps = read_run(out)["steps"]
     record(out, 0, Policy.load(config.model, "cpu", **config.reading), heldout)

@@ -2,19 +2,23 @@
 
 Base is P(x) pooled; Base with reasoning adds the untrained policy's rationale. Neither is trained, so neither is in this
 file (`evaluate_triplets`, without and with rationale). The two that are trained are Trainers with a step of their own:
-they write no rationale while they learn, and what is a reward in GRACE is their loss. A third removes GRPO from GRACE.
+they write no rationale while they learn, and what is a reward in GRACE is their loss. A third has that loss over rationales
+that are forced on it, and a fourth removes GRPO from GRACE.
 
 Shapes: B instances, M hard negatives per instance, n texts, D hidden size.
 """
 
+import copy
+import dataclasses
 import time
 
 import torch
 
 from grace import Trainer
+from policy import Policy
 from pool import fold, unit
 from reward import infonce
-from rollout import make_batch, text_logprobs, uniforms
+from rollout import make_batch, sample, score, text_logprobs, uniforms
 
 
 class LossTrainer(Trainer):
@@ -82,6 +86,32 @@ class SimCSE(LossTrainer):
             return self.embed(texts, share=False)
         finally:
             handle.remove()
+
+
+class ForcedContrastive(Contrastive):
+    """The same loss over texts to which a rationale is forced: the longest of eight that the start draws (see `longest`)."""
+
+    def __init__(self, policy, reference, rows, config):
+        super().__init__(policy, reference, rows, config)
+        self.start = Policy(copy.deepcopy(policy.model), policy.tokenizer, policy.reading, policy.dtype)
+
+    def embed(self, texts, share=True):
+        """P(x) and its forced rationale pooled, and the mean log-probability of the text. `-> [n, D], [n]`."""
+        scores = score(self.policy, longest(self.start, texts, [self.config.seed, self.step_number, 5]), text=True)
+        return scores.embeddings[:, 0], scores.text_logprobs
+
+
+def longest(policy, texts, seed, K=8):
+    """Of K rationales drawn at temperature 1 about each text the longest that ended; in the town it nearly always thinks.
+
+    `-> Rollouts` of n texts with one rationale each.
+    """
+    prompts = policy.prompts(texts)
+    chance = uniforms(seed, len(texts), K, policy.reading.max_new_tokens, device=policy.device)
+    drawn = sample(policy, prompts, K, 1.0, chance)
+    at = torch.arange(len(texts), device=policy.device), (drawn.mask.sum(-1) * drawn.finished).argmax(1)
+    parts = ("ids", "mask", "logprobs", "embeddings", "finished")
+    return dataclasses.replace(drawn, **{name: getattr(drawn, name)[at][:, None] for name in parts})
 
 
 class PathwiseAlone(Trainer):

@@ -28,6 +28,7 @@ stands in Table 5. Two runs were made at a time, so *seconds* are rough.
 
 COLUMNS = {  # a figure's name in a record: its heading, and digits
     "ndcg_at_10": ("nDCG@10", 3), "spearman": ("Spearman", 3), "text loss": ("loss on the training kind of texts, rise", 2),
+    "thinks": ("thinks", 2), "true_steps": ("true steps", 3), "forced": ("nDCG@10, forced walks", 3),
     "recall": ("facts rightly named", 2), "precision": ("names that are true", 2), "distinct": ("distinct", 2),
     "answers loss": ("loss on the start's own answers, rise", 2), "start_logprob": ("log p of its answers under the start", 2),
     "other loss": ("loss on another instruction, rise", 2), "other_right": ("another instruction, answered rightly", 2),
@@ -148,6 +149,31 @@ def along(by_label, texts=2):
         for entry in records[0]["rationales"][:texts]:
             lines += [f"{label}: *{entry['text']}*\n", "| step | rationale |", "| ---: | --- |"]
             lines += [f"| {step} | {rationale} |" for step, rationale in entry["written"]] + [""]
+    return lines
+
+
+def discovery_lines(by_label):
+    """When a run's greedy answers have half as many words again as the start's: per row a step for each seed."""
+    lines = ["| | steps until answers have grown by half, per seed |", "| --- | --- |"]
+    for label, records in by_label.items():
+        lines.append(f"| {label} | {', '.join(str(grown_at(record) or 'never') for record in records)} |")
+    return lines
+
+
+def grown_at(record):
+    """The first evaluation whose answers have half as many words again as the start's, as a step; None: there is none."""
+    course = [*record["curve"], {"step": record["config"]["steps"], **record["after"]}]
+    return next((at["step"] for at in course if at["words"] > 1.5 * record["before"]["words"]), None)
+
+
+def ladder_lines(by_label):
+    """nDCG@10 by the number of steps in a walk, each row in both ways."""
+    steps = list(next(iter(by_label.values()))[0]["ladder"]["after"])
+    lines = ["| steps in each walk | " + " | ".join(steps) + " |", "| --- " + "| ---: " * len(steps) + "|"]
+    for label, records in by_label.items():
+        for way in ways(label):
+            cells = (mean_and_range([record["ladder"][way][n] for record in records], 3) for n in steps)
+            lines.append(f"| {label}, {WAYS[way]} | " + " | ".join(cells) + " |")
     return lines
 
 

@@ -181,6 +181,26 @@ def collapse(by_label, labels):
     return figure
 
 
+def ladder(by_label, curves):
+    """The ladder, from records. curves: `{name: (row's label, way)}`."""
+    return draw_ladder({name: [record["ladder"][way] for record in by_label[label]] for name, (label, way) in curves.items()})
+
+
+def draw_ladder(curves):
+    """Held-out retrieval in the town by the number of steps in a walk: the picture of the README.
+
+    curves: `{name: [{steps: nDCG@10} per run]}`, at most four.
+    """
+    figure, (axis,) = canvas(height=4.4)
+    for style, (name, runs) in zip((0, 2, 1, 3), curves.items()):
+        line(axis, [int(n) for n in runs[0]], [list(run.values()) for run in runs], style, name)
+    axis.axvspan(4.5, 6.3, color="gray", alpha=0.12, linewidth=0)
+    axis.text(5.4, 1.02, "longer than any rewarded", ha="center", va="top", fontsize=11)
+    axis.set(xlabel="steps in each walk", ylabel="held-out nDCG@10", ylim=(-0.02, 1.05), xlim=(0.7, 6.3), xticks=range(1, 7))
+    add_legend(figure, axis)
+    return figure
+
+
 # ---------------------------------------------------------------- the frontier
 
 

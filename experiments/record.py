@@ -13,10 +13,12 @@ it, so a record stays valid when config.py gains a setting.
 import contextlib
 import dataclasses
 import functools
+import glob
 import hashlib
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 import tempfile
@@ -30,7 +32,8 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
 from algorithms import ALGORITHMS  # noqa: E402
-from baselines import Contrastive, PathwiseAlone, SimCSE  # noqa: E402
+from baselines import Contrastive, ForcedContrastive, PathwiseAlone, SimCSE, longest  # noqa: E402
+from scores import WAYS  # noqa: E402
 
 import grace  # noqa: E402
 import toy  # noqa: E402
@@ -38,14 +41,16 @@ from config import RECIPES, Config  # noqa: E402
 from evaluation.encoder import GraceEncoder, encode_texts, text_loss  # noqa: E402
 from evaluation.tasks import evaluate_tasks, evaluate_triplets  # noqa: E402
 from plumbing.checkpoint import write_atomically  # noqa: E402
-from plumbing.data import load_rows, read_texts  # noqa: E402
+from plumbing.data import load_rows, read_texts, read_triplets  # noqa: E402
 from plumbing.report import read_metrics, versions  # noqa: E402
 from policy import Policy  # noqa: E402
 from pool import length_mask  # noqa: E402
 from rollout import Rollouts, sample, score, uniforms  # noqa: E402
 
-TRAINERS = {"contrastive": Contrastive, "simcse": SimCSE, "pathwise": PathwiseAlone, **ALGORITHMS}
-UNREWARDED = ("none", "contrastive", "simcse")  # of a recipe they read the text term's weight alone
+TRAINERS = {
+    "contrastive": Contrastive, "forced": ForcedContrastive, "simcse": SimCSE, "pathwise": PathwiseAlone, **ALGORITHMS,
+}  # fmt: skip
+UNREWARDED = ("none", "contrastive", "forced", "simcse")  # of a recipe they read the text term's weight alone
 TOY = dict(batch=32, rollouts=4, lr=5e-4, lr_decay=True, infonce_temperature=0.2)  # train.sh's settings for the embedded worlds
 QUICK_WORLD = dict(train=64, heldout=16, steps=5)  # built in a second
 QUICK = dict(
@@ -193,6 +198,10 @@ def measure(policy, start, texts, world, plain=(), instructed=False):
         recall, precision = np.mean([world.named(rationale, text) for rationale, text in zip(rationales, texts)], 0)
         stats |= {"recall": recall, "precision": precision}
         stats["well_formed"] = np.mean([world.well_formed(rationale) for rationale in rationales])
+    if hasattr(world, "thinks"):
+        thinking = [pair for pair in zip(rationales, texts) if world.thinks(pair[0])]
+        stats["thinks"] = len(thinking) / len(texts)
+        stats["true_steps"] = np.mean([world.true_steps(*pair) for pair in thinking]) if thinking else None
     if hasattr(world, "other_chats"):
         stats |= follow_other(policy, world)
     if plain:
@@ -201,7 +210,7 @@ def measure(policy, start, texts, world, plain=(), instructed=False):
         helpful = reading_otherwise(policy, instruction="You are a helpful assistant.", max_new_tokens=32)
         answers = encode_texts(helpful, list(FOLLOW)).rationales
         stats["follows"] = np.mean([check(answer) for check, answer in zip(FOLLOW.values(), answers)])
-    return {name: float(x) for name, x in stats.items()}
+    return {name: x if x is None else float(x) for name, x in stats.items()}
 
 
 def reading_otherwise(policy, **reading):
@@ -255,7 +264,7 @@ def answered(policy, texts, answers):
     return Rollouts(prompts.ids, prompts.mask, prompts.counted, ids, mask, *unknown, finished, prompts.n_shared)
 
 
-def budgets(policy, heldout, limits=(1, 2, 3, 4, 6, 8, 12, 20)):
+def budgets(policy, heldout, limits):
     """Figure 4: held-out retrieval and milliseconds per text, by the longest rationale allowed."""
     texts, rows = [row["query"] for row in heldout], []
     for limit in (0, *limits):
@@ -266,6 +275,24 @@ def budgets(policy, heldout, limits=(1, 2, 3, 4, 6, 8, 12, 20)):
         ms = 1000 * (time.perf_counter() - start) / len(set(texts))
         rows.append({"limit": limit, "ndcg_at_10": scores["ndcg_at_10"], "finished": scores.get("finished"), "ms": ms})
     return rows
+
+
+def ladder(policy, folder, rationale=True, rows=128):
+    """nDCG@10 by the number of steps in a walk, on a town's held-out files. `-> {steps: score}`."""
+    files = sorted(glob.glob(os.path.join(folder, "data", "heldout-steps-*.jsonl")))
+    rungs = {re.search(r"(\d+)\.jsonl$", file)[1]: read_triplets(file)[:rows] for file in files}
+    return {n: evaluate_triplets(policy, triplets, rationale=rationale)["ndcg_at_10"] for n, triplets in rungs.items()}
+
+
+@torch.no_grad()
+def forced(policy, start, folder):
+    """nDCG@10 of held-out retrieval where the policy reads, behind each text, the longest of eight answers of the start."""
+
+    def encode(texts):
+        parts = (longest(start, texts[i : i + 128], [0, i]) for i in range(0, len(texts), 128))
+        return torch.cat([score(policy, part).embeddings[:, 0] for part in parts]).cpu().numpy()
+
+    return evaluate_tasks(encode, ["ToyRetrieval"], os.path.join(folder, "tasks"))["ToyRetrieval"]["main_score"]
 
 
 def hashed_words(texts, D=512):
@@ -327,7 +354,12 @@ def make(run, place):
         for moment, which in (("before", start), ("after", policy)):
             record[moment] = record[moment] | measure(which, start, texts, world, plain, instructed=not on_toy)
         if run.get("probe") == "budgets":
-            record["budgets"] = budgets(policy, heldout, (1, 2, 20) if place.quick else (1, 2, 3, 4, 6, 8, 12, 20))
+            limits = [n for n in (1, 2, 3, 4, 6, 8, 12, 20, 24, 28, 32, 40) if n <= policy.reading.max_new_tokens]
+            record["budgets"] = budgets(policy, heldout, limits[::4] if place.quick else limits)
+        if run.get("probe") == "ladder":
+            record["ladder"] = {way: ladder(policy, folder, way == "after") for way in WAYS}
+        if hasattr(world, "thinks") and run["trainer"] in UNREWARDED:
+            record["after"]["forced"] = forced(policy, start, folder)
         if run.get("probe") == "tasks":
             with_and_without = (GraceEncoder(policy, rationale=rationale).encode for rationale in (True, False))
             record["tasks"], record["tasks_alone"] = (real_tasks(embed, place) for embed in with_and_without)

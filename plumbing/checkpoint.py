@@ -22,6 +22,7 @@ import shutil
 import numpy as np
 import torch
 
+from plumbing import ranks
 from plumbing.errors import GraceError, first_line
 from plumbing.report import read_metrics
 
@@ -53,6 +54,7 @@ def _writing(path, beside=None, then=""):
         raise GraceError(f"{path}: cannot be written ({why}); make room, or give the right to write there{then}") from error
 
 
+@ranks.by_first
 def write_atomically(path, text):
     """A reader of `path` sees the old file or the new one, never half of one. Raises GraceError where it cannot be written."""
     beside = f"{path}.tmp"
@@ -63,6 +65,7 @@ def write_atomically(path, text):
         os.replace(beside, path)
 
 
+@ranks.by_first
 def append(path, text):
     """Add to the end of a file. Raises GraceError where that fails; a resumed run drops a torn line."""
     with _writing(path, then=RESUME), open(path, "a") as file:
@@ -71,7 +74,8 @@ def append(path, text):
 
 def _flush_folder(folder):
     for name in os.listdir(folder):
-        _flush(os.path.join(folder, name))
+        path = os.path.join(folder, name)
+        _flush_folder(path) if os.path.isdir(path) else _flush(path)
     _flush(folder)
 
 
@@ -88,13 +92,18 @@ def _empty(folder):
 
 def save_checkpoint(trainer, out, **progress):
     """Everything a resumed run needs, whole or not at all; the last two stay. Raises GraceError where it cannot be written."""
-    folder = os.path.join(out, "checkpoints", f"{trainer.step_number:08d}")
-    beside, metrics = f"{folder}.tmp", os.path.join(out, "metrics.jsonl")
     state = {"step": trainer.step_number, "config": dataclasses.asdict(trainer.config), "progress": progress}
-    state |= {"optimizer": trainer.optimizer.state_dict(), "random": _random_states()}
+    state |= {"optimizer": ranks.gathered(trainer.optimizer.state_dict()), "random": _random_states()}
+    _write_checkpoint(state, trainer.policy, ranks.gathered(trainer.policy.model.state_dict(keep_vars=True)), out)
+
+
+@ranks.by_first
+def _write_checkpoint(state, policy, weights, out):
+    folder = os.path.join(out, "checkpoints", f"{state['step']:08d}")
+    beside, metrics = f"{folder}.tmp", os.path.join(out, "metrics.jsonl")
     with _writing(folder, beside, RESUME):
         _empty(beside)
-        trainer.policy.save(beside)
+        policy.save(beside, weights)
         torch.save(state, os.path.join(beside, "trainer.pt"))
         files = {name: os.path.join(beside, name) for name in sorted(os.listdir(beside))}
         manifest = {name: {"size": os.path.getsize(path), "sha256": _sha256(path)} for name, path in files.items()}
@@ -112,12 +121,21 @@ def save_checkpoint(trainer, out, **progress):
 
 
 def save_model(policy, out):
-    """The trained model into --out, each file of it whole. That all are there is what summary.json says, written later."""
+    """The trained model into --out, each file of it whole; adapters, if it has any, into --out/adapter.
+
+    That all are there is what summary.json says, written later.
+    """
+    _write_model(policy, ranks.gathered(policy.model.state_dict(keep_vars=True)), out)
+
+
+@ranks.by_first
+def _write_model(policy, weights, out):
     beside = os.path.join(out, "final.tmp")
     with _writing(out, beside, RESUME):
         _empty(beside)
-        policy.save(beside)
+        policy.save_result(beside, weights)
         _flush_folder(beside)
+        shutil.rmtree(os.path.join(out, "adapter"), ignore_errors=True)  # a folder replaces only an empty one
         for name in sorted(os.listdir(beside)):
             os.replace(os.path.join(beside, name), os.path.join(out, name))
         os.rmdir(beside)
@@ -181,7 +199,7 @@ def read_state(folder, config, rows):
 
 def restore(trainer, state, metrics_file):
     """Put a trainer back where a checkpoint left it, and metrics.jsonl too. Returns the run's progress."""
-    trainer.optimizer.load_state_dict(state["optimizer"])
+    trainer.optimizer.load_state_dict(ranks.scattered(state["optimizer"], trainer.policy.model.parameters()))
     for group in trainer.optimizer.param_groups:  # as --may-change may have them
         group |= {"lr": trainer.config.lr, "weight_decay": trainer.config.weight_decay}
     trainer.step_number = state["step"]
@@ -207,7 +225,7 @@ def _random_states():
         "python": random.getstate(),
         "numpy": (name, keys.tolist(), *more),
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "cuda": [torch.cuda.get_rng_state()] if torch.cuda.is_available() else [],  # of the device that this process uses
     }
 
 
@@ -216,8 +234,8 @@ def _set_random_states(states):
     name, keys, *more = states["numpy"]
     np.random.set_state((name, np.array(keys, dtype=np.uint32), *more))
     torch.set_rng_state(states["torch"])
-    if states["cuda"] and torch.cuda.device_count() == len(states["cuda"]):
-        torch.cuda.set_rng_state_all(states["cuda"])
+    if states["cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"][0])
 
 
 def digest(rows):

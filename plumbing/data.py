@@ -33,23 +33,27 @@ COLUMNS = {  # what we call it: what it may be called in a file, first match win
 FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
 
 
+def library():
+    """`datasets`, without its progress bars. Imported here, so that who reads jsonl, csv or txt need not have it."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    return datasets
+
+
 def load_folder(path, config=None, **options):
     """`datasets.load_dataset` of a local folder, past its cache.
 
     That cache knows a folder by its name alone and serves the rows of an earlier one, wherever it stood
     and whatever this one holds by now. So each call gets a cache of its own, and the rows in memory.
     """
-    from datasets import load_dataset
-
     with tempfile.TemporaryDirectory() as cache:
-        return load_dataset(path, config, cache_dir=cache, keep_in_memory=True, **options)
+        return library().load_dataset(path, config, cache_dir=cache, keep_in_memory=True, **options)
 
 
 def open_dataset(source, split="train"):
     """Any source to a `datasets.Dataset`. Raises GraceError if it is not there or cannot be read."""
-    from datasets import load_dataset
-
-    source = str(source)
+    load_dataset, source = library().load_dataset, str(source)
     suffix = os.path.splitext(source)[1].lower()
     try:
         if os.path.isfile(source):

@@ -20,6 +20,7 @@ import threading
 
 import torch
 
+from plumbing import ranks
 from plumbing.checkpoint import checkpoints, newest_whole, write_atomically
 from plumbing.errors import GraceError, NotFinite, first_line
 
@@ -46,8 +47,8 @@ class Signals(contextlib.AbstractContextManager):
         self.received = number
         for n in self.handlers:
             signal.signal(n, signal.SIG_DFL)
-        # Not print: the signal may have come in the middle of one.
-        os.write(2, f"\n{signal.Signals(number).name}: finishing this step, then saving. Again: end at once.\n".encode())
+        if ranks.first():  # not by print: the signal may have come in the middle of one
+            os.write(2, f"\n{signal.Signals(number).name}: finishing this step, then saving. Again: end at once.\n".encode())
 
 
 def within_memory(compute, budget, least, where):
@@ -73,6 +74,25 @@ def within_memory(compute, budget, least, where):
             )
         budget = max(budget // 2, least)
         print(f"\nout of memory; continuing with {where} {budget}")
+
+
+def on_every_rank(compute, budget, least, where, meets=False):
+    """`within_memory` on every rank. Returns (each rank's result, the smallest budget that one of them used).
+
+    meets: compute itself meets the other ranks, so none of them can do it again alone. Out of memory then ends the run.
+    """
+
+    def attempt():
+        if not meets:
+            return within_memory(compute, budget, least, where)
+        try:
+            return compute(budget), budget
+        except torch.OutOfMemoryError as error:
+            ranks.leave()
+            raise GraceError(f"{where} {budget}: out of memory; lower it, and --resume continues") from error
+
+    results, budgets = zip(*ranks.together(attempt, meets))
+    return results, min(budgets)
 
 
 @contextlib.contextmanager
@@ -130,6 +150,7 @@ def finished_summary(config):
     return summary if done else None
 
 
+@ranks.by_first
 def claim(config):
     """Check, before anything is loaded, that --out may be used. Returns the checkpoint to resume from, or None.
 
@@ -138,11 +159,12 @@ def claim(config):
     out = config.out
     try:
         os.makedirs(out, exist_ok=True)
-        weights = any(name.endswith(".safetensors") for name in os.listdir(out))
+        weights = any(name.endswith(".safetensors") or name == "adapter" for name in os.listdir(out))
     except OSError as error:
         raise GraceError(f"--out {out}: cannot be written to ({error.strerror})") from error
     model = os.path.realpath(config.model)
-    if model == os.path.realpath(out) or os.path.dirname(model) == os.path.realpath(os.path.join(out, "checkpoints")):
+    inside = [os.path.realpath(os.path.join(out, name)) for name in ("", "adapter", "checkpoints")]
+    if model in inside or os.path.dirname(model) == inside[-1]:
         raise GraceError(f"--out {out} is where --model is: give another folder")
     result = "a finished run" if os.path.isfile(os.path.join(out, "summary.json")) else "a model" if weights else None
     if (result or checkpoints(out)) and not (config.resume or config.overwrite):
@@ -156,6 +178,7 @@ def claim(config):
     return checkpoint
 
 
+@ranks.by_first
 def delete_stale(out, checkpoint=None, keep_metrics=True):
     """Delete stale files: the mark of a finished run, and what a kill left half written.
 
@@ -168,7 +191,8 @@ def delete_stale(out, checkpoint=None, keep_metrics=True):
         earlier |= name in ("skipped_rows.json", "probe.json", "report.html")
         if name == "summary.json" or (earlier and not checkpoint):
             os.remove(os.path.join(out, name))
-    shutil.rmtree(os.path.join(out, "final.tmp"), ignore_errors=True)
+    for name in ["final.tmp"] if checkpoint else ["final.tmp", "adapter"]:
+        shutil.rmtree(os.path.join(out, name), ignore_errors=True)
     for name in os.listdir(folder) if os.path.isdir(folder) else []:
         if not checkpoint or name > os.path.basename(checkpoint):
             shutil.rmtree(os.path.join(folder, name))

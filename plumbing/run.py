@@ -18,6 +18,7 @@ import time
 
 from tqdm import tqdm
 
+from plumbing import ranks
 from plumbing.checkpoint import append, digest, read_state, restore, save_checkpoint, save_model, write_atomically
 from plumbing.errors import GraceError
 from plumbing.guard import Signals, claim, delete_stale
@@ -72,7 +73,7 @@ class Run:
             write_atomically(self.path("skipped_rows.json"), json.dumps(self.skipped, indent=1))
             print(show_skipped(self.skipped, self.config.out))
         self.progress["rows"] = digest(trainer.rows)
-        self.board = tensorboard(self.config.out, trainer.step_number)
+        self.board = tensorboard(self.config.out, trainer.step_number) if ranks.first() else None
         self.progress["before"] = self.progress["before"] or self.evaluate()
         about = {"before": self.progress["before"], "config": dataclasses.asdict(self.config)}
         about["max_new_tokens"] = trainer.policy.reading.max_new_tokens
@@ -87,7 +88,8 @@ class Run:
         return scores
 
     def __enter__(self):
-        self.bar = tqdm(total=self.config.steps, initial=self.trainer.step_number, unit="step", dynamic_ncols=True)
+        start, hidden = self.trainer.step_number, not ranks.first()
+        self.bar = tqdm(total=self.config.steps, initial=start, unit="step", dynamic_ncols=True, disable=hidden)
         self.seconds_before, self.started = self.progress["seconds"], time.time()
         self.saved, self.saved_at = self.trainer.step_number, time.time()
         self.signals.__enter__()
@@ -95,7 +97,6 @@ class Run:
 
     def __exit__(self, kind, error, trace):
         self.bar.close()
-        self.signals.__exit__(kind, error, trace)
         # A step of one update fails before that update, so that the state is the last step's. Of several, some may be done.
         whole = self.config.minibatches * self.config.epochs == 1
         if isinstance(error, Exception) and whole and self.trainer.step_number > self.saved:
@@ -103,7 +104,9 @@ class Run:
                 self.save()
                 print(f"step {self.trainer.step_number} was the last whole one and is saved: --resume continues from it")
             except GraceError as problem:  # a full disk stops the run and then the saving; the first error is raised
-                print(problem)
+                if str(problem) != str(error):
+                    print(problem)
+        self.signals.__exit__(kind, error, trace)
 
     def save(self):
         """Write a checkpoint of the trainer as it is now."""
@@ -128,9 +131,10 @@ class Run:
             for name, value in metrics.items():
                 self.board.add_scalar(name, value, step)
         self.progress["seconds"] = self.seconds_before + time.time() - self.started
-        stop = self.signals.received
         by_steps = config.save_every and (step % config.save_every == 0 or step == config.steps)
         by_time = config.save_minutes and time.time() - self.saved_at >= 60 * config.save_minutes
+        # A signal to one rank, or one rank's clock, is enough for all.
+        stop, by_time = map(max, zip(*ranks.exchange((self.signals.received, by_time))))
         if stop or by_steps or by_time:
             self.save()
         if stop:

@@ -24,6 +24,7 @@ Shapes: N prompts of P positions, K rollouts each, R = N * K rows, T new tokens,
 key-value head, d channels per head.
 """
 
+import functools
 import warnings
 
 import torch
@@ -172,6 +173,12 @@ class PlainDecoder(Decoder):
         self.mask = self.mask[rows]
 
 
+@functools.cache
+def side_stream():
+    """The one stream that all steps are captured on: each stream keeps some 32 MB of workspace for cuBLAS, for good."""
+    return torch.cuda.Stream()
+
+
 class SharedDecoder(Decoder):
     """Prompts once, rationales in a buffer; on CUDA a captured graph. Gives what PlainDecoder gives.
 
@@ -213,14 +220,16 @@ class SharedDecoder(Decoder):
 
     def _captured(self):
         """The step as a CUDA graph: a function that replays it. Where that fails, the step itself."""
-        side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+        side, graph = side_stream(), torch.cuda.CUDAGraph()
         side.wait_stream(torch.cuda.current_stream())
         try:
             with torch.cuda.stream(side):
                 self._forward()  # libraries set themselves up on the first call; it writes what the replay will write again
             torch.cuda.current_stream().wait_stream(side)
-            with torch.cuda.graph(graph):
+            with torch.cuda.graph(graph, stream=side):
                 states = self._forward()
+        except torch.OutOfMemoryError:  # a RuntimeError, too, but of another kind: `within_memory` makes the batch smaller
+            raise
         except RuntimeError as error:
             warnings.warn(f"the decoding step cannot be captured as a CUDA graph, so it is slower ({error})", stacklevel=2)
             self.capture = False

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from plumbing.errors import GraceError
 
-REFUSED = "its layers cannot be recomputed; leave out --recompute and lower --tokens-per-batch"
+REFUSED = "its layers cannot be recomputed or sharded; leave out --recompute and --shard, and lower --tokens-per-batch"
 
 
 class _Passing:
@@ -30,8 +30,11 @@ class _Passing:
         return keys, values
 
 
-def _pure(layer, index):
-    """The layer's forward with its inside recomputed in the backward pass; without gradients, as it was."""
+def _pure(layer, index, again):
+    """The layer's forward as a function from hidden states and earlier keys and values to new ones, all three returned.
+
+    again: whether its inside is recomputed in the backward pass. Without gradients the forward is as it was.
+    """
     inner = layer.forward
 
     def forward(hidden, *args, **kwargs):
@@ -46,25 +49,41 @@ def _pure(layer, index):
             return inner(hidden, *args, past_key_values=passing, **kwargs), passing.keys, passing.values
 
         earlier = (store.keys, store.values) if store.is_initialized else (None, None)
-        out, keys, values = checkpoint(run, hidden, *earlier, use_reentrant=False)
+        if not again:
+            return run(hidden, *earlier)
+        return checkpoint(run, hidden, *earlier, use_reentrant=False, preserve_rng_state=False)
+
+    def keep(layer, args, kwargs, out):
+        """What the layer's caller gets of the three; keys and values go into the cache."""
+        if not torch.is_grad_enabled():
+            return out
+        (out, keys, values), store = out, kwargs["past_key_values"].layers[index]
         if not store.is_initialized:
             store.lazy_initialization(keys, values)
         store.keys, store.values = keys, values
         return out
 
-    return forward
+    return forward, keep
 
 
-def recompute_layers(policy):
-    """Have a policy's layers recomputed in backward passes, from now on. Raises GraceError where that cannot be.
+def pure_layers(policy, again, prepare=lambda layer: None):
+    """Make a policy's layers pure functions, from now on. Raises GraceError where that cannot be.
 
     It can where layers are handed their cache by name and keep all of it: not with sliding windows.
+    again: whether they are recomputed in backward passes; prepare: `(layer)`, what else is to see all that a layer returns.
     """
     stacks = [m for m in policy.base.modules() if isinstance(m, torch.nn.ModuleList)]
     stacks = [m for m in stacks if len(m) == policy.model.config.get_text_config().num_hidden_layers]
     if not stacks or not policy.can_share:
         raise GraceError(f"{type(policy.model).__name__}: {REFUSED}")
     for index, layer in enumerate(stacks[0]):
-        layer.forward = _pure(layer, index)
+        layer.forward, keep = _pure(layer, index, again)
+        prepare(layer)
+        layer.register_forward_hook(keep, with_kwargs=True)
+
+
+def recompute_layers(policy):
+    """Have a policy's layers recomputed in backward passes, from now on. Raises GraceError where `pure_layers` does."""
+    pure_layers(policy, again=True)
     one = torch.ones(1, 1, dtype=torch.long, device=policy.device)
     policy.prefill(one, one, 0)  # says now, not in the middle of a run, if it cannot be

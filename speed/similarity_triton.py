@@ -3,7 +3,7 @@
 A tile is ROWS rows against GROUPS groups of columns, each group padded from K to MEMBERS, the next power of
 two, because a tile's shape must be one; K = 5 computes 8 and ignores 3. The product is accumulated in float32
 over D, `DEPTH` numbers at a time. Products are IEEE float32, not TF32, whose ten bits of mantissa would
-blur cosines in the third digit; bfloat16 inputs are widened as they are loaded.
+blur cosines in the third digit (`precision`); bfloat16 inputs are widened as they are loaded.
 
     rows     ROWS x D  ──┐                              group 0      group 1
                          ├── dot ──>  s  [ROWS, GROUPS * MEMBERS]  =  | m m m m m . . . | m m m m m . . . | ...
@@ -25,14 +25,17 @@ import triton.language as tl
 
 
 @triton.jit
-def cosines(rows, columns, n, c, has_n, has_c, D, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr):
+def cosines(
+    rows, columns, n, c, has_n, has_c, D,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """One tile of the table: rows `n` against columns `c`, `[ROWS, COLUMNS]` in float32."""
     s = tl.zeros((ROWS, COLUMNS), tl.float32)
     for start in range(0, D, DEPTH):
         d = start + tl.arange(0, DEPTH)
         x = tl.load(rows + n[:, None] * D + d[None, :], mask=has_n[:, None] & (d < D)[None, :], other=0.0)
         y = tl.load(columns + c[:, None] * D + d[None, :], mask=has_c[:, None] & (d < D)[None, :], other=0.0)
-        s = tl.dot(x.to(tl.float32), tl.trans(y.to(tl.float32)), s, input_precision="ieee")
+        s = tl.dot(x.to(tl.float32), tl.trans(y.to(tl.float32)), s, input_precision=PRECISION)
     return s
 
 
@@ -75,7 +78,7 @@ def online(peak, total, x, valid):
 @triton.jit
 def forward_kernel(
     rows, columns, barred, out, N, B, K, D, R, inverse_t,
-    ROWS: tl.constexpr, GROUPS: tl.constexpr, MEMBERS: tl.constexpr, DEPTH: tl.constexpr,
+    ROWS: tl.constexpr, GROUPS: tl.constexpr, MEMBERS: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The four numbers of ROWS rows, into out `[4, N]`; barred `[B, B]` uint8; R = N / B rows a group."""
     n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -86,7 +89,7 @@ def forward_kernel(
     mean_total, near_total = own_sum, own_sum
     for first in range(0, B, GROUPS):
         c, has_c = members(first, B, K, GROUPS, MEMBERS)
-        s = cosines(rows, columns, n, c, has_n, has_c, D, ROWS, GROUPS * MEMBERS, DEPTH)
+        s = cosines(rows, columns, n, c, has_n, has_c, D, ROWS, GROUPS * MEMBERS, DEPTH, PRECISION)
         own, other = kinds(barred, n, first, has_n, B, R, GROUPS)
         _, mean, nearest = by_group(s, has_c, K, ROWS, GROUPS, MEMBERS)
         own_sum += tl.sum(tl.where(own, mean, 0.0), 1)
@@ -103,12 +106,12 @@ def forward_kernel(
 @triton.jit
 def tile_gradient(
     rows, columns, barred, saved, n, first, N, B, K, D, R, inverse_t,
-    ROWS: tl.constexpr, GROUPS: tl.constexpr, MEMBERS: tl.constexpr, DEPTH: tl.constexpr,
+    ROWS: tl.constexpr, GROUPS: tl.constexpr, MEMBERS: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """ds of one tile, `[ROWS, GROUPS * MEMBERS]`. saved `[6, N]`: both log-sum-exps, then the four weights."""
     has_n = n < N
     c, has_c = members(first, B, K, GROUPS, MEMBERS)
-    s = cosines(rows, columns, n, c, has_n, has_c, D, ROWS, GROUPS * MEMBERS, DEPTH)
+    s = cosines(rows, columns, n, c, has_n, has_c, D, ROWS, GROUPS * MEMBERS, DEPTH, PRECISION)
     own, other = kinds(barred, n, first, has_n, B, R, GROUPS)
     s, mean, nearest = by_group(s, has_c, K, ROWS, GROUPS, MEMBERS)
     lse_mean = tl.load(saved + n, mask=has_n, other=0.0)[:, None]
@@ -128,46 +131,50 @@ def tile_gradient(
 
 
 @triton.jit
-def add_product(into, mine, has_mine, weights, others, theirs, has_theirs, D, DEPTH: tl.constexpr):
+def add_product(into, mine, has_mine, weights, others, theirs, has_theirs, D, DEPTH: tl.constexpr, PRECISION: tl.constexpr):
     """into[mine] += weights @ others[theirs], `DEPTH` of its D columns at a time."""
     for start in range(0, D, DEPTH):
         d = start + tl.arange(0, DEPTH)
         y = tl.load(others + theirs[:, None] * D + d[None, :], mask=has_theirs[:, None] & (d < D)[None, :], other=0.0)
         at, valid = into + mine[:, None] * D + d[None, :], has_mine[:, None] & (d < D)[None, :]
-        tl.store(at, tl.load(at, mask=valid) + tl.dot(weights, y.to(tl.float32), input_precision="ieee"), mask=valid)
+        tl.store(at, tl.load(at, mask=valid) + tl.dot(weights, y.to(tl.float32), input_precision=PRECISION), mask=valid)
     tl.debug_barrier()  # the next tile adds to the same place
 
 
 @triton.jit
 def rows_kernel(
     rows, columns, barred, saved, d_rows, N, B, K, D, R, inverse_t,
-    ROWS: tl.constexpr, GROUPS: tl.constexpr, MEMBERS: tl.constexpr, DEPTH: tl.constexpr,
+    ROWS: tl.constexpr, GROUPS: tl.constexpr, MEMBERS: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     for first in range(0, B, GROUPS):
         ds = tile_gradient(
-            rows, columns, barred, saved, n, first, N, B, K, D, R, inverse_t, ROWS, GROUPS, MEMBERS, DEPTH
+            rows, columns, barred, saved, n, first, N, B, K, D, R, inverse_t, ROWS, GROUPS, MEMBERS, DEPTH, PRECISION
         )  # fmt: skip
         c, has_c = members(first, B, K, GROUPS, MEMBERS)
-        add_product(d_rows, n, n < N, ds, columns, c, has_c, D, DEPTH)
+        add_product(d_rows, n, n < N, ds, columns, c, has_c, D, DEPTH, PRECISION)
 
 
 @triton.jit
 def columns_kernel(
     rows, columns, barred, saved, d_columns, N, B, K, D, R, inverse_t,
-    ROWS: tl.constexpr, GROUPS: tl.constexpr, MEMBERS: tl.constexpr, DEPTH: tl.constexpr,
+    ROWS: tl.constexpr, GROUPS: tl.constexpr, MEMBERS: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     first = tl.program_id(0) * GROUPS
     c, has_c = members(first, B, K, GROUPS, MEMBERS)
     for start in range(0, N, ROWS):
         n = start + tl.arange(0, ROWS)
         ds = tile_gradient(
-            rows, columns, barred, saved, n, first, N, B, K, D, R, inverse_t, ROWS, GROUPS, MEMBERS, DEPTH
+            rows, columns, barred, saved, n, first, N, B, K, D, R, inverse_t, ROWS, GROUPS, MEMBERS, DEPTH, PRECISION
         )  # fmt: skip
-        add_product(d_columns, c, has_c, tl.trans(ds), rows, n, n < N, D, DEPTH)
+        add_product(d_columns, c, has_c, tl.trans(ds), rows, n, n < N, D, DEPTH, PRECISION)
 
 
 # ---------------------------------------------------------------- what similarity.py calls
+
+# What bench/similarity.py tries on a GPU. Products of float32 are "ieee", "tf32", or "tf32x3": three of tensor cores for one.
+precision = "ieee"
+tile, warps = (32, 64), 4  # the block that a program owns times the block that it walks over
 
 
 def _launch(kernel, rows, columns, tensors, temperature, owns_rows):
@@ -177,11 +184,11 @@ def _launch(kernel, rows, columns, tensors, temperature, owns_rows):
     still do 10 operations for each byte they read from the cache.
     """
     (N, D), (B, K, _) = rows.shape, columns.shape
-    ROWS, COLUMNS = (32, 64) if owns_rows else (64, 32)
+    ROWS, COLUMNS = tile if owns_rows else tile[::-1]
     MEMBERS = triton.next_power_of_2(K)
     GROUPS = max(1, COLUMNS // MEMBERS)
     blocks = triton.cdiv(N, ROWS) if owns_rows else triton.cdiv(B, GROUPS)
-    sizes = dict(ROWS=ROWS, GROUPS=GROUPS, MEMBERS=MEMBERS, DEPTH=32)
+    sizes = dict(ROWS=ROWS, GROUPS=GROUPS, MEMBERS=MEMBERS, DEPTH=32, PRECISION=precision, num_warps=warps)
     kernel[(blocks,)](rows, columns, *tensors, N, B, K, D, N // B, 1 / temperature, **sizes)
 
 

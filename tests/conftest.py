@@ -74,12 +74,29 @@ def tokenizer():
 def make_policy(tokenizer):
     """A policy over a random network: `make_policy("Qwen2", pooling="max", double=True)`."""
 
-    def make(architecture="Llama", seed=0, double=False, max_new_tokens=6, pooling="mean", **overrides):
+    def make(architecture="Llama", seed=0, double=False, max_new_tokens=6, pooling="mean", lora=None, **overrides):
         model = build(architecture, len(tokenizer), seed, **overrides)
         reading = Reading(toy.INSTRUCTION, max_prompt_tokens=64, max_new_tokens=max_new_tokens, pooling=pooling)
-        return Policy(model.double() if double else model, tokenizer, reading)
+        policy = Policy(model.double() if double else model, tokenizer, reading)
+        return adapted(policy, lora) if lora else policy
 
     return make
+
+
+def adapted(policy, rank):
+    """The policy with adapters, away from where they start: there B is 0, and A has no gradient."""
+    policy.adapt(rank, seed=0)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in policy.model.parameters():
+            if p.requires_grad:
+                p.copy_(torch.randn(p.shape, generator=generator) * 0.05)
+    return policy
+
+
+def start(policy):
+    """A reference for the policy: a copy of it, or, where it has adapters, itself without them."""
+    return policy.start() if policy.adapters else copy.deepcopy(policy)
 
 
 def rolled(policy, texts=TEXTS, K=3, temperature=1.0, seed=0):
@@ -101,7 +118,7 @@ def by_full_forward(policy, rollouts, n, k, temperature=1.0):
 
 
 def gradient(policy, value):
-    """The gradient of a value at all of the policy's weights, as one vector."""
+    """The gradient of a value at all that the policy learns, its weights or its adapters, as one vector."""
     policy.model.zero_grad()
     value.backward()
     return torch.cat([p.grad.flatten() for p in policy.model.parameters() if p.grad is not None])
@@ -122,7 +139,7 @@ def config(**settings):
 
 def descent(policy, **settings):
     """A Trainer of `ROWS` by plain, unclipped gradient descent: Adam and clipping would hide a gradient of a wrong scale."""
-    trainer = grace.Trainer(policy, copy.deepcopy(policy), ROWS, config(max_grad_norm=1e9, **settings))
+    trainer = grace.Trainer(policy, start(policy), ROWS, config(max_grad_norm=1e9, **settings))
     trainer.optimizer = torch.optim.SGD(policy.model.parameters(), lr=1e-2)
     return trainer
 

@@ -35,6 +35,8 @@ CUDA = torch.cuda.is_available()
         ("--negatives 2", "has 1 negatives, --negatives asks for 2"),
         ("--max-prompt-tokens 4", "leaves no room for a text"),
         ("--max-new-tokens 400", "fills the model's context"),
+        ("--lora 0", "--lora 0: must be at least 1"),
+        ("--lora 96", "--lora 96: adapters are smaller than the layers: give a rank below the model's width, 96"),
         ("--out /dev/null/x", "--out /dev/null/x: cannot be written to"),
     ],
 )

@@ -1,11 +1,13 @@
 """Every format and name a dataset comes in, and every way a row can be wrong."""
 
 import json
+import sys
 
 import pytest
 from conftest import command, config
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from test_layout import ROOT, imported
 
 import grace
 from plumbing.data import load_rows, open_dataset, read_pairs, read_texts, read_triplets
@@ -35,6 +37,15 @@ def test_formats(tmp_path):
     folder.mkdir()
     write(folder / "train.jsonl", GOOD)
     assert read_triplets(str(folder)) == READ
+
+
+def test_lines_need_no_library(tmp_path, monkeypatch):
+    """jsonl, csv and txt are read here: a machine without `datasets` trains on them."""
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    (tmp_path / "x.txt").write_text("a\nb\n")
+    assert read_triplets(write(tmp_path / "x.jsonl", GOOD)) == READ
+    assert read_texts(str(tmp_path / "x.txt")) == [{"text": "a"}, {"text": "b"}]
+    assert "datasets" not in imported(ROOT / "grace.py")
 
 
 @pytest.mark.parametrize("names", [("anchor", "positive", "negative"), ("sent0", "sent1", "hard_neg"), ("query", "pos", "neg")])

@@ -109,6 +109,18 @@ def test_encoder_is_encode_texts(make_policy):
     assert encoder.encode(TEXTS).dtype == np.float32
 
 
+def test_bfloat16_is_the_type_of_the_weights(tiny_world, read):
+    """An encoder never changes its weights, so in bfloat16 it reads half as many bytes; the vectors nearly stay."""
+    exact, rounded = (GraceEncoder(str(tiny_world / "model"), device="cpu", dtype=dtype) for dtype in ("float32", "bfloat16"))
+    assert {p.dtype for p in rounded.policy.model.parameters()} == {torch.bfloat16}
+    assert rounded.settings != exact.settings  # another memory
+    texts = [TEXTS[0], TEXTS[2]]
+    vectors = rounded.encode(texts)
+    assert vectors.dtype == np.float32 and abs(np.linalg.norm(vectors, axis=1) - 1).max() < 1e-5
+    bare = [GraceEncoder(x.policy, rationale=False).encode(texts) for x in (exact, rounded)]
+    assert (bare[0] * bare[1]).sum(1).min() > 0.99
+
+
 def test_no_text_is_read_twice(make_policy, read, tmp_path):
     policy = make_policy()
     first = GraceEncoder(policy, cache=tmp_path)
@@ -214,7 +226,7 @@ def test_the_command_line(tiny_world, tmp_path, capsys):
         record = json.load(file)
     assert record["settings"]["instruction"] == "name what happened" and record["settings"]["fingerprint"]
     assert record["texts"]["read"] > 0 and {"torch", "transformers", "numpy"} <= record["versions"].keys()
-    eval_mteb_subset.main([*given, "--tasks", "ToyPairs", "--temperature", "1", "--samples", "2"])
+    eval_mteb_subset.main([*given, "--tasks", "ToyPairs", "--temperature", "1", "--samples", "2", "--device", "cpu"])
     assert "+-" in capsys.readouterr().out
 
 

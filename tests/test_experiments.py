@@ -32,7 +32,7 @@ def prepared(policy, algorithm, **settings):
     """A trainer of an algorithm, rewards, and the batch as its `advantage` gets it."""
     trainer = algorithm(policy, None, ROWS, config(**settings))
     batch = make_batch(ROWS)
-    batch.rollouts, batch.embeddings = roll_out(policy, batch.texts, trainer.config, step=0, budget=trainer.sample_tokens)
+    batch.rollouts, batch.embeddings, _ = roll_out(policy, batch.texts, trainer.config, step=0, budget=trainer.sample_tokens)
     R = torch.randn(batch.rollouts.finished.shape, generator=torch.Generator().manual_seed(2))
     return trainer, R, batch
 

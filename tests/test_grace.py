@@ -11,7 +11,7 @@ import sys
 import pytest
 import torch
 import transformers
-from conftest import ARCHITECTURES, ROWS, build, command, config, descent, gradient, weights
+from conftest import ARCHITECTURES, ROWS, adapted, build, command, config, descent, gradient, start, weights
 
 import grace
 from evaluation.page import finish_page
@@ -152,8 +152,11 @@ def test_twins_are_found():
 # ---------------------------------------------------------------- the full gradient, by enumeration
 
 
+both_ways = pytest.mark.parametrize("lora", [None, 2], ids=["weights", "adapters"])  # what is trained
+
+
 @pytest.fixture
-def enumerable():
+def enumerable(lora):
     """A float64 policy over four tokens and rationales of at most two: thirteen rationales in all."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
@@ -162,6 +165,7 @@ def enumerable():
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<end>", unk_token="c")
     model = build("GPT2", 4, eos_token_id=3).double()
     policy = Policy(model, tokenizer, Reading("a", 32, 2))
+    policy = adapted(policy, lora) if lora else policy
     rationales = [[3]] + [[x, y] for x in range(3) for y in range(4)]
     rollouts = sample(policy, policy.prompts(["a b b"]), 13, 1.0, uniforms(0, 1, 13, 2))
     rollouts.ids, rollouts.mask = torch.zeros(1, 13, 2, dtype=torch.long), torch.ones(1, 13, 2, dtype=torch.long)
@@ -174,6 +178,7 @@ def enumerable():
     return policy, rollouts
 
 
+@both_ways
 @pytest.mark.parametrize("reward", ["infonce", "paper"])
 def test_full_gradient_is_exact(enumerable, reward):
     """E over all 169 groups of two = (K-1)/K times the gradient of the exactly computed E[R]; Eq. 19 alone is not it."""
@@ -229,19 +234,21 @@ def prepared(policy, **settings):
     return trainer, rollouts, advantages(R), g
 
 
-def test_loss_by_finite_differences(make_policy):
+@both_ways
+def test_loss_by_finite_differences(make_policy, lora):
     """With clip, KL, pathwise and text terms all active, off policy."""
-    policy = make_policy("GPT2", double=True)
+    policy = make_policy("GPT2", double=True, lora=lora)
+    learned = [p for p in policy.model.parameters() if p.requires_grad]
     trainer, rollouts, A, g = prepared(policy, kl=0.5, pathwise=0.7, clip_eps=0.05, text_weight=0.3)
     with torch.no_grad():  # away from the sampler's weights, so that ratios leave the clip range
         torch.manual_seed(3)
-        for p in policy.model.parameters():
+        for p in learned:
             p += 0.01 * torch.randn_like(p)
     value, stats = trainer.objective(rollouts, A, g)
     assert 0.05 < float(stats["clip_fraction"].mean()) < 0.95 and float(stats["kl_start"].mean()) > 1e-4
     gradient(policy, value.sum())
     checked = 0
-    for p in policy.model.parameters():
+    for p in learned:
         at = p.grad.abs().argmax()
         flat, step = p.data.view(-1), 1e-6
         sides = []
@@ -287,11 +294,12 @@ def test_text_term(make_policy):
         assert stats["prompt_loss"][n].tolist() == pytest.approx([-expected] * A.shape[1], rel=1e-5)
 
 
+@both_ways
 @pytest.mark.parametrize("minibatches", [1, 3])
-def test_micro_batches_make_one_update(make_policy, minibatches):
+def test_micro_batches_make_one_update(make_policy, minibatches, lora):
     updates, splits = [], []
     for budget in (1, 80, 10**6):
-        policy = make_policy("GPT2", double=True)
+        policy = make_policy("GPT2", double=True, lora=lora)
         trainer, rollouts, A, g = prepared(policy, tokens_per_batch=budget, minibatches=minibatches, epochs=2)
         splits.append([len(part) for part in trainer.micro_batches(torch.arange(len(A)), rollouts, budget)])
         before = weights(policy)
@@ -311,9 +319,10 @@ def test_micro_batches_keep_to_the_budget(make_policy):
         assert len(part) == 1 or trimmed.prompt_ids.numel() + trimmed.ids.numel() <= 150  # the two maxima may be of two groups
 
 
-def test_first_ratio_is_one(make_policy):
-    policy = make_policy()
-    metrics = Trainer(policy, copy.deepcopy(policy), ROWS, config(lr=0.05, minibatches=4)).step()
+@both_ways
+def test_first_ratio_is_one(make_policy, lora):
+    policy = make_policy(lora=lora)
+    metrics = Trainer(policy, start(policy), ROWS, config(lr=0.05, minibatches=4)).step()
     assert metrics["first_ratio_off"] < 1e-4 < 0.01 < metrics["clip_fraction"]
     assert metrics["approx_kl"] > 1e-3
 
@@ -357,10 +366,11 @@ def test_every_kind_of_step(make_policy, name, M):
         assert metrics["hard_std"] == 0 and "kl_start" not in metrics
 
 
+@both_ways
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_step_on_every_architecture(make_policy, architecture):
-    policy = make_policy(architecture)
-    trainer = Trainer(policy, copy.deepcopy(policy), ROWS, config())
+def test_step_on_every_architecture(make_policy, architecture, lora):
+    policy = make_policy(architecture, lora=lora)
+    trainer = Trainer(policy, start(policy), ROWS, config())
     first, second = trainer.step(), trainer.step()
     assert first["step"] == 1 and second["step"] == 2
     assert first["first_ratio_off"] < 1e-4 and first["grad_norm"] > 0

@@ -12,6 +12,7 @@ import torch
 from conftest import ROWS, command, descent, same, weights
 
 import grace
+import rollout
 from plumbing.checkpoint import checkpoints
 from plumbing.errors import GraceError
 from plumbing.guard import Signals, within_memory
@@ -160,20 +161,20 @@ def test_memory_for_the_update(make_policy, monkeypatch, capsys, at, where):
 
 def test_memory_for_sampling(make_policy, monkeypatch, capsys):
     """A second attempt draws what the first one would have drawn."""
-    rewards, roll_out = [], grace.roll_out
+    rewards, sample_in_parts = [], rollout.sample_in_parts
     for starved in (False, True):
         trainer, budgets = descent(make_policy(), sample_tokens=60), []
 
         def small(*args, budgets=budgets, starved=starved):
             budgets.append(args[-1])
-            result = roll_out(*args)
+            result = sample_in_parts(*args)
             if starved and len(budgets) < 3:  # in the first two attempts
                 raise torch.OutOfMemoryError("CUDA out of memory")
             return result
 
-        monkeypatch.setattr(grace, "roll_out", small)
+        monkeypatch.setattr(rollout, "sample_in_parts", small)
         rewards.append(trainer.step()["reward"])
-    assert rewards[0] == pytest.approx(rewards[1], rel=1e-5) and budgets == [60, 30, 18] and trainer.sample_tokens == 18
+    assert rewards[0] == pytest.approx(rewards[1], rel=1e-5) and budgets == [60, 30, 18, 18] and trainer.sample_tokens == 18
     assert "continuing with step 1: --sample-tokens 30" in capsys.readouterr().out
 
 

@@ -114,13 +114,21 @@ def test_no_code_is_run(tiny_world, tmp_path):
     assert not (tmp_path / "was-here").exists()
 
 
+def test_checks_are_made_in_float32(make_policy, monkeypatch):
+    """What a model is does not depend on the compute type: rounding could hide a difference, or look like one."""
+    float32, made = make_policy(), []
+    check = Policy._check
+    monkeypatch.setattr(Policy, "_check", lambda self: (made.append(self.dtype), check(self)))
+    assert Policy(float32.model, float32.tokenizer, float32.reading, "bfloat16").dtype == "bfloat16" and made == ["float32"]
+
+
 # ---------------------------------------------------------------- a copy to sample from
 
 
 def test_bfloat16_copy(make_policy):
     policy = make_policy("Qwen2", tie_word_embeddings=True)
     before = [p.clone() for p in policy.model.parameters()]
-    sampler = policy.bfloat16_copy()
+    sampler = policy.frozen_copy(torch.bfloat16)
     rollouts = rolled(sampler, K=4)
     assert {p.dtype for p in sampler.model.parameters()} == {torch.bfloat16}
     assert sampler.head.weight is sampler.base.embed_tokens.weight  # still tied

@@ -10,6 +10,7 @@ from rollout import (
     describe,
     draw,
     effective_rank,
+    invert,
     join,
     make_batch,
     roll_out,
@@ -85,6 +86,31 @@ def test_draw_follows_the_softmax():
     assert token.item() == 2 and logprob.item() == pytest.approx(float(torch.log_softmax(logits[0], -1)[2]))
 
 
+@pytest.mark.parametrize("V", [7, 512, 513, 5000])
+def test_a_draw_is_the_inverse_transform(V):
+    """The place where the running sum passes the random number, as float64 finds it, in one step or in two."""
+    torch.manual_seed(0)
+    p = torch.softmax(5 * torch.randn(400, V), -1)
+    p[:, 2] = 0
+    u = uniforms(1, 400)[:, None]
+    below = p.double().cumsum(-1)
+    exact = torch.searchsorted(below, u * below[:, -1:], right=True)
+    near = [torch.searchsorted(below, (u + e) * below[:, -1:], right=True).clamp(max=V - 1) for e in (-2e-6, 2e-6)]
+    place = invert(p, u)
+    assert (place == exact).float().mean() > 0.99 and ((near[0] <= place) & (place <= near[1])).all()
+    assert (p.gather(1, place) > 0).all()
+
+
+def test_a_draw_has_weight_at_both_ends():
+    """The largest float32 below 1 times a total can round to that total: still the last place with any weight."""
+    for V in (40, 40_000):
+        weights = torch.zeros(2000, V)
+        weights[:, 9:-9] = torch.rand(2000, V - 18, generator=torch.Generator().manual_seed(0)) + 0.1
+        for share, place in ((0.0, 9), (1 - 2**-24, V - 10)):
+            drawn = invert(weights, torch.full((2000, 1), share))
+            assert (weights.gather(1, drawn) > 0).all() and (drawn - place).abs().max() <= V * 1e-6
+
+
 def test_uniforms():
     """In [0, 1), even, the same by seed; a list of integers is a seed of its own."""
     numbers = uniforms([3, 1], 100, 200)
@@ -121,7 +147,8 @@ def test_sampling_in_parts(make_policy, monkeypatch, temperature):
     monkeypatch.setattr("rollout.join", lambda *args: parts.extend(args[0]) or join(*args))
     prompts = policy.prompts(TEXTS)
     whole = sample_in_parts(policy, prompts, 2, temperature, uniform, 10**6)
-    assert not parts
+    assert len(parts) == 1
+    parts.clear()
     assert_same(sample_in_parts(policy, prompts, 2, temperature, uniform, 1), whole)
     assert len(parts) == 3 and len({part.ids.shape[2] for part in parts}) > 1
     assert whole.n_shared == 5
@@ -145,7 +172,7 @@ def test_join():
         part([[[5], [6]]], [[[1], [1]]]),
         part([[[7, 8], [9, 0]], [[1, 2], [3, 4]]], [[[1, 1], [1, 0]], [[1, 1], [1, 1]]]),
     )
-    rollouts = join([one, two], Prompts)
+    rollouts = join([one, two], [slice(0, 1), slice(1, 3)], Prompts)
     assert rollouts.ids.tolist() == [[[5, 0], [6, 0]], [[7, 8], [9, 0]], [[1, 2], [3, 4]]]
     assert rollouts.mask.tolist() == [[[1, 0], [1, 0]], [[1, 1], [1, 0]], [[1, 1], [1, 1]]]
     assert rollouts.logprobs.tolist() == (-rollouts.ids / 10).tolist()
@@ -154,6 +181,9 @@ def test_join():
     assert torch.equal(rollouts.prompt_ids, Prompts.ids) and torch.equal(rollouts.prompt_mask, Prompts.mask)
     assert torch.equal(rollouts.counted, Prompts.counted) and (rollouts.n_shared, rollouts.n_cut) == (2, 1)
     assert len(rollouts) == 3 and rollouts.rationales() == [[[5], [6]], [[7, 8], [9]], [[1, 2], [3, 4]]]
+    dealt = join([two, one], [slice(0, None, 2), slice(1, None, 2)], Prompts)  # as two ranks share them out
+    assert dealt.rationales() == [[[7, 8], [9]], [[5], [6]], [[1, 2], [3, 4]]]
+    assert dealt.finished.tolist() == [[False, True], [False, False], [False, False]]
 
 
 def test_selected_groups(make_policy):
@@ -178,7 +208,7 @@ def test_roles_get_their_texts_embeddings(make_policy):
     rows = [{**row, "negative": [*row["negative"], f"{row['query']} ."]} for row in ROWS]
     batch = make_batch(rows)
     settings = config(train_roles="positive", reward="infonce", anchor_temperature=0.0)
-    rollouts, embeddings = roll_out(policy, batch.texts, settings, step=0, budget=10**6)
+    rollouts, embeddings, _ = roll_out(policy, batch.texts, settings, step=0, budget=10**6)
     assert {role: x.shape[:-1] for role, x in embeddings.items()} == {
         "positive": (4, 3),
         "query": (4, 1),
@@ -195,7 +225,7 @@ def test_roles_without_texts(make_policy):
     """M = 0: an empty sum over negatives."""
     policy = make_policy()
     batch = make_batch([{**row, "negative": []} for row in ROWS])
-    _, embeddings = roll_out(policy, batch.texts, config(), step=0, budget=10**6)
+    _, embeddings, _ = roll_out(policy, batch.texts, config(), step=0, budget=10**6)
     assert embeddings["negative"].shape[:3] == (4, 0, 1)
     parts = split_by_role(torch.arange(6.0)[:, None], {"query": "ab", "negative": "cdef"}, ["query", "negative"])
     assert parts["query"][:, 0].tolist() == [0, 1] and parts["negative"][..., 0].tolist() == [[2, 3], [4, 5]]

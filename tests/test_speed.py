@@ -1,5 +1,9 @@
 """speed/: decoding with prompts kept once, and recomputed layers, give the same numbers as the plain ways."""
 
+from contextlib import nullcontext
+from types import SimpleNamespace
+from unittest.mock import Mock
+
 import pytest
 import torch
 from conftest import SMALL, TEXTS, gradient, rolled
@@ -86,6 +90,34 @@ def test_when_finished_rows_leave(make_policy, monkeypatch):
         assert torch.equal(other.ids, first.ids) and torch.equal(other.finished, first.finished)
         torch.testing.assert_close(other.logprobs, first.logprobs, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(other.embeddings, first.embeddings, rtol=1e-4, atol=1e-5)
+
+
+def test_a_capture_that_fails(make_policy, monkeypatch):
+    """Too little memory is the caller's to handle; after any other failure the step runs as it is, and says so."""
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    fakes = {"Stream": lambda: stream, "current_stream": lambda: stream, "CUDAGraph": object}
+    fakes |= {"stream": lambda s: nullcontext(), "graph": lambda g, stream: nullcontext()}
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    decode.side_stream.cache_clear()
+    policy = make_policy(double=True)
+    token = torch.arange(6, 15)
+    plain = decode.PlainDecoder(policy, *cache_of(policy), 3)
+    decoder = decode.SharedDecoder(policy, *cache_of(policy), 3, capture=True)
+    forward = decoder._forward
+    for error in (torch.OutOfMemoryError("too little"), RuntimeError("operation not permitted when stream is capturing")):
+        failing = Mock(side_effect=[error])
+        monkeypatch.setattr(decoder, "_forward", failing)
+        if isinstance(error, torch.OutOfMemoryError):
+            with pytest.raises(torch.OutOfMemoryError):
+                decoder._captured()
+        else:
+            with pytest.warns(UserWarning, match="so it is slower"):
+                assert decoder._captured() is failing
+    monkeypatch.setattr(decoder, "_forward", forward)
+    with torch.no_grad():
+        torch.testing.assert_close(decoder.step(token)[0], plain.step(token)[0], rtol=1e-9, atol=1e-9)
+    decode.side_stream.cache_clear()
 
 
 def test_pack():

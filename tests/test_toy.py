@@ -10,7 +10,7 @@ import toy
 from worlds import EVENTS, TOWN, WORLDS
 from worlds.town import CLOSING, DIRECTIONS, PLACES, WALKERS
 
-SLOT_WORLDS = {name: world for name, world in WORLDS.items() if name != "town"}
+SLOT_WORLDS = {name: world for name, world in WORLDS.items() if not name.startswith("town")}
 
 
 # ---------------------------------------------------------------- every world

@@ -20,6 +20,7 @@ and to whoever measures what a policy writes about a text:
 """
 
 from worlds.events import EVENTS, MEALS, PARCELS
-from worlds.town import TOWN
+from worlds.town import TOWN, Town
 
 WORLDS = {"town": TOWN, "events": EVENTS, "meals": MEALS, "parcels": PARCELS}
+WORLDS |= {f"town-{percent}": Town(percent / 100) for percent in (1, 5, 20)}  # of whose start's answers fewer think

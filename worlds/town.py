@@ -55,6 +55,7 @@ FORMS = (
 class Town:
     """Places, streets, and walks. A meaning is a pair of places: where ann ends, and where bob does.
 
+    thinking: the share of the warm start's later answers that think.
     Steps per walk: WARM in the warm start, TRAIN in the training texts, HELD_OUT in the held-out and the graded ones.
     """
 
@@ -62,7 +63,8 @@ class Town:
     instruction, other_instruction = "say where they end", "say where they start"
     warm_up, max_prompt_tokens, max_new_tokens = 800, 48, 40
 
-    def __init__(self):
+    def __init__(self, thinking=0.35):
+        self.thinking = thinking
         self.map = self.streets(random.Random(0))
         self.back = {way: {there: here for here, there in street.items()} for way, street in self.map.items()}
         plain = " ".join((*FORMS, *DIRECTIONS, *WALKERS, "so", self.instruction, self.other_instruction)).split()
@@ -191,7 +193,7 @@ class Town:
         walks = self.plan(ends, rng, rng.choice(self.WARM))
         if rng.random() < 0.1:
             return self.other_instruction, self.told(walks, rng), self.starts(walks)
-        answer = self.rationale(walks, think=rng.random() < (0.9 if progress <= 0.65 else 0.35))
+        answer = self.rationale(walks, think=rng.random() < (0.9 if progress <= 0.65 else self.thinking))
         return self.instruction, self.told(walks, rng), answer
 
     def starts(self, walks):

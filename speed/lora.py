@@ -1,0 +1,102 @@
+"""LoRA (Hu et al. 2022): the weights stay as they are, and a small adapter beside each linear layer of the body learns.
+
+    W x   becomes   W x + (alpha / R) B A x        A [R, D_in] random, B [D_out, R] zero at the start
+
+Gradients and AdamW's moments are of A and B alone. Without its adapters the model is the one that training started
+from, to the bit, so the KL term needs no second one. With B A added to W it is an ordinary model again: that is what
+is saved, and what the bfloat16 copy samples from.
+
+peft puts adapters into a model, switches them off, merges them, and reads and writes their files. All of it works on
+the model's own layers, in place, so whoever holds the model or its body has the adapters, too.
+"""
+
+import contextlib
+import os
+import warnings
+
+import torch
+
+from plumbing.errors import GraceError, first_line
+
+# The first step of Adam sets each entry of B to the rate, whatever its gradient: B A x grows with R. Divided by R it does
+# not, so with one alpha for all ranks one rate fits them all (not alpha = 2 R, for which each rank needs a rate of its own).
+ALPHA = 32
+
+
+@contextlib.contextmanager
+def _warned():
+    """In here one of peft's warnings is an error, and two are not shown."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "Found missing adapter keys")  # what a file lacks would stay random
+        warnings.filterwarnings("ignore", "fan_in_fan_out")  # it is set as the layer needs it
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+        yield
+
+
+def peft():
+    """The library, which is installed only for this. Raises GraceError where it is not there."""
+    try:
+        import peft
+    except ImportError as error:
+        raise GraceError(f"adapters need peft ({first_line(error)}): pip install peft") from error
+    return peft
+
+
+def adapt(model, rank, seed, folder=None):
+    """Put adapters beside all linear layers of a model's body, new ones or those of a folder, and freeze the rest.
+
+    Returns peft's handle on them. New ones depend on the seed alone. Raises GraceError where no such adapters can be.
+    """
+    library, width = peft(), model.config.get_text_config().hidden_size
+    if rank >= width:
+        raise GraceError(f"--lora {rank}: adapters are smaller than the layers: give a rank below the model's width, {width}")
+    if folder:
+        adapters = load(model, folder, is_trainable=True)
+    else:
+        settings = library.LoraConfig(r=rank, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM")
+        try:
+            with torch.random.fork_rng(devices=[]), _warned():
+                torch.manual_seed(seed)
+                adapters = library.get_peft_model(model, settings)
+        except ValueError as error:
+            raise GraceError(f"--lora {rank}: {type(model).__name__} cannot be adapted ({first_line(error)})") from error
+        if os.path.isdir(model.name_or_path):  # in their file, so that they find it from any folder
+            settings.base_model_name_or_path = os.path.abspath(model.name_or_path)
+    return adapters
+
+
+def load(model, source, **options):
+    """The adapters of a folder or hub id beside a model's layers. Returns peft's handle on them.
+
+    Raises GraceError where they are of another model.
+    """
+    library, base = peft(), model.name_or_path
+    try:
+        with _warned():
+            return library.PeftModel.from_pretrained(model, source, torch_device="cpu", **options)
+    except (RuntimeError, ValueError, UserWarning) as error:  # other shapes, no such layers, layers without adapters
+        raise GraceError(f"{source}: its adapters do not fit {base}: give the model that they were trained on") from error
+
+
+@contextlib.contextmanager
+def off(adapters):
+    """In here the model is without its adapters. (As `disable_adapter` of peft does it, which first inspects every layer.)"""
+    adapters.base_model.disable_adapter_layers()
+    try:
+        yield
+    finally:
+        adapters.base_model.enable_adapter_layers()
+
+
+def merged_state(adapters):
+    """What the model's state dict would be with its adapters merged into the weights: that of an ordinary model."""
+    state = adapters.get_base_model().state_dict().items()
+    return {name.replace(".base_layer.", "."): x for name, x in state if ".lora_" not in name} | dict(merged_weights(adapters))
+
+
+@torch.no_grad()
+def merged_weights(adapters):
+    """Yields name and value `[D_out, D_in]` of each adapted weight, its adapter added in; one at a time."""
+    for name, layer in adapters.get_base_model().named_modules():
+        if isinstance(layer, peft().tuners.lora.LoraLayer):
+            yield f"{name}.weight", layer.get_base_layer().weight + layer.get_delta_weight("default")
