@@ -70,16 +70,30 @@ def some(rows, *labels):
     return {label: rows[label] for label in labels}
 
 
-# The search for the settings that suit the paper's recipe best, stage by stage, and for those that suit the loss.
-TRIED, TRIED_LOSS = PAPER | dict(steps=150, eval_every=50), CONTRASTIVE | dict(eval_every=0)
+# The search for the settings that suit the paper's recipe best: its rate, then the rest at the highest rate, then what helped
+# together and for longer. And the same for the loss.
+TRIED, TRIED_LOSS = PAPER | dict(steps=150, eval_every=25), CONTRASTIVE | dict(eval_every=0)
+STEEP, LONGER = PAPER | dict(lr=1e-3, steps=100, eval_every=50), dict(kl=0.03, steps=200)
 SEARCH = {
-    **{f"the paper's recipe: rate {rate:g}": TRIED | dict(lr=rate, eval_every=25) for rate in (1e-4, 3e-4, 5e-4, 1e-3)},
-    **{f"the paper's recipe: rate {rate:g}, falling to 0": TRIED | dict(lr=rate, lr_decay=True) for rate in (5e-4, 1e-3)},
-    **{f"the paper's recipe: rate 0.0005, KL {x:g}": TRIED | dict(kl=x) for x in (0.03, 0.1)},
-    "the paper's recipe: rate 0.0005, temperature 0.7": TRIED | dict(temperature=0.7),
-    "the paper's recipe: rate 0.0005, K = 8": TRIED | dict(rollouts=8),
-    **{f"the loss: rate {rate:g}": TRIED_LOSS | dict(lr=rate) for rate in (3e-4, 1e-3, 3e-3)},
-    **{f"the loss: softmax temperature {t:g}": TRIED_LOSS | dict(infonce_temperature=t) for t in (0.1, 0.2)},
+    f"the paper's recipe: {tried}": run
+    for tried, run in {
+        **{f"rate {rate:g}": TRIED | dict(lr=rate) for rate in (1e-4, 3e-4, 5e-4, 1e-3)},
+        "rate 0.0005, falling to 0": TRIED | dict(lr_decay=True, eval_every=50),
+        "rate 0.001, falling to 0": STEEP | dict(lr_decay=True),
+        **{f"rate 0.001, KL {x:g}": STEEP | dict(kl=x) for x in (0.01, 0.03, 0.1)},
+        "rate 0.001, temperature 0.7": STEEP | dict(temperature=0.7),
+        "rate 0.001, K = 8": STEEP | dict(rollouts=8),
+        "rate 0.001, KL 0.03, longer": STEEP | LONGER,
+        "rate 0.001, falling to 0, KL 0.03": STEEP | LONGER | dict(lr_decay=True),
+        "rate 0.001, KL 0.03, K = 8": STEEP | LONGER | dict(rollouts=8),
+        "rate 0.0005, falling to 0, KL 0.03": STEEP | LONGER | dict(lr=5e-4, lr_decay=True),
+    }.items()
+} | {
+    f"the loss: {tried}": run
+    for tried, run in {
+        **{f"rate {rate:g}": TRIED_LOSS | dict(lr=rate) for rate in (3e-4, 1e-3, 3e-3)},
+        **{f"softmax temperature {t:g}": TRIED_LOSS | dict(infonce_temperature=t) for t in (0.1, 0.2)},
+    }.items()
 }
 
 SUPERVISED, UNSUPERVISED = over(SUPERVISED, **LONG), over(UNSUPERVISED, **SHORT)

@@ -154,6 +154,21 @@ def test_the_first_hour_s_commands_and_links():
     assert len(targets) >= 2 and all(os.path.exists(os.path.join("docs", target)) for target in targets)
 
 
+def test_your_model_s_flags_links_and_divisions(capsys):
+    with open(os.path.join("docs", "your-model.md"), encoding="utf-8") as file:
+        text = file.read()
+    with pytest.raises(SystemExit):
+        config.parse(["--help"], "")
+    flags = {flag for span in re.findall(r"`(--[^`]+)`", text) for flag in re.findall(FLAG, span)}
+    assert len(flags) >= 8 and flags <= set(re.findall(FLAG, capsys.readouterr().out))
+    assert all(os.path.exists(os.path.join("docs", target)) for target in re.findall(r"\]\(([^)#]+)\)", text))
+    moves = re.findall(r"^\| [^|]+ \| ([\d.]+) \| (?:about )?([\d.]+) \| ([\d.]+) \|$", text, flags=re.M)
+    assert len(moves) >= 4
+    for moved, weight, ratio in moves:
+        digits = len(ratio.partition(".")[2])
+        assert round(float(moved) / float(weight), digits) == float(ratio), (moved, weight)
+
+
 @pytest.mark.parametrize("page", ["reliability", "benchmarks"])
 def test_names_files_and_flags_of_other_pages(page, capsys):
     with open(os.path.join("docs", page + ".md"), encoding="utf-8") as file:
