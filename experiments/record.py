@@ -276,6 +276,8 @@ def make(run, place):
         world = toy.WORLDS[run.get("world") or "events"] if on_toy and not place.data else None
         for moment, which in (("before", start), ("after", policy)):
             record[moment] = record[moment] | measure(which, start, texts, world, instructed=not on_toy)
+        if run.get("probe") in ("captions", "search"):
+            record["rationales"] = []  # of texts that may be read here, but not handed on
         if run.get("probe") == "budgets":
             record["budgets"] = budgets(policy, heldout, (1, 2, 20) if place.quick else (1, 2, 3, 4, 6, 8, 12, 20))
         if run.get("probe") == "tasks":

@@ -1,0 +1,346 @@
+"""A small chat model from scratch: real words, and instructions that ask for something it can do.
+
+    python experiments/backbone.py --minutes 60 --size 16m --texts stories.txt wiki.txt.gz \\
+        --groups captions.jsonl paraphrases.jsonl --triplets entailment.jsonl --out runs/backbone
+
+First language modelling on plain texts, then chats, with a tenth of plain texts kept in every batch. The chats are made
+from groups, whose texts mean the same (a jsonl row with a list), and from triplets, whose positive follows from the query:
+
+    Say it in other words.     a text of a group -> another of its texts
+    Say it shorter.            a triplet's query -> its positive, where that is shorter
+    List the main words.       a text of a group -> the content words that several of its texts share
+    Repeat it.                 a text -> itself
+
+Only the answers are learned in chats. Held-out loss is measured for each kind; the folder keeps the weights that were best
+on the chats, and three evaluations in a row that are worse end the run: so it stops before it memorises.
+
+--out becomes an ordinary checkpoint folder, with the first instruction in grace_config.json, so that grace.py trains from
+it; log.jsonl and samples.md are written beside. What a step reads is a function of seed and step: `--resume` continues
+the run exactly. How many steps fit into --minutes, and whether bfloat16 is the faster compute type here, is measured
+before the first step and kept.
+
+Shapes: B rows, L tokens, D hidden size, V vocabulary.
+"""
+
+import argparse
+import contextlib
+import gzip
+import json
+import os
+import random
+import re
+import sys
+import time
+from collections import Counter
+
+import torch
+import torch.nn.functional as F
+from captions import FUNCTION_WORDS, read_groups, stem  # puts the repository on the path
+
+from evaluation.encoder import encode_texts
+from plumbing.checkpoint import append, write_atomically
+from plumbing.errors import GraceError, finite
+from policy import Policy
+from prompt import Reading
+
+SIZES = {  # vocabulary, D, layers, heads, width of the feed-forward layers
+    "4m": (4096, 256, 4, 8, 672),
+    "16m": (8192, 384, 7, 6, 1024),
+    "60m": (16384, 640, 10, 10, 1728),
+    "120m": (16384, 768, 15, 12, 2048),
+}
+INSTRUCTIONS = {  # a kind of chat: what asks for it, and its share of the chats
+    "other words": ("Say it in other words.", 0.6),
+    "shorter": ("Say it shorter.", 0.2),
+    "main words": ("List the main words.", 0.12),
+    "repeat": ("Repeat it.", 0.08),
+}
+PLAIN = "plain"
+SPECIAL = ("<pad>", "<system>", "<user>", "<assistant>", "<end>")
+TEMPLATE = (
+    "{% for m in messages %}{{ '<' + m.role + '>' + m.content }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
+)
+READING = Reading(INSTRUCTIONS["other words"][0], max_prompt_tokens=128, max_new_tokens=32)
+CHATS = 0.6  # the share of the steps that are chats; language modelling comes before
+KEPT = 0.1  # the share of plain texts in a batch of chats
+L, B = 128, 64  # tokens of a plain text's window; rows per step
+PATIENCE = 3
+
+# ---------------------------------------------------------------- data
+
+
+def read_text(path):
+    """A .txt or .txt.gz file as one string. Raises GraceError for another name."""
+    if not path.endswith((".txt", ".txt.gz")):
+        raise GraceError(f"{path}: plain texts are .txt or .txt.gz files")
+    with (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding="utf-8", errors="replace") as file:
+        return re.sub(r"(\s*<\|endoftext\|>\s*)+", "\n\n", file.read())
+
+
+def read_pairs(path):
+    """`(query, positive)` of a jsonl file's triplets, where the positive is the shorter text."""
+    with open(path, encoding="utf-8") as file:
+        rows = [json.loads(line) for line in file]
+    return [(row["query"], row["positive"]) for row in rows if len(row["positive"]) < len(row["query"])]
+
+
+def main_words(group, most=6):
+    """The content words that at least two texts of a group share, the most frequent first; each as it was first written."""
+    count, form = Counter(), {}
+    for text in group:
+        own = {stem(word): word for word in reversed(re.findall(r"[a-z]+", text.lower())) if word not in FUNCTION_WORDS}
+        count.update(own.keys())
+        form = own | form
+    return " ".join(form[word] for word, n in count.most_common(most) if n > 1)
+
+
+class Data:
+    """Plain texts, groups and pairs, each with a part held out; draws windows and chats.
+
+    Of every kind a fiftieth, at most 200, is held out: never drawn for training.
+    """
+
+    def __init__(self, texts, groups, triplets, seed=0):
+        texts = [read_text(path) for path in texts]
+        groups = [group for path in groups for group in read_groups(path)]
+        pairs = [pair for path in triplets for pair in read_pairs(path)]
+        for rows in (groups, pairs):
+            random.Random(seed).shuffle(rows)
+        self.kinds = [kind for kind in INSTRUCTIONS if (pairs if kind == "shorter" else groups)]
+        if not self.kinds or min(map(len, texts), default=0) < 100 * L:
+            raise GraceError(f"give --texts of at least {100 * L} characters each, and --groups or --triplets for the chats")
+        cut = lambda rows: min(200, -(-len(rows) // 50))
+        ends = [len(text) - max(6 * L, len(text) // 50) for text in texts]
+        self.training = {PLAIN: [x[:at] for x, at in zip(texts, ends)], "groups": groups[cut(groups) :], "pairs": pairs[cut(pairs) :]}
+        self.held_out = {PLAIN: [x[at:] for x, at in zip(texts, ends)], "groups": groups[: cut(groups)], "pairs": pairs[: cut(pairs)]}
+
+    def window(self, rng, held_out=False):
+        """About L tokens of a plain text, from a random place on; a text is drawn by the square root of its length."""
+        texts = (self.held_out if held_out else self.training)[PLAIN]
+        text = rng.choices(texts, [len(text) ** 0.5 for text in texts])[0]
+        at = rng.randrange(max(1, len(text) - 6 * L))
+        return text[at : at + 6 * L].partition(" ")[2]
+
+    def chat(self, rng, kind, held_out=False):
+        """A text and the answer to a kind's instruction. `-> (str, str)`."""
+        part = self.held_out if held_out else self.training
+        if kind == "shorter":
+            return rng.choice(part["pairs"])
+        group = rng.choice(part["groups"])
+        text, other = rng.sample(group, 2)
+        return text, {"other words": other, "main words": main_words(group) or text, "repeat": text}[kind]
+
+    def batch(self, rng, tokenizer, plain, rows=B, kinds=None, held_out=False):
+        """One batch: a share of windows (a quarter as many, since they are longer), the rest chats. `-> [B, L] x 2`."""
+        kinds, n = kinds or self.kinds, round(plain * rows)
+        windows = [(self.window(rng, held_out), None) for _ in range(-(-n // 4))]
+        drawn = rng.choices(kinds, [INSTRUCTIONS[kind][1] for kind in kinds], k=rows - n)
+        return collate([*windows, *((self.chat(rng, kind, held_out), kind) for kind in drawn)], tokenizer)
+
+
+def collate(rows, tokenizer):
+    """Windows `(text, None)` and chats `((text, answer), kind)` to ids and labels `[B, L]`, padded on the right.
+
+        ids       <system> Repeat it. <user> A dog. <assistant> A dog. <end> <pad>
+        labels       -100  -100 -100   -100 -100 -100    -100    A dog. <end> -100
+    """
+    ids, labels = [], []
+    encode = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]
+    for content, kind in rows:
+        if kind is None:
+            row = encode(content)[:L]
+            ids.append(row)
+            labels.append(row)
+            continue
+        messages = [{"role": "system", "content": INSTRUCTIONS[kind][0]}, {"role": "user", "content": content[0]}]
+        prompt = encode(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))[-3 * L :]
+        answer = [*encode(content[1])[: L - 1], tokenizer.eos_token_id]
+        ids.append(prompt + answer)
+        labels.append([-100] * len(prompt) + answer)
+    longest = max(map(len, ids))
+    pad = lambda rows, value: torch.tensor([row + [value] * (longest - len(row)) for row in rows])
+    return pad(ids, tokenizer.pad_token_id), pad(labels, -100)
+
+
+# ---------------------------------------------------------------- tokenizer and network
+
+
+def build_tokenizer(data, vocabulary, seed=0, windows=20_000):
+    """A byte-level BPE tokenizer of random windows and groups, with a chat template and an end token."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    rng = random.Random(seed)
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary, special_tokens=list(SPECIAL), initial_alphabet=alphabet, show_progress=False
+    )
+    sample = [data.window(rng) for _ in range(windows)]
+    sample += ["\n".join(data.chat(rng, rng.choice(data.kinds))) for _ in range(windows)]
+    core.train_from_iterator(sample, trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token="<pad>", eos_token="<end>", additional_special_tokens=list(SPECIAL[1:4])
+    )
+    tokenizer.chat_template = TEMPLATE
+    return tokenizer
+
+
+def build_model(tokenizer, size, seed=0):
+    """A random Llama-architecture network; the initial scale D**-0.5 is what lets a small one learn to copy."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    _, D, layers, heads, width = SIZES[size]
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer), hidden_size=D, intermediate_size=width, num_hidden_layers=layers,
+            num_attention_heads=heads, num_key_value_heads=heads, max_position_embeddings=512, initializer_range=D**-0.5,
+            tie_word_embeddings=True,
+            bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+        )
+    )  # fmt: skip
+
+
+def loss_of(model, ids, labels, dtype):
+    """Nats per learned token. The output head sees only the positions whose next token is learned: `[n, V]`."""
+    ids, labels = ids.to(model.device), labels[:, 1:].to(model.device)
+    kept = labels != -100
+    with torch.autocast(model.device.type, torch.bfloat16) if dtype == "bfloat16" else contextlib.nullcontext():
+        # Padding stands on the right, where causal attention never reaches it: no mask is needed.
+        hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1][kept]
+        logits = model.lm_head(hidden).float()
+    return F.cross_entropy(logits, labels[kept])
+
+
+# ---------------------------------------------------------------- the run
+
+
+def plain_share(step, steps):
+    """The share of plain texts in the batch of a step."""
+    return 1.0 if step < (1 - CHATS) * steps else KEPT
+
+
+def rate(step, steps, D):
+    """Rises over the first fiftieth, falls to 0 over the second half; wider networks take smaller steps."""
+    return 3e-3 * 256 / D * min(1, (step + 1) / (0.02 * steps + 1), 2 * (1 - step / steps))
+
+
+def measure(model, data, tokenizer, minutes):
+    """Seconds per step in both compute types, forward and backward. `-> (the faster type, steps in so many minutes)`."""
+    batches = [data.batch(random.Random(0), tokenizer, share) for share in (1.0, KEPT, KEPT)]
+    seconds, tokens = {}, sum(ids.numel() for ids, _ in batches)
+    for dtype in ("float32", "bfloat16"):
+        for part in (batches[:1], batches):  # the first is for warmth
+            start = time.perf_counter()
+            for ids, labels in part:
+                loss_of(model, ids, labels, dtype).backward()
+            float(model.lm_head.weight.grad.sum())  # waits for the device
+        seconds[dtype] = time.perf_counter() - start
+        print(f"{dtype}: {tokens / seconds[dtype]:,.0f} tokens per second", flush=True)
+    model.zero_grad(set_to_none=True)
+    dtype = min(seconds, key=seconds.get)
+    return dtype, max(1, int(minutes * 60 / (seconds[dtype] / len(batches))))
+
+
+@torch.no_grad()
+def heldout_losses(model, data, tokenizer, dtype):
+    """Nats per learned token on held-out texts, the same each time. `-> {kind: loss}`."""
+    draw = lambda kind, plain, kinds: data.batch(random.Random(kind), tokenizer, plain, 2 * B, kinds, held_out=True)
+    batches = {PLAIN: draw(PLAIN, 1.0, None), **{kind: draw(kind, 0.0, [kind]) for kind in data.kinds}}
+    return {kind: float(loss_of(model, *batch, dtype)) for kind, batch in batches.items()}
+
+
+def samples(model, data, tokenizer, n=4):
+    """What the model answers, greedy, to every kind of chat about a few held-out texts, as markdown."""
+    lines = []
+    for kind in data.kinds:
+        texts = [data.chat(random.Random(f"{kind} {i}"), kind, held_out=True)[0] for i in range(n)]
+        policy = Policy(model, tokenizer, Reading(INSTRUCTIONS[kind][0], READING.max_prompt_tokens, READING.max_new_tokens))
+        answers = encode_texts(policy, texts).rationales
+        lines += [f"**{INSTRUCTIONS[kind][0]}**\n", *(f"- {text} → {answer}" for text, answer in zip(texts, answers)), ""]
+    return "\n".join(lines)
+
+
+def train(data, size, out, minutes=None, steps=None, seed=0, resume=False, evaluations=20):
+    """A whole run, of so many steps or minutes. Returns the best evaluation: its step, score, and `{kind: loss}`."""
+    os.makedirs(out, exist_ok=True)
+    path, log = os.path.join(out, "state.pt"), os.path.join(out, "log.jsonl")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if os.path.exists(log) and not resume:
+        raise GraceError(f"{out} holds a run: continue it with --resume, or give another --out")
+    tokenizer = build_tokenizer(data, SIZES[size][0], seed)
+    model = build_model(tokenizer, size, seed).to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.01, betas=(0.9, 0.98))
+    if resume and os.path.exists(path):
+        state = torch.load(path, map_location=device, weights_only=True)
+        if (state["size"], state["seed"]) != (size, seed):
+            raise GraceError(f"{path} is of --size {state['size']} --seed {state['seed']}: give these, or another --out")
+        model.load_state_dict(state.pop("model"))
+        optimizer.load_state_dict(state.pop("optimizer"))
+    else:
+        dtype, fitting = measure(model, data, tokenizer, minutes) if minutes else ("float32", steps)
+        state = dict(size=size, seed=seed, dtype=dtype, steps=fitting, step=0, seconds=0.0, tokens=0, best=None, worse=0)
+    print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {state['steps']} steps, {state['dtype']}")
+    steps = state["steps"]
+    while state["step"] < steps and state["worse"] < PATIENCE:
+        start, step = time.perf_counter(), state["step"]
+        ids, labels = data.batch(random.Random(f"{seed} {step}"), tokenizer, plain_share(step, steps))
+        loss = loss_of(model, ids, labels, state["dtype"])
+        loss.backward()
+        finite("the gradient", torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0))
+        for group in optimizer.param_groups:
+            group["lr"] = rate(step, steps, SIZES[size][1])
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        state |= {"step": step + 1, "tokens": state["tokens"] + ids.numel()}
+        state["seconds"] += time.perf_counter() - start
+        if state["step"] % max(1, steps // evaluations) == 0 or state["step"] == steps:
+            evaluate(state, float(loss.detach()), model, data, tokenizer, out)
+            torch.save(state | {"model": model.state_dict(), "optimizer": optimizer.state_dict()}, f"{path}.tmp")
+            os.replace(f"{path}.tmp", path)  # whole, or not there
+    return state["best"]
+
+
+def evaluate(state, loss, model, data, tokenizer, out):
+    """Measure, log, and keep the weights where the chats' mean loss is the best so far; counts how often it was not."""
+    losses = heldout_losses(model, data, tokenizer, state["dtype"])
+    line = {"step": state["step"], "minutes": state["seconds"] / 60, "tokens": state["tokens"], "loss": loss, **losses}
+    line = json.dumps({name: round(x, 3) for name, x in line.items()})
+    append(os.path.join(out, "log.jsonl"), line + "\n")
+    print(line, flush=True)
+    if plain_share(state["step"], state["steps"]) == 1:
+        return
+    score = sum(losses[kind] for kind in data.kinds) / len(data.kinds)
+    state["worse"] = 0 if not state["best"] or score < state["best"]["score"] else state["worse"] + 1
+    if not state["worse"]:
+        state["best"] = {"step": state["step"], "score": score, **losses}
+        Policy(model, tokenizer, READING).save(out)
+        write_atomically(os.path.join(out, "samples.md"), samples(model, data, tokenizer))
+
+
+def main(arguments):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, text in (
+        ("texts", "plain texts, .txt or .txt.gz"),
+        ("groups", "jsonl, a list of texts of one meaning per row"),
+        ("triplets", "jsonl, query and positive"),
+    ):
+        parser.add_argument(f"--{name}", nargs="+", default=[], metavar="FILE", help=text)
+    parser.add_argument("--minutes", type=float, default=60, help="how long to train [60]")
+    parser.add_argument("--size", choices=tuple(SIZES), default="4m", help="parameters, about [4m]")
+    parser.add_argument("--seed", type=int, default=0, help="of the first weights and of all that is drawn [0]")
+    parser.add_argument("--resume", action="store_true", help="continue the run under --out")
+    parser.add_argument("--out", required=True, help="folder to write into")
+    args = parser.parse_args(arguments)
+    data = Data(args.texts, args.groups, args.triplets, args.seed)
+    print(train(data, args.size, args.out, args.minutes, seed=args.seed, resume=args.resume))
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except (GraceError, OSError) as error:
+        sys.exit(f"backbone.py: {error}")
