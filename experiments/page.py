@@ -21,16 +21,20 @@ are counted over all comparisons, seeds times pairs of rows: *agrees* where all 
 be seen at this size* in between.
 
 *facts rightly named*: of the facts in a text, the share that its rationale names. *names that are true*: of the facts that a
-rationale names, the share that the text has. *text loss, rise*: nats per token, on held-out texts. Two runs were made at a
-time, so *seconds* are rough.
+rationale names, the share that the text has. *loss on the training kind of texts, rise*: nats per token, on held-out texts. A
+text term (`--text-weight`) is language-model training on the training texts, so it lowers this very loss: what it did not train
+stands in Table 5. Two runs were made at a time, so *seconds* are rough.
 """
 
 COLUMNS = {  # a figure's name in a record: its heading, and digits
-    "ndcg_at_10": ("nDCG@10", 3), "spearman": ("Spearman", 3), "text loss": ("text loss, rise", 2),
+    "ndcg_at_10": ("nDCG@10", 3), "spearman": ("Spearman", 3), "text loss": ("loss on the training kind of texts, rise", 2),
     "recall": ("facts rightly named", 2), "precision": ("names that are true", 2), "distinct": ("distinct", 2),
-    "well_formed": ("well formed", 2), "start_logprob": ("log p under the start", 2),
+    "answers loss": ("loss on the start's own answers, rise", 2), "start_logprob": ("log p of its answers under the start", 2),
+    "other loss": ("loss on another instruction, rise", 2), "other_right": ("another instruction, answered rightly", 2),
+    "plain loss": ("loss on another kind of texts, rise", 2), "well_formed": ("well formed", 2),
     "follows": ("instructions followed", 2), "words": ("words", 1), "finished": ("ended", 2), "seconds": ("seconds", 0),
 }  # fmt: skip
+MISSING = "–"  # a figure that was not measured when the record was made
 
 
 # ---------------------------------------------------------------- what an experiment is
@@ -92,12 +96,15 @@ def mean_and_range(values, digits):
 
 
 def cell(records, label, name, way="after"):
-    """One cell: mean over seeds, lowest and highest; in bold where the row has another way that is not as good."""
+    """One cell: mean over seeds, lowest and highest; in bold where the row has another way that is not as good.
+
+    Empty where the row does not have this way, a dash where a record does not have this figure.
+    """
     if name in SCORES and way not in ways(label):
         return ""
     values = [value(record, name, way) for record in records]
     if any(x is None or x != x for x in values):
-        return ""
+        return MISSING
     text = mean_and_range(values, COLUMNS[name][1])
     both = name in SCORES and len(ways(label)) > 1
     return f"**{text}**" if both and way == better_way(records, label, name) else text
@@ -112,7 +119,7 @@ def table(by_label, names):
     """The rows as a markdown table; columns that no row fills are left out."""
     columns = [(name, way) for name in names for way in (WAYS if name in SCORES else ["after"])]
     cells = {label: [cell(records, label, *column) for column in columns] for label, records in by_label.items()}
-    kept = [i for i in range(len(columns)) if any(row[i] for row in cells.values())]
+    kept = [i for i in range(len(columns)) if any(row[i] not in ("", MISSING) for row in cells.values())]
     lines = ["| | " + " | ".join(heading(*columns[i]) for i in kept) + " |", "| --- " + "| ---: " * len(kept) + "|"]
     return lines + [f"| {label} | " + " | ".join(row[i] for i in kept) + " |" for label, row in cells.items()]
 
@@ -174,11 +181,32 @@ def budget_lines(by_label):
     return lines + [f"\nA training step takes {whole:.2f} s, of which sampling takes {sampling:.2f} s.\n"]
 
 
+def search_lines(by_label):
+    """What was tried, each run at its best evaluation, by the better way; per family of rows, the best of all in bold."""
+    lines = ["| tried | best nDCG@10 | Spearman there | at step | of | embedded |", "| --- " + "| ---: " * 4 + "| --- |"]
+    tried = {label: best_evaluation(*records) for label, records in by_label.items()}
+    family = lambda label: label.split(":")[0]
+    chosen = {family(label): label for label in sorted(tried, key=lambda label: tried[label][0])}
+    for label, (ndcg, spearman, step, way) in tried.items():
+        score = f"**{ndcg:.3f}**" if label in chosen.values() else f"{ndcg:.3f}"
+        steps = by_label[label][0]["config"]["steps"]
+        lines.append(f"| {label} | {score} | {spearman:.3f} | {step} | {steps} | {WAYS[way]} |")
+    before = next(iter(by_label.values()))[0]["before"]
+    return [*lines, "", f"The start: nDCG@10 {before['ndcg_at_10']:.3f}, Spearman {before['spearman']:.3f}.\n"]
+
+
+def best_evaluation(record):
+    """Of all evaluations after some training the one with the best nDCG@10: `(ndcg, spearman, step, way)`."""
+    steps = record["config"]["steps"]
+    evaluations = [(record[way]["ndcg_at_10"], record[way]["spearman"], steps, way) for way in WAYS]
+    return max(evaluations + [(c["ndcg_at_10"], c["spearman"], c["step"], "after") for c in record["curve"]])
+
+
 def task_lines(by_label):
     """Real tasks and held-out triplets, a row per policy and way."""
     first = next(iter(by_label.values()))[0]
     names = list(first["tasks"])
-    lines = ["| | " + " | ".join([*names, "held-out nDCG@10", "text loss, rise"]) + " |"]
+    lines = ["| | " + " | ".join([*names, "held-out nDCG@10", COLUMNS["text loss"][0]]) + " |"]
     lines.append("| --- " + "| ---: " * (len(names) + 2) + "|")
     words = " | ".join(f"{100 * first['tasks_words'][name]:.1f}" for name in names)
     lines.append(f"| hashed words, no model | {words} | | |")

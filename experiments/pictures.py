@@ -185,7 +185,7 @@ def collapse(by_label, labels):
 
 
 def frontier(by_label, knobs):
-    """How much the text loss rose, against how well pairs are ordered (above) and how much is named (below).
+    """How much the loss on the training kind of texts rose, against how well pairs are ordered and how much is named.
 
     knobs: {name: labels of its settings}, two per column of panels, the settings of all others in gray behind them. Both
     axes are logarithmic in the distance from the best there could be: no rise, and a score of 1.
@@ -218,7 +218,7 @@ def frontier(by_label, knobs):
             if row == 0:
                 axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), fontsize=12)
             else:
-                axis.set_xlabel("rise of text loss, nats per token", fontsize=12)
+                axis.set_xlabel("rise of the loss, training kind of texts", fontsize=12)
             if column == 0:
                 axis.set_ylabel(title)
             notes.append((axis, beside))
@@ -229,7 +229,7 @@ def frontier(by_label, knobs):
 
 
 def frontier_point(records, label, score):
-    """A row's rise of the text loss and what its score falls short of 1, per seed: `[2][seeds]`."""
+    """A row's rise of that loss and what its score falls short of 1, per seed: `[2][seeds]`."""
     way = better_way(records, label, score)
     return [value(record, "text loss") for record in records], [1 - value(record, score, way) for record in records]
 

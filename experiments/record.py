@@ -16,6 +16,7 @@ import functools
 import hashlib
 import json
 import os
+import random
 import subprocess
 import sys
 import tempfile
@@ -34,13 +35,14 @@ from baselines import Contrastive, PathwiseAlone, SimCSE  # noqa: E402
 import grace  # noqa: E402
 import toy  # noqa: E402
 from config import RECIPES, Config  # noqa: E402
-from evaluation.encoder import GraceEncoder, encode_texts  # noqa: E402
+from evaluation.encoder import GraceEncoder, encode_texts, text_loss  # noqa: E402
 from evaluation.tasks import evaluate_tasks, evaluate_triplets  # noqa: E402
 from plumbing.checkpoint import write_atomically  # noqa: E402
-from plumbing.data import load_rows  # noqa: E402
+from plumbing.data import load_rows, read_texts  # noqa: E402
 from plumbing.report import read_metrics, versions  # noqa: E402
 from policy import Policy  # noqa: E402
-from rollout import sample, score  # noqa: E402
+from pool import length_mask  # noqa: E402
+from rollout import Rollouts, sample, score, uniforms  # noqa: E402
 
 TRAINERS = {"contrastive": Contrastive, "simcse": SimCSE, "pathwise": PathwiseAlone, **ALGORITHMS}
 UNREWARDED = ("none", "contrastive", "simcse")  # of a recipe they read the text term's weight alone
@@ -117,6 +119,7 @@ class Place:
     heldout: str = None
     graded: str = None
     data_dir: str = None
+    plain: str = None
     settings: dict = dataclasses.field(default_factory=dict)  # on top of an experiment's own
     quick: bool = False
 
@@ -138,7 +141,7 @@ class Place:
         about = {k: run.get(k) for k in ("trainer", "world", "probe", "backbone")}
         about |= {"settings": settings, "quick": self.quick}
         if "backbone" not in run:
-            about |= {k: getattr(self, k) for k in ("model", "data", "heldout", "graded") if getattr(self, k)}
+            about |= {k: getattr(self, k) for k in ("model", "data", "heldout", "graded", "plain") if getattr(self, k)}
         digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:10]
         kind = "".join(c if c.isalnum() else "-" for c in run.get("trainer", "none").lower()).strip("-")
         return f"{kind}-{run['seed']}-{digest}"
@@ -175,42 +178,88 @@ def backbone(model):
 # ---------------------------------------------------------------- what is measured
 
 
-def measure(policy, start, texts, world, instructed):
-    """What the policy's greedy rationales about some texts are like. `-> {name: number}`.
+def measure(policy, start, texts, world, plain=(), instructed=False):
+    """What the policy's greedy rationales about some texts are like, and what else it can still do. `-> {name: number}`.
 
     world: has `named(rationale, text)`, of the text's facts the share that is named, and of those named the share that
-    is true; and `well_formed(rationale)`. None where the texts are of no embedded world.
+    is true; `well_formed(rationale)`; and, if its warm start taught a second instruction, what `follow_other` needs.
+    None where the texts are of no embedded world. plain: texts of another kind than those of the training.
     """
     rationales = encode_texts(policy, texts).rationales
-    stats = {"distinct": len(set(rationales)) / len(set(texts)), "start_logprob": start_logprob(policy, start, texts)}
+    stats = {"distinct": len(set(rationales)) / len(set(texts))}
+    stats["start_logprob"] = answers_logprob(policy, start, texts, 0.0)
+    stats["answers_loss"] = -answers_logprob(start, policy, texts, 1.0)
     if world:
         recall, precision = np.mean([world.named(rationale, text) for rationale, text in zip(rationales, texts)], 0)
         stats |= {"recall": recall, "precision": precision}
         stats["well_formed"] = np.mean([world.well_formed(rationale) for rationale in rationales])
+    if hasattr(world, "other_chats"):
+        stats |= follow_other(policy, world)
+    if plain:
+        stats["plain_loss"] = text_loss(policy, plain)
     if instructed:
-        reading = dataclasses.replace(policy.reading, instruction="You are a helpful assistant.", max_new_tokens=32)
-        answers = encode_texts(Policy(policy.model, policy.tokenizer, reading, policy.dtype), list(FOLLOW)).rationales
+        helpful = reading_otherwise(policy, instruction="You are a helpful assistant.", max_new_tokens=32)
+        answers = encode_texts(helpful, list(FOLLOW)).rationales
         stats["follows"] = np.mean([check(answer) for check, answer in zip(FOLLOW.values(), answers)])
     return {name: float(x) for name, x in stats.items()}
 
 
+def reading_otherwise(policy, **reading):
+    """The same network, reading texts with another instruction or other limits."""
+    return Policy(policy.model, policy.tokenizer, dataclasses.replace(policy.reading, **reading), policy.dtype)
+
+
 @torch.no_grad()
-def start_logprob(policy, start, texts):
-    """How likely the start policy finds what the policy writes greedily: the mean log-probability per token."""
+def answers_logprob(writer, reader, texts, temperature):
+    """How likely one policy finds what another one writes about texts: the mean log-probability per token.
+
+    Of the policy's greedy answers under the start: is what it says still what the start would say? Of the start's own
+    answers, drawn at temperature 1, under the policy: is what the start could say still there? What that falls short
+    of the start's own figure is KL(start || policy) per token: what was forgotten. It is the same draws each time.
+    """
     total = count = 0
     for i in range(0, len(texts), 64):
-        rollouts = sample(policy, policy.prompts(texts[i : i + 64]), 1, 0.0)
-        total += float((score(start, rollouts).logprobs * rollouts.mask).sum())
+        prompts = writer.prompts(texts[i : i + 64])
+        shape = len(prompts.ids), 1, writer.reading.max_new_tokens
+        chance = uniforms([0, i], *shape, device=writer.device) if temperature else None
+        rollouts = sample(writer, prompts, 1, temperature, chance)
+        total += float((score(reader, rollouts).logprobs * rollouts.mask).sum())
         count += int(rollouts.mask.sum())
     return total / count
+
+
+@torch.no_grad()
+def follow_other(policy, world, n=256):
+    """How well the policy follows an instruction of its warm start that no reward touched. `-> {name: number}`.
+
+    world: has `other_instruction` and `other_chats(n, rng, held_out=True) -> [(text, answer)]`. The loss is per token of
+    the right answers, end tokens included; right is a greedy answer that equals them.
+    """
+    other = reading_otherwise(policy, instruction=world.other_instruction)
+    texts, answers = (list(part) for part in zip(*world.other_chats(n, random.Random(0), held_out=True)))
+    given = answered(other, texts, answers)
+    logprobs = score(other, given).logprobs
+    right = np.mean([a == b for a, b in zip(encode_texts(other, texts).rationales, answers)])
+    return {"other_loss": -float(logprobs.sum() / given.mask.sum()), "other_right": right}
+
+
+def answered(policy, texts, answers):
+    """Given answers, each with an end token, as the `Rollouts` that `score` reads; one per text."""
+    prompts, tokenizer = policy.prompts(texts), policy.tokenizer
+    rows = [[*tokenizer(answer, add_special_tokens=False)["input_ids"], int(policy.end_ids[0])] for answer in answers]
+    N, T, D = len(rows), max(map(len, rows)), policy.head.weight.shape[1]
+    ids = torch.tensor([row + [0] * (T - len(row)) for row in rows], device=policy.device)[:, None]
+    mask = length_mask(torch.tensor([len(row) for row in rows], device=policy.device), T).long()[:, None]
+    unknown = torch.zeros(N, 1, T, device=policy.device), torch.zeros(N, 1, D, device=policy.device)  # nobody drew them
+    finished = torch.ones(N, 1, dtype=torch.bool, device=policy.device)
+    return Rollouts(prompts.ids, prompts.mask, prompts.counted, ids, mask, *unknown, finished, prompts.n_shared)
 
 
 def budgets(policy, heldout, limits=(1, 2, 3, 4, 6, 8, 12, 20)):
     """Figure 4: held-out retrieval and milliseconds per text, by the longest rationale allowed."""
     texts, rows = [row["query"] for row in heldout], []
     for limit in (0, *limits):
-        reading = dataclasses.replace(policy.reading, max_new_tokens=limit or 1)
-        short = Policy(policy.model, policy.tokenizer, reading, policy.dtype)
+        short = reading_otherwise(policy, max_new_tokens=limit or 1)
         scores = evaluate_triplets(short, heldout, rationale=limit > 0)
         start = time.perf_counter()
         encode_texts(short, texts, rationale=limit > 0)
@@ -273,9 +322,10 @@ def make(run, place):
             **course(config),
         }
         texts = [row["query"] for row in heldout]
+        plain = [row["text"] for row in read_texts(place.plain)] if place.plain else []
         world = toy.WORLDS[run.get("world") or "events"] if on_toy and not place.data else None
         for moment, which in (("before", start), ("after", policy)):
-            record[moment] = record[moment] | measure(which, start, texts, world, instructed=not on_toy)
+            record[moment] = record[moment] | measure(which, start, texts, world, plain, instructed=not on_toy)
         if run.get("probe") in ("captions", "search"):
             record["rationales"] = []  # of texts that may be read here, but not handed on
         if run.get("probe") == "budgets":

@@ -98,6 +98,7 @@ def parse(arguments):
     for name, text in (
         ("model", "a backbone of your own"), ("data", "its training rows"), ("heldout", "triplets to evaluate on"),
         ("graded", "graded pairs"), ("data-dir", "real tasks, a folder per task"),
+        ("plain", "texts of another kind, a line each: how well are they still modelled?"),
     ):  # fmt: skip
         parser.add_argument(f"--{name}", help=text)
     parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="settings of config.py for every run")
@@ -113,8 +114,8 @@ def parse(arguments):
             raise GraceError(f"{given[0]} needs --model, --data (triplets to train on) and --data-dir (a folder a task)")
         names = [name for name in names if name not in REAL]
         print(f"left out: {', '.join(given)}, which need --model, --data and --data-dir")
-    if (args.model or args.data) and not args.out and names != given:
-        raise GraceError("with a model or data of your own give --out: the committed records are of the embedded worlds")
+    if (args.model or args.data or args.plain) and not args.out and names != given:
+        raise GraceError("with a model, data or texts of your own give --out: the committed records are of the embedded worlds")
     if args.model and not args.data:
         raise GraceError("--model needs --data: a backbone of your own has no embedded world")
     types = {f.name: f.type for f in dataclasses.fields(Config)}
@@ -126,7 +127,7 @@ def parse(arguments):
         settings[key] = value.lower() in ("true", "1", "yes") if types[key] is bool else types[key](value)
     args.seeds = [int(s) for s in args.seeds.split(",")] if args.seeds else [0] if args.quick else None
     place = Place(settings=settings, quick=args.quick)
-    for name in ("model", "data", "heldout", "graded", "data_dir"):
+    for name in ("model", "data", "heldout", "graded", "data_dir", "plain"):
         setattr(place, name, getattr(args, name))
     return names, place, args
 

@@ -8,6 +8,9 @@ import numpy as np
 
 WAYS = {"after": "with rationale", "after_without_rationale": "prompt alone"}  # a moment of a record, and its name
 SCORES = ("ndcg_at_10", "spearman")  # what is measured in both ways
+RISES = {  # by how much a loss rose from the start to the end: its name in a table, and the loss in a record
+    "text loss": "text_loss", "answers loss": "answers_loss", "other loss": "other_loss", "plain loss": "plain_loss",
+}  # fmt: skip
 
 
 def ways(label):
@@ -19,8 +22,9 @@ def ways(label):
 
 def value(record, name, way="after"):
     """One figure of a record, or None where it was not measured."""
-    if name == "text loss":
-        return record["after"]["text_loss"] - record["before"]["text_loss"]
+    if name in RISES:
+        before, after = (record[moment].get(RISES[name]) for moment in ("before", "after"))
+        return None if None in (before, after) else after - before
     if name == "seconds":
         return record["train_seconds"]
     return record[way].get(name)

@@ -13,9 +13,10 @@ import run
 import torch
 from algorithms import ALGORITHMS, DAPO, GRPO, DrGRPO, ReinforcePlusPlus, ReMax
 from baselines import Contrastive, PathwiseAlone, SimCSE
-from conftest import ROWS, TEXTS, config
+from conftest import ROWS, TEXTS, by_full_forward, config, rolled
 from page import COLUMNS, Claim, table, whole_page
-from record import Place, measure, read_records, rounded, write_record
+from record import Place, answers_logprob, follow_other, measure, read_records, rounded, write_record
+from scores import value
 from synthetic_tasks import write_all
 from tables import EXPERIMENTS
 
@@ -116,8 +117,8 @@ def test_remax_subtracts_the_greedy_rationales_reward(make_policy):
                 reward += weight * (own / c.infonce_temperature - top)
             reward += c.lambda_consistency * mean([dot(h, x) for x in mine[i]])
             expected.append(reward / c.tau - (0.0 if bool(greedy.finished) else c.gamma))
-    for row, value in zip(baseline.tolist(), expected):
-        assert row == pytest.approx([value] * len(row), abs=1e-5)
+    for row, want in zip(baseline.tolist(), expected):
+        assert row == pytest.approx([want] * len(row), abs=1e-5)
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
@@ -268,6 +269,18 @@ def test_tables_show_both_ways_of_every_trained_row():
     ]
 
 
+def test_a_figure_that_was_not_measured_is_a_dash_and_judges_nothing():
+    new = {"before": {"answers_loss": 1.0, "text_loss": 2.0}, "after": {"answers_loss": 1.25, "text_loss": 2.5}}
+    old = {moment: {"text_loss": loss["text_loss"]} for moment, loss in new.items()}
+    assert value(new, "answers loss") == 0.25 and value(old, "answers loss") is None
+    by_label = {"new": [new, new], "old": [new, old]}
+    assert [line.split("|")[2:] for line in table(by_label, ["text loss", "answers loss", "plain loss"])[2:]] == [
+        [" 0.50 ", " 0.25 ", ""],
+        [" 0.50 ", " – ", ""],
+    ]
+    assert Claim("", [("new", "old")], "answers loss").verdict(by_label) == "not measured on these data"
+
+
 def test_claims_name_rows_and_columns_that_exist():
     for experiment in EXPERIMENTS.values():
         named = {label for claim in experiment.claims for pair in claim.pairs for label in pair}
@@ -346,7 +359,55 @@ def test_what_rationales_name_is_for_the_world_to_judge(make_policy):
     stats = measure(policy, policy, TEXTS[:2], world, instructed=False)
     assert world.texts == TEXTS[:2]
     assert (stats["recall"], stats["precision"], stats["well_formed"]) == (0.25, 0.625, 1.0)
-    assert measure(policy, policy, TEXTS[:2], None, instructed=False).keys() == {"distinct", "start_logprob"}
+    assert measure(policy, policy, TEXTS[:2], None).keys() == {"distinct", "start_logprob", "answers_loss"}
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_one_policys_answers_as_another_finds_them(make_policy, temperature):
+    """By the library's own model, a rollout at a time; the mean is over tokens, not over answers."""
+    writer, reader = make_policy(), make_policy(seed=1)
+    rollouts = rolled(writer, K=1, temperature=temperature, seed=[0, 0])
+    logprobs = torch.cat([by_full_forward(reader, rollouts, n, 0)[0] for n in range(len(TEXTS))])
+    assert len(set(rollouts.mask.sum(-1).flatten().tolist())) > 1  # or the two means would be one
+    expected = pytest.approx(logprobs.mean().item(), rel=1e-5)
+    assert answers_logprob(writer, reader, TEXTS, temperature) == expected
+    stats = measure(reader, writer, TEXTS, None)
+    assert -stats["answers_loss"] == (expected if temperature else pytest.approx(answers_logprob(writer, reader, TEXTS, 1.0)))
+    if temperature:
+        assert stats["answers_loss"] > measure(writer, writer, TEXTS, None)["answers_loss"]  # their difference is a KL
+
+
+class Other(Numbers):
+    """A world whose warm start taught a second instruction, with given answers to it."""
+
+    other_instruction = "say where"
+
+    def __init__(self, answers):
+        self.texts, self.answers = [], answers
+
+    def other_chats(self, n, rng, held_out=True):
+        assert held_out
+        return list(zip(TEXTS, self.answers))
+
+
+def test_another_instruction_is_followed_or_not(make_policy):
+    policy = make_policy(max_new_tokens=5)
+    reading = dataclasses.replace(policy.reading, instruction="say where")
+    other = policy.__class__(make_policy(max_new_tokens=5).model, policy.tokenizer, reading)
+    written = rolled(other, K=1, temperature=0).rationales()
+    greedy = [policy.tokenizer.decode(ids[0], skip_special_tokens=True) for ids in written]
+    answers = [greedy[0], "the old lamp", "boat"]
+    nats, tokens = 0.0, 0
+    for text, answer in zip(TEXTS, answers):
+        prompt = other.prompts([text]).ids[0].tolist()
+        ids = policy.tokenizer(answer)["input_ids"] + [policy.end_ids[0].item()]
+        logits = policy.model(input_ids=torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1]
+        nats -= torch.log_softmax(logits, -1).gather(1, torch.tensor(ids)[:, None]).sum().item()
+        tokens += len(ids)
+    stats = follow_other(policy, Other(answers))
+    assert stats["other_loss"] == pytest.approx(nats / tokens, rel=1e-5)
+    assert stats["other_right"] == pytest.approx(sum(a == b for a, b in zip(greedy, answers)) / 3) != 0
+    assert stats.items() <= measure(policy, policy, TEXTS, Other(answers)).items()
 
 
 def test_every_committed_record_is_read_by_a_table():
@@ -390,8 +451,11 @@ def test_a_second_call_makes_no_run_and_the_same_page(quick, capsys):
 def test_a_backbone_and_data_of_ones_own(quick, tiny_world, tmp_path):
     data, out = tiny_world / "data", tmp_path / "mine"
     files = ["--model", f"{tiny_world}/model", "--data", f"{data}/train.jsonl", "--heldout", f"{data}/heldout.jsonl"]
+    (tmp_path / "plain.txt").write_text("the boat sold the lamp\n\nnoon near the forest\n")
+    files += ["--plain", str(tmp_path / "plain.txt")]
     run.main(["table5", "--quick", "--jobs", "1", "--out", str(out), *files, "--set", "lr=1e-4", "weight_decay=0"])
-    assert "instructions followed" in (out / "results.md").read_text()
+    page = (out / "results.md").read_text()
+    assert "instructions followed" in page and COLUMNS["plain loss"][0] in page and COLUMNS["answers loss"][0] in page
 
 
 def test_real_tasks_for_both_backbones(tiny_world, tmp_path):
@@ -414,6 +478,7 @@ def test_the_page_is_what_the_records_make_it():
         ([], "name an experiment"),
         (["real", "--data", "x"], "real needs --model"),
         (["table1", "--data", "x"], "give --out"),
+        (["table1", "--plain", "x"], "give --out"),
         (["table1", "--model", "x", "--out", "y"], "--model needs --data"),
         (["table1", "--set", "learning_rate=1"], "no setting 'learning_rate'"),
     ],
