@@ -1,7 +1,7 @@
-"""Groups of texts of one meaning to rows to train on, and what a rationale of such a text can be held to.
+"""Groups of texts of one meaning, such as captions of a picture, to rows to train on and to evaluate on.
 
     python experiments/captions.py --groups train.jsonl coco.jsonl --triplets triplets.jsonl \\
-        --heldout heldout.jsonl --out runs/captions
+        --heldout heldout.jsonl --plain stories.txt --out runs/captions
 
 A group is a jsonl row with one list of texts of one meaning, whatever its name: the captions of a picture, a sentence's
 paraphrases. Written are, under --out:
@@ -10,6 +10,7 @@ paraphrases. Written are, under --out:
                     random, the one that shares most content words with the query; then the triplets
     search.jsonl    two texts of each of 256 groups that are not in train.jsonl: settings are chosen by these
     heldout.jsonl   the first two texts of each --heldout group, and the group as "support": for the tables alone
+    plain.txt       512 paragraphs of --plain: another kind of texts, which nothing here trains on
 
 In search.jsonl and heldout.jsonl a query finds its positive among all positives.
 """
@@ -20,8 +21,6 @@ import os
 import random
 import re
 import sys
-
-import numpy as np
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
@@ -89,8 +88,16 @@ def write_rows(path, rows):
         file.writelines(json.dumps(row) + "\n" for row in rows)
 
 
-def build(groups, triplets, heldout, out, search=256, seed=0):
-    """Write the three files under `out`; arguments are lists of paths but for `heldout`, a path. Returns rows by file."""
+def paragraphs(path, rng, n=512):
+    """Up to n paragraphs of 6 to 40 words, drawn at random, each on one line."""
+    with open(path, encoding="utf-8") as file:
+        found = [" ".join(block.split()) for block in file.read().split("\n\n")]
+    fitting = [text for text in dict.fromkeys(found) if 6 <= len(text.split()) <= 40]
+    return rng.sample(fitting, min(n, len(fitting)))
+
+
+def build(groups, triplets, heldout, plain, out, search=256, seed=0):
+    """Write the files under `out`; groups and triplets are lists of paths, heldout and plain paths or None. Returns rows by file."""
     rng = random.Random(seed)
     known = [group for path in groups for group in read_groups(path)]
     rng.shuffle(known)
@@ -110,41 +117,24 @@ def build(groups, triplets, heldout, out, search=256, seed=0):
     }
     for name, rows in files.items():
         write_rows(os.path.join(out, f"{name}.jsonl"), rows)
+    if plain:
+        with open(os.path.join(out, "plain.txt"), "w", encoding="utf-8") as file:
+            file.writelines(text + "\n" for text in paragraphs(plain, rng))
     return {name: len(rows) for name, rows in files.items()}
-
-
-# ---------------------------------------------------------------- what is true of a rationale
-
-
-def truth(rationales, texts, support):
-    """What share of the rationales' content words others support. support: `{text: texts of the same meaning}`.
-
-    `true`: the text or another of its group has the word; `copied`: the text itself has it; `by_chance`: the text and the
-    group of the *next* text have it, which is what words that are common everywhere would get.
-    """
-    counts = np.zeros(4)
-    words = {text: set(content_words(text)) for group in support.values() for text in group} | {
-        text: set(content_words(text)) for text in texts
-    }
-    known = [words[text].union(*(words[x] for x in support[text])) for text in texts]
-    for i, (rationale, text) in enumerate(zip(rationales, texts)):
-        for word in content_words(rationale):
-            counts += [1, word in known[i], word in words[text], word in known[(i + 1) % len(texts)]]
-    shares = counts[1:] / max(counts[0], 1)
-    return {"true": float(shares[0]), "copied": float(shares[1]), "by_chance": float(shares[2])}
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--groups", nargs="+", required=True, metavar="FILE", help="jsonl: a list of texts of one meaning per row")
+    parser.add_argument("--groups", nargs="+", required=True, metavar="FILE", help="jsonl, a list of texts per row")
     parser.add_argument("--triplets", nargs="*", default=[], metavar="FILE", help="jsonl: query, positive, hard negative")
     parser.add_argument("--heldout", metavar="FILE", help="groups for the tables alone")
+    parser.add_argument("--plain", metavar="FILE", help="a .txt of another kind of texts, blank lines between paragraphs")
     parser.add_argument("--search", type=int, default=256, help="groups held back to choose settings by [256]")
     parser.add_argument("--seed", type=int, default=0, help="of all that is drawn [0]")
     parser.add_argument("--out", required=True, help="folder to write into")
     args = parser.parse_args()
     try:
-        print(build(args.groups, args.triplets, args.heldout, args.out, args.search, args.seed))
+        print(build(args.groups, args.triplets, args.heldout, args.plain, args.out, args.search, args.seed))
     except (GraceError, OSError) as error:
         sys.exit(f"captions.py: {error}")
 

@@ -52,11 +52,11 @@ def words(changes):
 
 
 TABLE = {
-    BASE: START,
-    REASONING: START,
+    BASE: START | dict(probe="captions"),
+    REASONING: START | dict(probe="captions"),
     **{label: kind | LONG[label] | CHOSEN[label] | dict(probe="captions") for label, kind in KINDS.items()},
 }
-TABLE[BASE] = TABLE[REASONING] = START | dict(probe="captions")
+TABLE[BEST] |= dict(averaged=True)
 SEARCH = {
     f"{label}: {words(changes)}": kind | SHORT[label] | changes | dict(probe="search")
     for label, kind in KINDS.items()

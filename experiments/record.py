@@ -328,6 +328,10 @@ def make(run, place):
             record[moment] = record[moment] | measure(which, start, texts, world, plain, instructed=not on_toy)
         if run.get("probe") in ("captions", "search"):
             record["rationales"] = []  # of texts that may be read here, but not handed on
+        if run.get("probe") == "captions":
+            from truth import add_captions  # it stands on this file
+
+            add_captions(record, start, policy, place)
         if run.get("probe") == "budgets":
             record["budgets"] = budgets(policy, heldout, (1, 2, 20) if place.quick else (1, 2, 3, 4, 6, 8, 12, 20))
         if run.get("probe") == "tasks":
