@@ -24,6 +24,7 @@ Shapes: B rows, L tokens, D hidden size, V vocabulary.
 
 import argparse
 import contextlib
+import dataclasses
 import gzip
 import json
 import os
@@ -38,7 +39,7 @@ import torch.nn.functional as F
 from captions import FUNCTION_WORDS, read_groups, stem  # puts the repository on the path
 
 from evaluation.encoder import encode_texts
-from plumbing.checkpoint import append, write_atomically
+from plumbing.checkpoint import write_atomically
 from plumbing.errors import GraceError, finite
 from policy import Policy
 from prompt import Reading
@@ -78,13 +79,6 @@ def read_text(path):
         return re.sub(r"(\s*<\|endoftext\|>\s*)+", "\n\n", file.read())
 
 
-def read_pairs(path):
-    """`(query, positive)` of a jsonl file's triplets, where the positive is the shorter text."""
-    with open(path, encoding="utf-8") as file:
-        rows = [json.loads(line) for line in file]
-    return [(row["query"], row["positive"]) for row in rows if len(row["positive"]) < len(row["query"])]
-
-
 def main_words(group, most=6):
     """The content words that at least two texts of a group share, the most frequent first; each as it was first written."""
     count, form = Counter(), {}
@@ -96,42 +90,44 @@ def main_words(group, most=6):
 
 
 class Data:
-    """Plain texts, groups and pairs, each with a part held out; draws windows and chats.
-
-    Of every kind a fiftieth, at most 200, is held out: never drawn for training.
-    """
+    """Plain texts, groups, and pairs of a text and a shorter one; of each a fiftieth, at most 200 rows, is held out."""
 
     def __init__(self, texts, groups, triplets, seed=0):
         texts = [read_text(path) for path in texts]
-        groups = [group for path in groups for group in read_groups(path)]
-        pairs = [pair for path in triplets for pair in read_pairs(path)]
-        for rows in (groups, pairs):
-            random.Random(seed).shuffle(rows)
+        groups, pairs = [group for path in groups for group in read_groups(path)], []
+        for path in triplets:
+            with open(path, encoding="utf-8") as file:
+                both = [(row["query"], row["positive"]) for row in map(json.loads, file)]
+            pairs += [(text, shorter) for text, shorter in both if len(shorter) < len(text)]
         self.kinds = [kind for kind in INSTRUCTIONS if (pairs if kind == "shorter" else groups)]
         if not self.kinds or min(map(len, texts), default=0) < 100 * L:
             raise GraceError(f"give --texts of at least {100 * L} characters each, and --groups or --triplets for the chats")
-        cut = lambda rows: min(200, -(-len(rows) // 50))
+        for rows in (groups, pairs):
+            random.Random(seed).shuffle(rows)
+        self.parts = {True: {}, False: {}}  # by whether they are held out
+        for name, rows in (("groups", groups), ("pairs", pairs)):
+            n = min(200, -(-len(rows) // 50))
+            self.parts[True][name], self.parts[False][name] = rows[:n], rows[n:]
         ends = [len(text) - max(6 * L, len(text) // 50) for text in texts]
-        self.training = {PLAIN: [x[:at] for x, at in zip(texts, ends)], "groups": groups[cut(groups) :], "pairs": pairs[cut(pairs) :]}
-        self.held_out = {PLAIN: [x[at:] for x, at in zip(texts, ends)], "groups": groups[: cut(groups)], "pairs": pairs[: cut(pairs)]}
+        self.parts[True][PLAIN] = [text[at:] for text, at in zip(texts, ends)]
+        self.parts[False][PLAIN] = [text[:at] for text, at in zip(texts, ends)]
 
     def window(self, rng, held_out=False):
         """About L tokens of a plain text, from a random place on; a text is drawn by the square root of its length."""
-        texts = (self.held_out if held_out else self.training)[PLAIN]
+        texts = self.parts[held_out][PLAIN]
         text = rng.choices(texts, [len(text) ** 0.5 for text in texts])[0]
         at = rng.randrange(max(1, len(text) - 6 * L))
         return text[at : at + 6 * L].partition(" ")[2]
 
     def chat(self, rng, kind, held_out=False):
         """A text and the answer to a kind's instruction. `-> (str, str)`."""
-        part = self.held_out if held_out else self.training
         if kind == "shorter":
-            return rng.choice(part["pairs"])
-        group = rng.choice(part["groups"])
+            return rng.choice(self.parts[held_out]["pairs"])
+        group = rng.choice(self.parts[held_out]["groups"])
         text, other = rng.sample(group, 2)
         return text, {"other words": other, "main words": main_words(group) or text, "repeat": text}[kind]
 
-    def batch(self, rng, tokenizer, plain, rows=B, kinds=None, held_out=False):
+    def batch(self, rng, tokenizer, rows, plain, kinds=None, held_out=False):
         """One batch: a share of windows (a quarter as many, since they are longer), the rest chats. `-> [B, L] x 2`."""
         kinds, n = kinds or self.kinds, round(plain * rows)
         windows = [(self.window(rng, held_out), None) for _ in range(-(-n // 4))]
@@ -142,20 +138,17 @@ class Data:
 def collate(rows, tokenizer):
     """Windows `(text, None)` and chats `((text, answer), kind)` to ids and labels `[B, L]`, padded on the right.
 
-        ids       <system> Repeat it. <user> A dog. <assistant> A dog. <end> <pad>
-        labels       -100  -100 -100   -100 -100 -100    -100    A dog. <end> -100
+    ids       <system> Repeat it. <user> A dog. <assistant> A dog. <end> <pad>
+    labels       -100  -100 -100   -100 -100 -100    -100    A dog. <end> -100
     """
-    ids, labels = [], []
-    encode = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]
+    encode, ids, labels = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"], [], []
     for content, kind in rows:
         if kind is None:
-            row = encode(content)[:L]
-            ids.append(row)
-            labels.append(row)
-            continue
-        messages = [{"role": "system", "content": INSTRUCTIONS[kind][0]}, {"role": "user", "content": content[0]}]
-        prompt = encode(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))[-3 * L :]
-        answer = [*encode(content[1])[: L - 1], tokenizer.eos_token_id]
+            prompt, answer = [], encode(content)[:L]
+        else:
+            messages = [{"role": "system", "content": INSTRUCTIONS[kind][0]}, {"role": "user", "content": content[0]}]
+            prompt = encode(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))[-3 * L :]
+            answer = [*encode(content[1])[: L - 1], tokenizer.eos_token_id]
         ids.append(prompt + answer)
         labels.append([-100] * len(prompt) + answer)
     longest = max(map(len, ids))
@@ -167,20 +160,15 @@ def collate(rows, tokenizer):
 
 
 def build_tokenizer(data, vocabulary, seed=0, windows=20_000):
-    """A byte-level BPE tokenizer of random windows and groups, with a chat template and an end token."""
+    """A byte-level BPE tokenizer, made from random windows and chats, with a chat template and an end token."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
-    rng = random.Random(seed)
-    core = Tokenizer(models.BPE())
-    core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary, special_tokens=list(SPECIAL), initial_alphabet=alphabet, show_progress=False
-    )
-    sample = [data.window(rng) for _ in range(windows)]
-    sample += ["\n".join(data.chat(rng, rng.choice(data.kinds))) for _ in range(windows)]
-    core.train_from_iterator(sample, trainer)
+    rng, core, bytewise = random.Random(seed), Tokenizer(models.BPE()), pre_tokenizers.ByteLevel
+    core.pre_tokenizer, core.decoder = bytewise(add_prefix_space=False), decoders.ByteLevel()
+    options = dict(special_tokens=list(SPECIAL), initial_alphabet=bytewise.alphabet(), show_progress=False)
+    sample = [text for _ in range(windows) for text in (data.window(rng), *data.chat(rng, rng.choice(data.kinds)))]
+    core.train_from_iterator(sample, trainers.BpeTrainer(vocab_size=vocabulary, **options))
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=core, pad_token="<pad>", eos_token="<end>", additional_special_tokens=list(SPECIAL[1:4])
     )
@@ -198,8 +186,8 @@ def build_model(tokenizer, size, seed=0):
         LlamaConfig(
             vocab_size=len(tokenizer), hidden_size=D, intermediate_size=width, num_hidden_layers=layers,
             num_attention_heads=heads, num_key_value_heads=heads, max_position_embeddings=512, initializer_range=D**-0.5,
-            tie_word_embeddings=True,
-            bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+            tie_word_embeddings=True, bos_token_id=None,
+            eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
         )
     )  # fmt: skip
 
@@ -230,7 +218,7 @@ def rate(step, steps, D):
 
 def measure(model, data, tokenizer, minutes):
     """Seconds per step in both compute types, forward and backward. `-> (the faster type, steps in so many minutes)`."""
-    batches = [data.batch(random.Random(0), tokenizer, share) for share in (1.0, KEPT, KEPT)]
+    batches = [data.batch(random.Random(0), tokenizer, B, share) for share in (1.0, KEPT, KEPT)]
     seconds, tokens = {}, sum(ids.numel() for ids, _ in batches)
     for dtype in ("float32", "bfloat16"):
         for part in (batches[:1], batches):  # the first is for warmth
@@ -248,9 +236,10 @@ def measure(model, data, tokenizer, minutes):
 @torch.no_grad()
 def heldout_losses(model, data, tokenizer, dtype):
     """Nats per learned token on held-out texts, the same each time. `-> {kind: loss}`."""
-    draw = lambda kind, plain, kinds: data.batch(random.Random(kind), tokenizer, plain, 2 * B, kinds, held_out=True)
-    batches = {PLAIN: draw(PLAIN, 1.0, None), **{kind: draw(kind, 0.0, [kind]) for kind in data.kinds}}
-    return {kind: float(loss_of(model, *batch, dtype)) for kind, batch in batches.items()}
+    draw = lambda kind, plain: data.batch(
+        random.Random(kind), tokenizer, 2 * B, plain, None if plain else [kind], held_out=True
+    )
+    return {kind: float(loss_of(model, *draw(kind, float(kind == PLAIN)), dtype)) for kind in (PLAIN, *data.kinds)}
 
 
 def samples(model, data, tokenizer, n=4):
@@ -258,23 +247,22 @@ def samples(model, data, tokenizer, n=4):
     lines = []
     for kind in data.kinds:
         texts = [data.chat(random.Random(f"{kind} {i}"), kind, held_out=True)[0] for i in range(n)]
-        policy = Policy(model, tokenizer, Reading(INSTRUCTIONS[kind][0], READING.max_prompt_tokens, READING.max_new_tokens))
-        answers = encode_texts(policy, texts).rationales
-        lines += [f"**{INSTRUCTIONS[kind][0]}**\n", *(f"- {text} → {answer}" for text, answer in zip(texts, answers)), ""]
+        reading = dataclasses.replace(READING, instruction=INSTRUCTIONS[kind][0])
+        answers = encode_texts(Policy(model, tokenizer, reading), texts).rationales
+        lines += [f"**{reading.instruction}**\n", *(f"- {text} → {answer}" for text, answer in zip(texts, answers)), ""]
     return "\n".join(lines)
 
 
 def train(data, size, out, minutes=None, steps=None, seed=0, resume=False, evaluations=20):
     """A whole run, of so many steps or minutes. Returns the best evaluation: its step, score, and `{kind: loss}`."""
     os.makedirs(out, exist_ok=True)
-    path, log = os.path.join(out, "state.pt"), os.path.join(out, "log.jsonl")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    if os.path.exists(log) and not resume:
+    path, device = os.path.join(out, "state.pt"), "cuda" if torch.cuda.is_available() else "cpu"
+    if os.path.exists(path) and not resume:
         raise GraceError(f"{out} holds a run: continue it with --resume, or give another --out")
     tokenizer = build_tokenizer(data, SIZES[size][0], seed)
     model = build_model(tokenizer, size, seed).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.01, betas=(0.9, 0.98))
-    if resume and os.path.exists(path):
+    if os.path.exists(path):
         state = torch.load(path, map_location=device, weights_only=True)
         if (state["size"], state["seed"]) != (size, seed):
             raise GraceError(f"{path} is of --size {state['size']} --seed {state['seed']}: give these, or another --out")
@@ -282,12 +270,14 @@ def train(data, size, out, minutes=None, steps=None, seed=0, resume=False, evalu
         optimizer.load_state_dict(state.pop("optimizer"))
     else:
         dtype, fitting = measure(model, data, tokenizer, minutes) if minutes else ("float32", steps)
-        state = dict(size=size, seed=seed, dtype=dtype, steps=fitting, step=0, seconds=0.0, tokens=0, best=None, worse=0)
-    print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {state['steps']} steps, {state['dtype']}")
+        state = dict(
+            size=size, seed=seed, dtype=dtype, steps=fitting, step=0, seconds=0.0, tokens=0, best=None, worse=0, log=""
+        )
     steps = state["steps"]
+    print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {steps} steps, {state['dtype']}", flush=True)
     while state["step"] < steps and state["worse"] < PATIENCE:
         start, step = time.perf_counter(), state["step"]
-        ids, labels = data.batch(random.Random(f"{seed} {step}"), tokenizer, plain_share(step, steps))
+        ids, labels = data.batch(random.Random(f"{seed} {step}"), tokenizer, B, plain_share(step, steps))
         loss = loss_of(model, ids, labels, state["dtype"])
         loss.backward()
         finite("the gradient", torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0))
@@ -309,8 +299,9 @@ def evaluate(state, loss, model, data, tokenizer, out):
     losses = heldout_losses(model, data, tokenizer, state["dtype"])
     line = {"step": state["step"], "minutes": state["seconds"] / 60, "tokens": state["tokens"], "loss": loss, **losses}
     line = json.dumps({name: round(x, 3) for name, x in line.items()})
-    append(os.path.join(out, "log.jsonl"), line + "\n")
     print(line, flush=True)
+    state["log"] += line + "\n"
+    write_atomically(os.path.join(out, "log.jsonl"), state["log"])
     if plain_share(state["step"], state["steps"]) == 1:
         return
     score = sum(losses[kind] for kind in data.kinds) / len(data.kinds)
@@ -323,12 +314,10 @@ def evaluate(state, loss, model, data, tokenizer, out):
 
 def main(arguments):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, text in (
-        ("texts", "plain texts, .txt or .txt.gz"),
-        ("groups", "jsonl, a list of texts of one meaning per row"),
-        ("triplets", "jsonl, query and positive"),
-    ):
-        parser.add_argument(f"--{name}", nargs="+", default=[], metavar="FILE", help=text)
+    several = dict(nargs="+", default=[], metavar="FILE")
+    parser.add_argument("--texts", **several, help="plain texts, .txt or .txt.gz")
+    parser.add_argument("--groups", **several, help="jsonl, a list of texts of one meaning per row")
+    parser.add_argument("--triplets", **several, help="jsonl, query and positive")
     parser.add_argument("--minutes", type=float, default=60, help="how long to train [60]")
     parser.add_argument("--size", choices=tuple(SIZES), default="4m", help="parameters, about [4m]")
     parser.add_argument("--seed", type=int, default=0, help="of the first weights and of all that is drawn [0]")

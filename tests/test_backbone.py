@@ -24,7 +24,10 @@ def data(tmp_path_factory):
     with gzip.open(folder / "plain.txt.gz", "wt") as file:
         file.write("\n<|endoftext|>\n".join("".join(tell() for _ in range(20)) for _ in range(40)))
     scenes = [(a, p) for a in ANIMALS for p in PLACES]
-    groups = [{"id": i, "captions": [f"A {a} at the {p}.", f"The {p} and one {a}.", f"{a}s of the {p}"]} for i, (a, p) in enumerate(scenes)]
+    groups = [
+        {"id": i, "captions": [f"A {a} at the {p}.", f"The {p} and one {a}.", f"{a}s of the {p}"]}
+        for i, (a, p) in enumerate(scenes)
+    ]
     triplets = [{"query": f"A {a} runs to the {p}.", "positive": f"A {a} runs.", "negative": "No."} for a, p in scenes]
     for name, rows in (("groups", groups), ("triplets", triplets)):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -57,7 +60,7 @@ def test_only_the_answer_is_learned(tokenizer):
 def test_the_loss_is_that_of_the_answers_tokens_row_by_row(data, tokenizer):
     """Against each row by itself, without padding, through the model's own forward pass."""
     model = build_model(tokenizer, "4m")
-    ids, labels = data.batch(random.Random(1), tokenizer, plain=0.5, rows=8)
+    ids, labels = data.batch(random.Random(1), tokenizer, 8, plain=0.5)
     nats = count = 0
     for row, wanted in zip(ids, labels):
         n = int((wanted != -100).nonzero().max()) + 1
@@ -73,21 +76,24 @@ def test_chats_ask_for_what_the_groups_hold(data):
     rng = random.Random(0)
     for _ in range(50):
         text, answer = data.chat(rng, "other words")
-        assert text != answer and any({text, answer} <= set(group) for group in data.training["groups"])
+        assert text != answer and any({text, answer} <= set(group) for group in data.parts[False]["groups"])
         text, answer = data.chat(rng, "repeat")
         assert text == answer
         text, answer = data.chat(rng, "shorter")
         assert len(answer) < len(text)
-    assert main_words(["Two dogs are running.", "A dog runs on grass.", "Dog, grass!"]) in ("dogs running grass", "dog runs grass")
+    assert main_words(["Two dogs are running.", "A dog runs on grass.", "Dog, grass!"]) in (
+        "dogs running grass",
+        "dog runs grass",
+    )
     assert main_words(["A cat.", "The sea."]) == ""
 
 
 def test_nothing_held_out_is_drawn_for_training(data):
     rng = random.Random(0)
-    held_out = [set(group) for group in data.held_out["groups"]]
-    assert held_out and not any(set(group) in held_out for group in data.training["groups"])
+    held_out = [set(group) for group in data.parts[True]["groups"]]
+    assert held_out and not any(set(group) in held_out for group in data.parts[False]["groups"])
     drawn = {data.chat(rng, "repeat")[0] for _ in range(300)}
-    assert len(drawn) == sum(map(len, data.training["groups"])) and not drawn & set().union(*held_out)
+    assert len(drawn) == sum(map(len, data.parts[False]["groups"])) and not drawn & set().union(*held_out)
     assert data.chat(rng, "repeat", held_out=True)[0] in set().union(*held_out)
 
 
