@@ -10,6 +10,7 @@ paraphrases. Written are, under --out:
                     random, the one that shares most content words with the query; then the triplets
     search.jsonl    two texts of each of 256 groups that are not in train.jsonl: settings are chosen by these
     heldout.jsonl   the first two texts of each --heldout group, and the group as "support": for the tables alone
+    texts.jsonl     the queries and positives of train.jsonl by themselves, for training without labels
     plain.txt       512 paragraphs of --plain: another kind of texts, which nothing here trains on
 
 In search.jsonl and heldout.jsonl a query finds its positive among all positives.
@@ -97,7 +98,7 @@ def paragraphs(path, rng, n=512):
 
 
 def build(groups, triplets, heldout, plain, out, search=256, seed=0):
-    """Write the files under `out`; groups and triplets are lists of paths, heldout and plain paths or None. Returns rows by file."""
+    """Write the files under `out`. groups, triplets: lists of paths; heldout, plain: a path or None. `-> {file: rows}`."""
     rng = random.Random(seed)
     known = [group for path in groups for group in read_groups(path)]
     rng.shuffle(known)
@@ -115,6 +116,7 @@ def build(groups, triplets, heldout, plain, out, search=256, seed=0):
         "search": [{"query": query, "positive": positive} for query, positive in two],
         "heldout": [{"query": x[0], "positive": x[1], "support": x} for x in read_groups(heldout)] if heldout else [],
     }
+    files["texts"] = [{"text": text} for text in dict.fromkeys(row[k] for row in files["train"] for k in ("query", "positive"))]
     for name, rows in files.items():
         write_rows(os.path.join(out, f"{name}.jsonl"), rows)
     if plain:

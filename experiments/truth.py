@@ -19,7 +19,7 @@ from evaluation.metrics import ndcg
 from evaluation.tasks import evaluate_tasks, search
 
 SLOW, ON_SEED = TASKS[-2:], 2  # two tasks of many texts are measured on one seed alone, the last
-OTHERS = {  # instructions that P(x) did not train, and whether an answer to one does what it says: a share, text and answer given
+OTHERS = {  # instructions that no reward touched: does an answer to a text do what it says, as a share
     "Say it shorter.": lambda text, answer: len(answer.split()) < len(text.split()),
     "List the main words.": lambda text, answer: not FUNCTION_WORDS & set(answer.lower().split()),
     "Repeat.": lambda text, answer: np.mean([word in answer.lower().split() for word in text.lower().split()]),
@@ -31,12 +31,13 @@ def add_captions(record, start, policy, place):
     with open(place.heldout, encoding="utf-8") as file:
         rows = [json.loads(line) for line in file]
     texts, support = [row["query"] for row in rows], {row["query"]: row["support"] for row in rows}
-    run, after = record["run"], record["after"]
+    run = record["run"]
     tasks = [name for name in TASKS if name not in SLOW or run["seed"] == ON_SEED]
+    tasks = ["STSBenchmark", "STS17"] if place.quick else tasks
     for way, rationale in (("after", True), ("after_without_rationale", False)):
         encode = GraceEncoder(policy, rationale=rationale).encode
         scores = {name: result["main_score"] for name, result in evaluate_tasks(encode, tasks, place.data_dir).items()}
-        mean = np.mean([scores[name] for name in TASKS if name not in SLOW])
+        mean = np.mean([score for name, score in scores.items() if name not in SLOW])
         record[way] = record[way] | scores | {"mean of tasks": float(mean)}
     rationales = encode_texts(policy, texts).rationales
     record["after"] |= truth(rationales, texts, support)

@@ -1,5 +1,6 @@
 """experiments/backbone.py on tiny data made in place: what is learned, a resumed run, the tokenizer, the folder."""
 
+import functools
 import gzip
 import json
 import random
@@ -7,7 +8,8 @@ import random
 import backbone
 import pytest
 import torch
-from backbone import INSTRUCTIONS, SIZES, Data, build_model, build_tokenizer, collate, loss_of, main_words, train
+from backbone import SIZES, build_model, build_tokenizer, loss_of, train
+from chats import INSTRUCTIONS, Data, collate, main_words
 
 from plumbing.errors import GraceError
 from policy import Policy
@@ -45,6 +47,7 @@ def tiny(monkeypatch):
     """A network that learns nothing, at once."""
     monkeypatch.setitem(SIZES, "4m", (400, 16, 2, 2, 32))
     monkeypatch.setattr(backbone, "B", 8)
+    monkeypatch.setattr(backbone, "build_tokenizer", functools.partial(build_tokenizer, windows=200))
 
 
 def test_only_the_answer_is_learned(tokenizer):
