@@ -32,11 +32,11 @@ def value(record, name, way="after"):
 
 
 def better_way(records, label, name):
-    """The way by which a row's claims are judged: the one with the higher mean over the seeds."""
+    """The way by which a row's claims are judged: the one with the higher mean over the seeds that have it."""
     if name not in SCORES:
         return "after"
     means = {}
     for way in ways(label):
-        values = [value(record, name, way) for record in records]
-        means[way] = -np.inf if None in values else np.mean(values)
+        values = [x for record in records if (x := value(record, name, way)) is not None]
+        means[way] = np.mean(values) if values else -np.inf
     return max(means, key=means.get)

@@ -10,7 +10,7 @@ import run
 import truth
 from captions import content_words
 from conftest import TEXTS
-from page import Claim
+from page import Claim, cell, section
 from real import BEST, EXPERIMENTS, KINDS, REASONING, SEARCH, TABLE, TRIED
 from record import Place, read_records
 from synthetic_tasks import write_all
@@ -165,8 +165,32 @@ def test_one_command_makes_the_tables(tiny_world, tmp_path, monkeypatch):
     assert len(samples) == 2 and heldout[0]["query"] in samples[0].read_text()
 
 
-def test_a_table_without_records_is_left_out_of_the_page(tmp_path):
-    assert not read_records(str(tmp_path / "real.jsonl"))
-    from page import section
+def test_the_frontier_shows_every_row():
+    matplotlib = pytest.importorskip("matplotlib", reason="the pictures need the extra `plot`")
 
+    def record(score, loss):
+        figures = {"ndcg_at_10": score, "mean of tasks": score / 2}
+        return {"before": {"plain_loss": 3.0}, "after": figures | {"plain_loss": loss}, "after_without_rationale": {}}
+
+    by_label = {label: [record(0.1 * i, 3 + i), record(0.1 * i + 0.02, 3.5 + i)] for i, label in enumerate(KINDS)}
+    figure = EXPERIMENTS["captions_frontier"].figure(by_label)
+    for axis, scale in zip(figure.axes, (1, 0.5)):
+        lines = {bar.get_label(): bar.lines[0].get_xydata()[0].tolist() for bar in axis.containers}
+        expected = {label: [i + 0.25, scale * (0.1 * i + 0.01)] for i, label in enumerate(KINDS)}
+        assert lines.keys() == expected.keys() and all(lines[label] == pytest.approx(expected[label]) for label in lines)
+    assert isinstance(figure, matplotlib.figure.Figure) and len(figure.legends[0].texts) == len(KINDS)
+
+
+def test_a_table_without_records_is_left_out_of_the_page(tmp_path):
     assert section("captions", EXPERIMENTS["captions"], Place(results=str(tmp_path))) is None
+
+
+def test_a_figure_of_some_seeds_is_shown_over_those():
+    record = lambda **figures: {
+        "after": {"ndcg_at_10": 0.5, **figures},
+        "after_without_rationale": {"ndcg_at_10": 0.2, "SICK-R": 0.9},
+    }
+    records = [record(), record(**{"SICK-R": 0.6}), record(**{"SICK-R": 0.8})]
+    assert cell(records, "a", "SICK-R") == "0.700 (0.600 to 0.800)"
+    assert cell(records, "a", "SICK-R", "after_without_rationale") == "**0.900**"
+    assert cell(records[:1], "a", "SICK-R") == cell(records[:1], "a", "STS12") == "–"
