@@ -103,7 +103,8 @@ def encode_texts(policy, texts, **options):
 def text_loss(policy, texts, tokens_per_batch=8192):
     """How well the policy still models language: its loss, nats per token, on the texts' own tokens.
 
-    The texts stand where they stand in P(x). What training takes from the model shows here.
+    The texts stand where they stand in P(x). What training takes from the model shows here, but only as far as texts like
+    these go: a text term (--text-weight) trains this very loss on the training texts.
     """
     nats, count = 0.0, 0
     for part in token_batches(texts, tokens_per_batch, policy):

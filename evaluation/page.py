@@ -30,7 +30,7 @@ SCORES = {  # score: its name, what it is, and whether less is better
     "spearman": ("Spearman", "rank correlation of cosines with graded similarity", False),
     "alignment": ("alignment", "mean squared distance of a text to itself by another rationale", True),
     "uniformity": ("uniformity", "how evenly texts cover the sphere; lower is more evenly", True),
-    "text_loss": ("text loss", "nats per token on held-out texts: what training costs the language model", True),
+    "text_loss": ("text loss", "nats per token on held-out texts, which are like the training texts", True),
     "finished": ("finished", "share of rationales that come to an end", False),
     "words": ("words", "per rationale", None),
 }
