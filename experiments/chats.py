@@ -82,9 +82,8 @@ class Data:
             return rng.choice(self.parts[held_out]["pairs"])
         group = rng.choice(self.parts[held_out]["groups"])
         text, other = rng.sample(group, 2)
-        return text, {"other words": other, "main words": main_words(group) or main_words([text] * 2) or text, "repeat": text}[
-            kind
-        ]
+        shared = main_words(group) or main_words([text] * 2) or text
+        return text, {"other words": other, "main words": shared, "repeat": text}[kind]
 
     def batch(self, rng, tokenizer, rows, plain, kinds=None, held_out=False):
         """One batch: a share of windows (a quarter as many, since they are longer), the rest chats. `-> [B, L] x 2`."""
