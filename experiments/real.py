@@ -1,7 +1,8 @@
 """Tables 1, 2 and 5 and the frontier on real text: captions of pictures, and a small chat model that can say them otherwise.
 
     python experiments/captions.py --groups FILE... --triplets FILE... --heldout FILE --plain FILE --out ROWS
-    python experiments/run.py captions_search --model DIR --data ROWS/train.jsonl --heldout ROWS/search.jsonl --data-dir FOLDER
+    python experiments/run.py captions_search --model DIR --data ROWS/train.jsonl --heldout ROWS/search.jsonl \\
+        --plain ROWS/plain.txt --data-dir FOLDER
     python experiments/run.py captions captions_retention captions_frontier --model DIR --data ROWS/train.jsonl \\
         --heldout ROWS/heldout.jsonl --plain ROWS/plain.txt --data-dir FOLDER
     python experiments/run.py captions_unlabelled --data ROWS/texts.jsonl (and the same)
@@ -83,7 +84,8 @@ def search_lines(by_label):
             at = scores[label].index(max(scores[label]))
             cells[at] = f"**{cells[at]}**"
         lines.append(f"| {label} | {' | '.join(cells)} | {value(group[0], 'text loss'):.2f} | {group[0]['config']['steps']} |")
-    return lines
+    before = next(iter(by_label.values()))[0]["before"]["ndcg_at_10"]
+    return [*lines, "", f"The start, with its rationale: {before:.3f}.\n"]
 
 
 # ---------------------------------------------------------------- the tables

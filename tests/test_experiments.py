@@ -479,6 +479,7 @@ def test_the_page_is_what_the_records_make_it():
         (["table3"], "unknown experiment 'table3'"),
         ([], "name an experiment"),
         (["real", "--data", "x"], "real needs --model"),
+        (["captions", *"--model x --data x --data-dir x --heldout x".split()], "captions needs --heldout and --plain"),
         (["table1", "--data", "x"], "give --out"),
         (["table1", "--plain", "x"], "give --out"),
         (["table1", "--model", "x", "--out", "y"], "--model needs --data"),
