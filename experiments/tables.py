@@ -85,8 +85,9 @@ SEARCH = {
         "rate 0.001, K = 8": STEEP | dict(rollouts=8),
         "rate 0.001, KL 0.03, longer": STEEP | LONGER,
         "rate 0.001, falling to 0, KL 0.03": STEEP | LONGER | dict(lr_decay=True),
-        "rate 0.001, KL 0.03, K = 8": STEEP | LONGER | dict(rollouts=8),
-        "rate 0.0005, falling to 0, KL 0.03": STEEP | LONGER | dict(lr=5e-4, lr_decay=True),
+        "rate 0.001, KL 0.03, temperature 0.7": STEEP | LONGER | dict(temperature=0.7),
+        "rate 0.001, falling to 0, KL 0.03, temperature 0.7": STEEP | LONGER | dict(lr_decay=True, temperature=0.7),
+        "rate 0.0005, falling to 0, KL 0.03, temperature 0.7": STEEP | LONGER | dict(lr=5e-4, lr_decay=True, temperature=0.7),
     }.items()
 } | {
     f"the loss: {tried}": run
