@@ -44,7 +44,7 @@ part tests 300 "The tests marked cuda" "python -m pytest -m cuda -rs tests/test_
 part rollout 300 "Rollouts against generate(), and against the floors" \
   "python bench/rollout.py $sizes --skip-update --repeats 3"
 part similarity 300 "The in-batch similarity" "python bench/similarity.py $similarity"
-part step 420 "A step within the README's memory (there by arithmetic: 17.9 GB)" \
+part step 420 "A step within the README's memory (there by arithmetic: 21.2 GB)" \
   "python bench/step.py $sizes --train-roles query,positive --steps 2 --under 24"
 part large 300 "The same step with large micro-batches" \
   "python bench/step.py $sizes --train-roles query,positive --steps 2 --tokens-per-batch 32768"

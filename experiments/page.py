@@ -6,7 +6,7 @@
 from dataclasses import dataclass
 
 import numpy as np
-from scores import SCORES, WAYS, better_way, value, ways
+from scores import SCORES, TASKS, WAYS, better_way, value, ways
 
 HEAD = """# The paper in miniature
 
@@ -33,6 +33,8 @@ COLUMNS = {  # a figure's name in a record: its heading, and digits
     "answers loss": ("loss on the start's own answers, rise", 2), "start_logprob": ("log p of its answers under the start", 2),
     "other loss": ("loss on another instruction, rise", 2), "other_right": ("another instruction, answered rightly", 2),
     "plain loss": ("loss on another kind of texts, rise", 2), "well_formed": ("well formed", 2),
+    **{name: (name.removesuffix("Classification"), 3) for name in (*TASKS, "mean of tasks")},
+    "true": ("words that are true", 3), "copied": ("words of the text", 3), "by_chance": ("true of the next text", 3),
     "follows": ("instructions followed", 2), "words": ("words", 1), "finished": ("ended", 2), "seconds": ("seconds", 0),
 }  # fmt: skip
 MISSING = "–"  # a figure that was not measured when the record was made
@@ -45,7 +47,7 @@ MISSING = "–"  # a figure that was not measured when the record was made
 class Claim:
     """`text` holds if, by `column`, the first row of each pair is above the second by more than `by`.
 
-    within: if they differ by no more than that, instead.
+    within: if they differ by no more than that, instead. way: of the first row, instead of its better one.
     """
 
     text: str
@@ -53,12 +55,15 @@ class Claim:
     column: str = "ndcg_at_10"
     within: float = None
     by: float = 0.0
+    way: str = None
 
     def verdict(self, by_label):
         """What the records show, in how many of the comparisons (pairs times seeds). Scores are of each row's better way."""
         figures = {}
+        if not by_label.keys() >= {label for pair in self.pairs for label in pair}:
+            return "not measured yet"
         for label in {label for pair in self.pairs for label in pair}:
-            way = better_way(by_label[label], label, self.column)
+            way = (label == self.pairs[0][0] and self.way) or better_way(by_label[label], label, self.column)
             figures[label] = [value(record, self.column, way) for record in by_label[label]]
         if any(figure is None for values in figures.values() for figure in values):
             return "not measured on these data"
@@ -81,6 +86,7 @@ class Experiment:
     seeds: tuple = (0, 1, 2)
     figure: object = None  # function(by_label) -> a matplotlib figure
     lines: object = None  # function(by_label) -> more lines of the page
+    whole: bool = True  # False: rows are shown as their records come in
 
     def runs(self, seeds=None):
         """Every run, `[(label, run)]`."""
@@ -99,12 +105,14 @@ def mean_and_range(values, digits):
 def cell(records, label, name, way="after"):
     """One cell: mean over seeds, lowest and highest; in bold where the row has another way that is not as good.
 
-    Empty where the row does not have this way, a dash where a record does not have this figure.
+    Empty where the row does not have this way, a dash where a record does not have this figure; but a task's score is over
+    the records that have it, since some tasks are measured on some seeds.
     """
     if name in SCORES and way not in ways(label):
         return ""
     values = [value(record, name, way) for record in records]
-    if any(x is None or x != x for x in values):
+    values = [x for x in values if x is not None] if name in TASKS else values
+    if not values or any(x is None or x != x for x in values):
         return MISSING
     text = mean_and_range(values, COLUMNS[name][1])
     both = name in SCORES and len(ways(label)) > 1
@@ -249,12 +257,16 @@ def task_lines(by_label):
 
 
 def section(name, experiment, place, seeds=None, picture=None):
-    """One experiment's part of the page, and its picture where a path is given; None if a run has no record."""
+    """One experiment's part of the page, and its picture where a path is given; None if a run has no record, or none has."""
     by_label = {}
     for label, run in experiment.runs(seeds):
         if (record := place.read(run)) is None:
-            return None
+            if experiment.whole:
+                return None
+            continue
         by_label.setdefault(label, []).append(record)
+    if not by_label:
+        return None
     lines = [f"## {experiment.title}\n", f"The paper: {experiment.paper}\n"]
     if experiment.columns:
         lines += [*table(by_label, experiment.columns), ""]

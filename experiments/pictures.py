@@ -248,6 +248,24 @@ def frontier(by_label, knobs):
     return figure
 
 
+def retention(by_label):
+    """Two scores of each row, by its better way, against the rise of the loss on plain text that nothing trained on."""
+    figure, axes = canvas(2, width=11)
+    for axis, (score, title) in zip(
+        axes, (("ndcg_at_10", "caption retrieval, nDCG@10"), ("mean of tasks", "mean of four tasks"))
+    ):
+        for (label, records), (colour, _, marker) in zip(by_label.items(), itertools.cycle(STYLES)):
+            way = better_way(records, label, score)
+            (x, dx), (y, dy) = (
+                spread([[value(record, *what)] for record in records]) for what in (["plain loss"], [score, way])
+            )
+            full = colour if way == "after" else "white"
+            axis.errorbar(x, y, dy, dx, color=colour, marker=marker, mfc=full, ls="", capsize=3, label=label)
+        axis.set(xlabel="rise of the loss on plain text, nats per token", ylabel=title)
+    add_legend(figure, axes[0])
+    return figure
+
+
 def frontier_point(records, label, score):
     """A row's rise of that loss and what its score falls short of 1, per seed: `[2][seeds]`."""
     way = better_way(records, label, score)

@@ -353,6 +353,12 @@ def make(run, place):
         world = toy.WORLDS[run.get("world") or "events"] if on_toy and not place.data else None
         for moment, which in (("before", start), ("after", policy)):
             record[moment] = record[moment] | measure(which, start, texts, world, plain, instructed=not on_toy)
+        if run.get("probe") in ("captions", "search"):
+            record["rationales"] = []  # of texts that may be read here, but not handed on
+        if run.get("probe") == "captions":
+            from truth import add_captions  # it stands on this file
+
+            add_captions(record, start, policy, place)
         if run.get("probe") == "budgets":
             limits = [n for n in (1, 2, 3, 4, 6, 8, 12, 20, 24, 28, 32, 40) if n <= policy.reading.max_new_tokens]
             record["budgets"] = budgets(policy, heldout, limits[::4] if place.quick else limits)

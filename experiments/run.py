@@ -25,7 +25,7 @@ import time
 
 from page import whole_page
 from record import ROOT, Place, make, revision  # puts the repository on the path
-from tables import EXPERIMENTS
+from tables import EXPERIMENTS, REAL
 
 from config import Config
 from plumbing.errors import GraceError
@@ -108,12 +108,15 @@ def parse(arguments):
     if not args.names and not args.list:
         raise GraceError(f"name an experiment: {', '.join(EXPERIMENTS)}, or all")
     names = [name for name in EXPERIMENTS if name in args.names or "all" in args.names]
-    if "real" in names and not (args.model and args.data and args.data_dir):
-        if "real" in args.names:
-            raise GraceError("real needs --model, --data (triplets to train on) and --data-dir (a folder a task)")
-        names.remove("real")
-        print("left out: real, which needs --model, --data and --data-dir")
-    if (args.model or args.data or args.plain) and not args.out and names != ["real"]:
+    given = [name for name in names if name in REAL]
+    if given and not (args.model and args.data and args.data_dir):
+        if "all" not in args.names:
+            raise GraceError(f"{given[0]} needs --model, --data (triplets to train on) and --data-dir (a folder a task)")
+        names = [name for name in names if name not in REAL]
+        print(f"left out: {', '.join(given)}, which need --model, --data and --data-dir")
+    elif any(name.startswith("captions") for name in given) and not (args.heldout and args.plain):
+        raise GraceError(f"{given[-1]} needs --heldout and --plain as well: experiments/captions.py writes both")
+    if (args.model or args.data or args.plain) and not args.out and names != given:
         raise GraceError("with a model, data or texts of your own give --out: the committed records are of the embedded worlds")
     if args.model and not args.data:
         raise GraceError("--model needs --data: a backbone of your own has no embedded world")
@@ -133,12 +136,12 @@ def parse(arguments):
 
 def show_list(place):
     """What each name runs, how much of it is missing, and the minutes it takes."""
-    print(f"{'name':10} {'runs':>5} {'missing':>8} {'minutes':>8}  (two cores)")
+    print(f"{'name':20} {'runs':>5} {'missing':>8} {'minutes':>8}  (two cores)")
     for name, experiment in EXPERIMENTS.items():
         runs, missing = {place.key(run): run for _, run in experiment.runs()}, wanted([name], place, None)
         seconds = sum(record["seconds"] for run in runs.values() if (record := place.read(run)))
         minutes = f"{'?':>8}" if missing else f"{seconds / 120:8.1f}"
-        print(f"{name:10} {len(runs):5} {len(missing):8} {minutes}  {experiment.title}")
+        print(f"{name:20} {len(runs):5} {len(missing):8} {minutes}  {experiment.title}")
 
 
 def main(arguments):

@@ -7,7 +7,8 @@ nothing: so tables show both, and claims compare each row's better one.
 import numpy as np
 
 WAYS = {"after": "with rationale", "after_without_rationale": "prompt alone"}  # a moment of a record, and its name
-SCORES = ("ndcg_at_10", "spearman")  # what is measured in both ways
+TASKS = ("STSBenchmark", "STS12", "STS13", "STS17", "SICK-R", "Banking77Classification")  # real ones, of the captions
+SCORES = ("ndcg_at_10", "spearman", *TASKS, "mean of tasks")  # what is measured in both ways
 RISES = {  # by how much a loss rose from the start to the end: its name in a table, and the loss in a record
     "text loss": "text_loss", "answers loss": "answers_loss", "other loss": "other_loss", "plain loss": "plain_loss",
 }  # fmt: skip
@@ -31,11 +32,11 @@ def value(record, name, way="after"):
 
 
 def better_way(records, label, name):
-    """The way by which a row's claims are judged: the one with the higher mean over the seeds."""
+    """The way by which a row's claims are judged: the one with the higher mean over the seeds that have it."""
     if name not in SCORES:
         return "after"
     means = {}
     for way in ways(label):
-        values = [value(record, name, way) for record in records]
-        means[way] = -np.inf if None in values else np.mean(values)
+        values = [x for record in records if (x := value(record, name, way)) is not None]
+        means[way] = np.mean(values) if values else -np.inf
     return max(means, key=means.get)

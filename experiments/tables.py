@@ -7,6 +7,7 @@ rows; its verdict is counted over seeds, never typed (page.py). `run.py` makes t
 import functools
 
 import pictures
+import real
 import town
 from page import Claim, Experiment, along, budget_lines, grid_lines, search_lines, task_lines, traces
 from record import ALGORITHMS, TOY
@@ -354,4 +355,5 @@ EXPERIMENTS = {
         "they write: a model that follows no instruction has little to say, one and the same rationale for nearly all texts.",
     ),
 }  # fmt: skip
-EXPERIMENTS = town.TABLES | EXPERIMENTS
+EXPERIMENTS = town.TABLES | EXPERIMENTS | real.EXPERIMENTS
+REAL = ("real", *real.EXPERIMENTS)  # those that need a model and texts

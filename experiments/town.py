@@ -71,7 +71,7 @@ def some(*labels):
 
 
 TABLES = {
-    "town1": Experiment(
+    "town_table1": Experiment(
         "Table 1 in the town: supervised", "On every backbone: base < base with reasoning < contrastive fine-tuning < GRACE.",
         ROWS, ("ndcg_at_10", "spearman", "text loss", "recall", "thinks", "true_steps", "words", "forced", "seconds"),
         (
@@ -91,7 +91,7 @@ TABLES = {
         some("Base with reasoning", LOSSES, FULL), (), lines=ladder_lines, figure=functools.partial(pictures.ladder, curves=CURVES), seeds=(0, 1, 2, 3, 4),
         note="Held-out walks, 128 queries for each number of steps; rewarded were walks of one to four steps.",
     ),
-    "town2": Experiment(
+    "town_table2": Experiment(
         "Table 2 in the town: unsupervised", "On every backbone: base < base with reasoning < SimCSE < GRACE.",
         UNSUPERVISED, ("ndcg_at_10", "spearman", "text loss", "recall", "thinks", "true_steps", "words", "seconds"),
         (
@@ -100,7 +100,7 @@ TABLES = {
             Claim("without labels the policy finds that thinking pays", [(VIEWS, "Base with reasoning")], "thinks", by=0.5),
         ),
     ),
-    "town4": Experiment(
+    "town_table4": Experiment(
         "Table 4 in the town: which algorithm finds thinking first", "GRPO 55.9, DAPO 55.8, REINFORCE++ 54.6, ReMax 53.4 (its GRPO is mean-centred).",
         ALGORITHMS, ("ndcg_at_10", "spearman", "text loss", "thinks", "true_steps", "words", "seconds"),
         (
@@ -109,7 +109,7 @@ TABLES = {
         ),
         lines=discovery_lines, note="The full recipe without its pathwise term, 60 steps: by reward alone.",
     ),
-    "town5": Experiment(
+    "town_table5": Experiment(
         "Table 5 in the town: does generation survive", "Contrastive fine-tuning takes general abilities to 0, GRACE keeps them (± 0.4).",
         some("Base with reasoning", "contrastive fine-tuning", LOSSES, PAPERS, NO_PATHWISE, FULL),
         ("other_right", "other loss", "text loss", "answers loss", "well_formed", "finished"),
@@ -120,15 +120,15 @@ TABLES = {
         note="The other instruction asks where the walkers start; one chat of ten in the warm start answers it, and no reward and no term "
         "touches it. The start's own answers are mostly guesses: a policy that thinks has given these up, and the loss on them says so.",
     ),
-    "town6": Experiment(
+    "town_table6": Experiment(
         "Table 6 in the town: rationales along the training", "Rationales grow from loose remarks to structured readings of the text.",
         some(PAPERS, NO_GRPO, FULL), (), lines=along,
     ),
-    "town-figure4": Experiment(
+    "town_figure4": Experiment(
         "Figure 4 in the town: latency, and quality against the length allowed", "Quality rises with the number of new tokens up to a knee (256 tokens there).",
         {FULL: WALKING | dict(probe="budgets")}, (), lines=budget_lines, figure=pictures.budgets,
     ),
-    "town-figure5": Experiment(
+    "town_figure5": Experiment(
         "Figure 5 in the town: score and length along the training", "The score rises and responses grow, from 480 to 1,050 tokens in 1,000 steps.",
         some("Base with reasoning", PAPERS, NO_PATHWISE, FULL), ("ndcg_at_10", "words"),
         (
@@ -139,7 +139,7 @@ TABLES = {
         ),
         figure=functools.partial(pictures.score_and_length, labels=[PAPERS, NO_PATHWISE, FULL]),
     ),
-    "discovery": Experiment(
+    "town_figure7": Experiment(
         "Figure 7 in the town: what discovery needs", "Monotone gains over K = 2, 4, 8.",
         DISCOVERY, ("ndcg_at_10", "spearman", "thinks", "true_steps", "words"),
         (
@@ -149,7 +149,7 @@ TABLES = {
         ),
         lines=discovery_lines, note="60 steps. K = 4 at temperature 0.7 from a start of which 35 % of answers think, but for what is named.",
     ),
-    "town-search": Experiment(
+    "town_search": Experiment(
         "Settings in the town: what was tried for the loss and for the paper's recipe", "One set of settings for everything.",
         TRIED, (), lines=search_lines, seeds=(5,),
     ),

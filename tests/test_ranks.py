@@ -109,7 +109,11 @@ def test_one_process_shares_nothing():
 
 @pytest.mark.parametrize(
     "n, flags, message",
-    [(1, "--shard", "torchrun --standalone --nproc-per-node N grace.py"), (4, "--shard --batch 5", "must divide 10 groups")],
+    [
+        (1, "--shard", "torchrun --standalone --nproc-per-node N grace.py"),
+        (4, "--shard --batch 5", "must divide 10 groups"),
+        (2, "--shard --batch 4 --lora 8", "small enough for every rank"),
+    ],
 )
 def test_shard_refuses(tiny_world, tmp_path, monkeypatch, n, flags, message):
     monkeypatch.setattr(ranks, "_size", n)

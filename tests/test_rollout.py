@@ -102,11 +102,11 @@ def test_a_draw_is_the_inverse_transform(V):
 
 
 def test_a_draw_has_weight_at_both_ends():
-    """The largest float32 below 1 times a total can round to that total: still the last place with any weight."""
+    """A share that rounding has made 0 or 1, as of a block's own weight, is the first or the last place with any weight."""
     for V in (40, 40_000):
         weights = torch.zeros(2000, V)
         weights[:, 9:-9] = torch.rand(2000, V - 18, generator=torch.Generator().manual_seed(0)) + 0.1
-        for share, place in ((0.0, 9), (1 - 2**-24, V - 10)):
+        for share, place in ((0.0, 9), (1 - 2**-24, V - 10), (1.0, V - 10)):
             drawn = invert(weights, torch.full((2000, 1), share))
             assert (weights.gather(1, drawn) > 0).all() and (drawn - place).abs().max() <= V * 1e-6
 

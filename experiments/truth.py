@@ -1,0 +1,92 @@
+"""What a policy that was trained on captions is measured by: tasks, what its rationales say, what it can still do.
+
+A record gets (`add_captions`): the tasks' scores in both ways; of the rationales the share of content words that are true;
+of the other instructions that the backbone was taught how well they are still followed; and, where the run asks for it
+(`averaged`), retrieval by the mean of several sampled rationales. A page of samples is written beside the worlds: the texts
+may be read, but are not handed on, so no record holds any.
+"""
+
+import json
+import os
+
+import numpy as np
+from captions import FUNCTION_WORDS, content_words
+from record import answers_logprob, reading_otherwise
+from scores import TASKS
+
+from evaluation.encoder import GraceEncoder, MeanEncoder, encode_texts
+from evaluation.metrics import ndcg
+from evaluation.tasks import evaluate_tasks, search
+
+SLOW, ON_SEED = TASKS[-2:], 2  # two tasks of many texts are measured on one seed alone, the last
+OTHERS = {  # instructions that no reward touched: does an answer to a text do what it says, as a share
+    "Say it shorter.": lambda text, answer: len(answer.split()) < len(text.split()),
+    "List the main words.": lambda text, answer: not FUNCTION_WORDS & set(answer.lower().split()),
+    "Repeat.": lambda text, answer: np.mean([word in answer.lower().split() for word in text.lower().split()]),
+}
+
+
+def add_captions(record, start, policy, place):
+    """Add to a record whatever this file measures."""
+    with open(place.heldout, encoding="utf-8") as file:
+        rows = [json.loads(line) for line in file]
+    texts, support = [row["query"] for row in rows], {row["query"]: row["support"] for row in rows}
+    run = record["run"]
+    tasks = [name for name in TASKS if name not in SLOW or run["seed"] == ON_SEED]
+    tasks = ["STSBenchmark", "STS17"] if place.quick else tasks
+    for way, rationale in (("after", True), ("after_without_rationale", False)):
+        encode = GraceEncoder(policy, rationale=rationale).encode
+        scores = {name: result["main_score"] for name, result in evaluate_tasks(encode, tasks, place.data_dir).items()}
+        mean = np.mean([score for name, score in scores.items() if name not in SLOW])
+        record[way] = record[way] | scores | {"mean of tasks": float(mean)}
+    rationales = encode_texts(policy, texts).rationales
+    record["after"] |= truth(rationales, texts, support)
+    for moment, reader in (("before", start), ("after", policy)):
+        record[moment] |= follow_others(start, reader, texts[:256])
+    if run.get("averaged"):
+        record["averaged"] = averaged(policy, rows[:256], record["config"]["temperature"])
+    before = encode_texts(start, texts[:40]).rationales
+    path = os.path.join(place.worlds, "samples", f"{place.key(run)}.md")
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(f"{run}\n\n| text | before | after |\n| --- | --- | --- |\n")
+        file.writelines(f"| {' | '.join(cells)} |\n" for cells in zip(texts, before, rationales))
+
+
+def truth(rationales, texts, support):
+    """What share of the rationales' content words others support. support: `{text: texts of the same meaning}`.
+
+    true: the text or another of its group has the word; copied: the text itself has it; by_chance: the *next* text or
+    its group has it, which is what words that are common everywhere get.
+    """
+    own = [set(content_words(text)) for text in texts]
+    known = [words.union(*(content_words(other) for other in support[text])) for words, text in zip(own, texts)]
+    counts = np.zeros(4)
+    for i, rationale in enumerate(rationales):
+        for word in content_words(rationale):
+            counts += [1, word in known[i], word in own[i], word in known[(i + 1) % len(texts)]]
+    return dict(zip(("true", "copied", "by_chance"), (counts[1:] / max(counts[0], 1)).tolist()))
+
+
+def follow_others(start, policy, texts):
+    """The other instructions: nats per token of the start's own answers, drawn, and how far the policy's greedy ones obey."""
+    losses, right = [], []
+    for instruction, obeys in OTHERS.items():
+        writer, reader = (reading_otherwise(x, instruction=instruction) for x in (start, policy))
+        losses.append(-answers_logprob(writer, reader, texts, 1.0))
+        right += [obeys(*pair) for pair in zip(texts, encode_texts(reader, texts).rationales)]
+    return {"other_loss": float(np.mean(losses)), "other_right": float(np.mean(right))}
+
+
+def averaged(policy, rows, temperature, numbers=(1, 2, 4, 8)):
+    """Retrieval by the mean embedding of so many sampled rationales; 0 is the greedy one. `-> {number: nDCG@10}`."""
+    greedy = GraceEncoder(policy)
+    drawn = [GraceEncoder(policy, temperature=temperature, seed=seed) for seed in range(max(numbers))]
+    encoders = {0: greedy} | {n: MeanEncoder(drawn[:n]) for n in numbers}
+    asked, documents = {row["query"]: row["query"] for row in rows}, {row["positive"]: row["positive"] for row in rows}
+    relevant = {row["query"]: {row["positive"]: 1} for row in rows}
+    scores = {}
+    for n, encoder in encoders.items():
+        ranked = search(encoder.encode, documents, asked, relevant)
+        scores[str(n)] = float(np.mean([ndcg(gains, [1]) for gains in ranked.values()]))
+    return scores

@@ -1,0 +1,196 @@
+"""Tables on captions: rows from groups, what is true of a rationale, what is still followed, and a run of each kind."""
+
+import itertools
+import json
+
+import captions
+import numpy as np
+import pytest
+import run
+import truth
+from captions import content_words
+from conftest import TEXTS
+from page import Claim, cell, section
+from real import BEST, EXPERIMENTS, KINDS, REASONING, SEARCH, TABLE, TRIED
+from record import Place, read_records
+from synthetic_tasks import write_all
+from tables import EXPERIMENTS as ALL
+
+from evaluation.encoder import encode_texts
+from evaluation.tasks import evaluate_triplets
+from plumbing.errors import GraceError
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def test_words_of_one_stem_are_one_and_function_words_are_none():
+    assert len({*content_words("He rides, she is riding a ride")}) == 1
+    assert content_words("Two dogs are running on THE grass!") == ["two", "dog", "run", "gras"]
+    assert content_words("with the other of them") == []
+
+
+@pytest.fixture
+def rows(tmp_path):
+    """What captions.py writes about 40 groups of three captions and two triplets, one of which gives a held-back group away."""
+    groups = [{"id": i, "captions": [f"a{i} b{i} c", f"a{i} b{i} d", f"a{i} e{i} d"]} for i in range(40)]
+    path = write(tmp_path / "groups.jsonl", groups)
+    quiet = captions.build([path], [], None, None, str(tmp_path / "first"), search=10)
+    known = json.loads((tmp_path / "first" / "search.jsonl").read_text().splitlines()[0])["query"]
+    triplets = [dict(query=q, positive="x", negative="y", source="s") for q in ("new", known)]
+    (tmp_path / "plain.txt").write_text("A title\n\nOne two three\nfour five six.\n\n" + "too long " * 30)
+    heldout = write(tmp_path / "heldout.jsonl", [{"captions": ["one", "two", "three"]}, {"captions": ["alone"]}])
+    triplets = write(tmp_path / "triplets.jsonl", triplets)
+    counts = captions.build([path], [triplets], heldout, str(tmp_path / "plain.txt"), str(tmp_path / "out"), search=10)
+    assert quiet == dict(train=30, search=10, heldout=0, texts=60) and counts == dict(train=31, search=10, heldout=1, texts=62)
+    read = lambda name: [json.loads(line) for line in (tmp_path / "out" / f"{name}.jsonl").read_text().splitlines()]
+    return {name: read(name) for name in counts} | {"plain": (tmp_path / "out" / "plain.txt").read_text()}
+
+
+def test_rows_come_from_one_group_each_and_negatives_from_another(rows):
+    number = lambda text: text.split()[0]
+    for row in rows["train"][:30]:
+        assert number(row["query"]) == number(row["positive"]) != number(row["negative"]) and row["query"] != row["positive"]
+        # All groups share c or d and nothing else: the negative shares what can be shared.
+        assert {row["query"].split()[-1]} == {row["negative"].split()[-1]}
+    assert rows["train"][30] == {"query": "new", "positive": "x", "negative": "y"}
+    assert rows["heldout"] == [{"query": "one", "positive": "two", "support": ["one", "two", "three"]}]
+    assert rows["plain"] == "One two three four five six.\n"
+
+
+def test_no_group_to_search_by_is_trained_on(rows):
+    held_back = {row["query"].split()[0] for row in rows["search"]}
+    assert len(held_back) == 10 and not held_back & {row["query"].split()[0] for row in rows["train"]}
+
+
+def test_a_row_with_two_lists_or_too_few_groups_is_refused(tmp_path):
+    with pytest.raises(GraceError, match="line 1: 2 lists"):
+        captions.read_groups(write(tmp_path / "a.jsonl", [{"a": ["x"], "b": ["y"]}]))
+    with pytest.raises(GraceError, match="lower --search"):
+        captions.build([write(tmp_path / "b.jsonl", [{"a": ["x", "y"]}])], [], None, None, str(tmp_path))
+
+
+def test_truth_counts_content_words():
+    texts = ["A dog runs.", "The cat sleeps."]
+    support = {"A dog runs.": ["A dog runs.", "A brown dog on grass"], "The cat sleeps.": ["The cat sleeps."]}
+    #             dog: copied; brown: supported; cat: of the next text alone; horse: made up
+    found = truth.truth(["the dog, a brown cat, a horse", "a dog sleeps"], texts, support)
+    assert found == pytest.approx({"true": 3 / 6, "copied": 2 / 6, "by_chance": 2 / 6})
+    assert truth.truth(["", "the"], texts, support) == {"true": 0, "copied": 0, "by_chance": 0}
+
+
+def test_what_an_answer_to_each_instruction_must_do():
+    shorter, words, repeat = truth.OTHERS.values()
+    assert shorter("a dog runs", "a dog") and not shorter("a dog", "a dog runs")
+    assert words("a dog runs", "dog runs") and not words("a dog runs", "the dog")
+    assert repeat("A dog runs fast", "a dog runs slowly") == 0.75
+
+
+def test_what_is_still_followed(make_policy, monkeypatch):
+    """The start's loss on its own answers is the least that any policy has on them, in the mean; obeying is counted."""
+    start, other = make_policy(), make_policy(seed=1)
+    mine, others = truth.follow_others(start, start, TEXTS), truth.follow_others(start, other, TEXTS)
+    assert mine["other_loss"] < others["other_loss"] - 0.1
+    obeyed = {"a": lambda text, answer: text == TEXTS[0], "b": lambda text, answer: 0.5}
+    monkeypatch.setattr(truth, "OTHERS", obeyed)
+    n = len(TEXTS)
+    assert truth.follow_others(start, start, TEXTS)["other_right"] == pytest.approx((1 + 0.5 * n) / (2 * n))
+
+
+def test_retrieval_by_averaged_rationales_row_by_row(make_policy):
+    """Against the mean of each text's drawn embeddings, ranked in a loop."""
+    policy = make_policy()
+    words = "doctor lamp boat forest street child winter noon sofa somebody".split()
+    texts = [f"the {one} near the {two}" for one, two in itertools.permutations(words[:6], 2)]
+    rows = [{"query": texts[i], "positive": texts[-1 - i], "negative": []} for i in range(15)]
+    scores = truth.averaged(policy, rows, temperature=1.5, numbers=(1, 3))
+    assert scores["0"] == pytest.approx(evaluate_triplets(policy, rows)["ndcg_at_10"])
+    drawn = [encode_texts(policy, texts, temperature=1.5, seed=seed).vectors for seed in range(3)]
+    for n in (1, 3):
+        mean, total = sum(drawn[:n]), 0
+        mean = mean / np.linalg.norm(mean, axis=1, keepdims=True)
+        for i in range(15):
+            near = mean[15:] @ mean[i]
+            rank = 1 + int((near > near[14 - i]).sum())
+            total += 1 / np.log2(rank + 1) if rank <= 10 else 0
+        assert scores[str(n)] == pytest.approx(total / 15, rel=1e-6)
+    assert len(set(scores.values())) == 3
+
+
+def test_a_claim_may_fix_the_way_of_its_first_row():
+    record = lambda greedy, alone: {"after": {"ndcg_at_10": greedy}, "after_without_rationale": {"ndcg_at_10": alone}}
+    by_label = {"a": [record(0.5, 0.9)], "b": [record(0.7, 0.6)]}
+    assert "agrees" in Claim("", [("a", "b")]).verdict(by_label)
+    assert "disagrees" in Claim("", [("a", "b")], way="after").verdict(by_label)
+    assert Claim("", [("a", "c")]).verdict(by_label) == "not measured yet"
+
+
+def test_every_row_is_searched_with_the_same_budget():
+    assert len({len(tried) for tried in TRIED.values()}) == 1 and max(map(len, TRIED.values())) <= 6
+    assert set(TRIED) == set(KINDS) <= set(TABLE) and len(SEARCH) == sum(map(len, TRIED.values()))
+    seeds = {name: set(one.seeds) for name, one in EXPERIMENTS.items()}
+    assert not seeds.pop("captions_search") & set().union(*seeds.values())
+
+
+def test_one_command_makes_the_tables(tiny_world, tmp_path, monkeypatch):
+    """Two rows of Table 1 and of Table 5 and one run of the search, from files; the rest is left for later."""
+    write_all(tmp_path / "tasks")
+    for name, rows in (("captions", [REASONING, BEST]), ("captions_retention", [REASONING, BEST])):
+        monkeypatch.setattr(ALL[name], "rows", {label: TABLE[label] for label in rows})
+    with open(f"{tiny_world}/data/heldout.jsonl") as file:
+        heldout = [json.loads(line) | {"support": [json.loads(line)["query"]]} for line in file]
+    files = dict(model=f"{tiny_world}/model", data=f"{tiny_world}/data/train.jsonl", plain=tmp_path / "plain.txt")
+    files["plain"].write_text("the nurse fixed a lamp\n")
+    files["heldout"] = write(tmp_path / "heldout.jsonl", heldout)
+    flags = [text for name, path in files.items() for text in (f"--{name}", str(path))]
+    more = ["--data-dir", f"{tmp_path}/tasks", "--quick", "--jobs", "1", "--out", str(tmp_path / "out")]
+    run.main(["captions", "captions_retention", *flags, *more])
+    page = (tmp_path / "out" / "results.md").read_text()
+    assert "## Captions: Table 1\n" in page and "## Captions: Table 5" in page and "nan" not in page
+    assert f"| {BEST} |" in page and "several sampled rationales averaged" in page and "not measured yet" in page
+    records = read_records(str(tmp_path / "out" / "results" / "real.jsonl"))
+    assert len(records) == 2
+    for record in records.values():
+        assert record["rationales"] == [] and set(record["after"]) >= {
+            "true",
+            "other_loss",
+            "plain_loss",
+            "STS17",
+            "mean of tasks",
+        }
+        assert not any(row["query"] in json.dumps(record) for row in heldout)
+    samples = list((tmp_path / "out" / "worlds" / "samples").iterdir())
+    assert len(samples) == 2 and heldout[0]["query"] in samples[0].read_text()
+
+
+def test_the_frontier_shows_every_row():
+    matplotlib = pytest.importorskip("matplotlib", reason="the pictures need the extra `plot`")
+
+    def record(score, loss):
+        figures = {"ndcg_at_10": score, "mean of tasks": score / 2}
+        return {"before": {"plain_loss": 3.0}, "after": figures | {"plain_loss": loss}, "after_without_rationale": {}}
+
+    by_label = {label: [record(0.1 * i, 3 + i), record(0.1 * i + 0.02, 3.5 + i)] for i, label in enumerate(KINDS)}
+    figure = EXPERIMENTS["captions_frontier"].figure(by_label)
+    for axis, scale in zip(figure.axes, (1, 0.5)):
+        lines = {bar.get_label(): bar.lines[0].get_xydata()[0].tolist() for bar in axis.containers}
+        expected = {label: [i + 0.25, scale * (0.1 * i + 0.01)] for i, label in enumerate(KINDS)}
+        assert lines.keys() == expected.keys() and all(lines[label] == pytest.approx(expected[label]) for label in lines)
+    assert isinstance(figure, matplotlib.figure.Figure) and len(figure.legends[0].texts) == len(KINDS)
+
+
+def test_a_table_without_records_is_left_out_of_the_page(tmp_path):
+    assert section("captions", EXPERIMENTS["captions"], Place(results=str(tmp_path))) is None
+
+
+def test_a_figure_of_some_seeds_is_shown_over_those():
+    record = lambda **figures: {
+        "after": {"ndcg_at_10": 0.5, **figures},
+        "after_without_rationale": {"ndcg_at_10": 0.2, "SICK-R": 0.9},
+    }
+    records = [record(), record(**{"SICK-R": 0.6}), record(**{"SICK-R": 0.8})]
+    assert cell(records, "a", "SICK-R") == "0.700 (0.600 to 0.800)"
+    assert cell(records, "a", "SICK-R", "after_without_rationale") == "**0.900**"
+    assert cell(records[:1], "a", "SICK-R") == cell(records[:1], "a", "STS12") == "–"
