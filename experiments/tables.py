@@ -94,7 +94,9 @@ SEARCH = {
     f"the loss: {tried}": run
     for tried, run in {
         **{f"rate {rate:g}": TRIED_LOSS | dict(lr=rate) for rate in (3e-4, 1e-3, 3e-3)},
-        **{f"softmax temperature {t:g}": TRIED_LOSS | dict(infonce_temperature=t) for t in (0.1, 0.2)},
+        **{f"rate 0.001, softmax temperature {t:g}": TRIED_LOSS | dict(infonce_temperature=t) for t in (0.1, 0.2)},
+        "rate 0.003, text term": TRIED_LOSS | dict(lr=3e-3, text_weight=1.0),
+        "rate 0.001, text term, longer": TRIED_LOSS | dict(text_weight=1.0, steps=400),
     }.items()
 }
 
