@@ -86,14 +86,17 @@ SEARCH = {
         "rate 0.001, K = 8": STEEP | dict(rollouts=8),
         "rate 0.001, KL 0.03, longer": STEEP | LONGER,
         "rate 0.001, falling to 0, KL 0.03": STEEP | LONGER | dict(lr_decay=True),
-        "rate 0.001, KL 0.03, K = 8": STEEP | LONGER | dict(rollouts=8),
-        "rate 0.0005, falling to 0, KL 0.03": STEEP | LONGER | dict(lr=5e-4, lr_decay=True),
+        "rate 0.001, KL 0.03, temperature 0.7": STEEP | LONGER | dict(temperature=0.7),
+        "rate 0.001, falling to 0, KL 0.03, temperature 0.7": STEEP | LONGER | dict(lr_decay=True, temperature=0.7),
+        "rate 0.0005, falling to 0, KL 0.03, temperature 0.7": STEEP | LONGER | dict(lr=5e-4, lr_decay=True, temperature=0.7),
     }.items()
 } | {
     f"the loss: {tried}": run
     for tried, run in {
         **{f"rate {rate:g}": TRIED_LOSS | dict(lr=rate) for rate in (3e-4, 1e-3, 3e-3)},
-        **{f"softmax temperature {t:g}": TRIED_LOSS | dict(infonce_temperature=t) for t in (0.1, 0.2)},
+        **{f"rate 0.001, softmax temperature {t:g}": TRIED_LOSS | dict(infonce_temperature=t) for t in (0.1, 0.2)},
+        "rate 0.003, text term": TRIED_LOSS | dict(lr=3e-3, text_weight=1.0),
+        "rate 0.001, text term, longer": TRIED_LOSS | dict(text_weight=1.0, steps=400),
     }.items()
 }
 
