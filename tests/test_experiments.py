@@ -5,23 +5,26 @@ import itertools
 import math
 import multiprocessing
 import os
+import re
 import runpy
+import shlex
 
 import pictures
 import pytest
 import run
 import torch
 from algorithms import ALGORITHMS, DAPO, GRPO, DrGRPO, ReinforcePlusPlus, ReMax
-from baselines import Contrastive, PathwiseAlone, SimCSE
+from baselines import Contrastive, ForcedContrastive, PathwiseAlone, SimCSE, longest
 from conftest import ROWS, TEXTS, by_full_forward, config, rolled
 from page import COLUMNS, Claim, table, whole_page
 from record import Place, answers_logprob, follow_other, measure, read_records, rounded, write_record
 from scores import value
 from synthetic_tasks import write_all
 from tables import EXPERIMENTS, REAL
+from town import WALKING
 
 import grace
-from config import Config, setting
+from config import Config, parse, setting
 from plumbing.errors import GraceError
 from rollout import make_batch, roll_out, sample
 
@@ -213,14 +216,34 @@ def test_what_simcse_drops_is_a_function_of_seed_step_and_view(make_policy):
     assert not torch.equal(first, kept(0))
 
 
-@pytest.mark.parametrize("trainer", [Contrastive, SimCSE])
+@pytest.mark.parametrize("trainer", [Contrastive, ForcedContrastive, SimCSE])
 def test_a_loss_falls(make_policy, trainer):
-    rows = ROWS if trainer is Contrastive else [{"text": row["query"]} for row in ROWS]
-    mode = "supervised" if trainer is Contrastive else "unsupervised"
+    rows = [{"text": row["query"]} for row in ROWS] if trainer is SimCSE else ROWS
+    mode = "unsupervised" if trainer is SimCSE else "supervised"
     trained = trainer(make_policy(), None, rows, config(mode=mode, lr_decay=True, steps=30, lr=1e-3))
     losses = [trained.step()["loss"] for _ in range(30)]
     assert sum(losses[-4:]) < 0.8 * sum(losses[:4])
     assert trained.optimizer.param_groups[0]["lr"] == pytest.approx(1e-3 / 30)
+
+
+def test_what_is_forced_is_the_longest_of_eight_that_ended(make_policy):
+    policy = make_policy()
+    drawn, forced = rolled(policy, K=8, seed=7), longest(policy, TEXTS, 7)
+    assert drawn.finished.any(1).all() and not drawn.finished.all()  # so that ending matters
+    for n, rationale in enumerate(forced.rationales()):
+        ended = [r for r, finished in zip(drawn.rationales()[n], drawn.finished[n]) if finished]
+        assert rationale == [max(ended, key=len)] and forced.finished[n]
+    _, embedding = by_full_forward(policy, forced, 0, 0)
+    assert torch.allclose(forced.embeddings[0, 0], embedding, atol=1e-5)
+
+
+def test_forced_rationales_are_the_starts_and_not_the_policys(make_policy):
+    trainer = ForcedContrastive(make_policy(), None, ROWS, config(lr=1e-2, steps=3))
+    before = longest(trainer.start, TEXTS, 0).ids
+    for _ in range(3):
+        trainer.step()
+    assert torch.equal(longest(trainer.start, TEXTS, 0).ids, before)
+    assert not torch.equal(longest(trainer.policy, TEXTS, 0).ids, before)
 
 
 # ---------------------------------------------------------------- claims, records, the runner
@@ -555,3 +578,11 @@ def test_a_benchmark_runs_on_this_code(name, monkeypatch, capsys):
     runpy.run_path(os.path.join("bench", name), run_name="__main__" if name in more else "bench")
     if name in more:
         assert {"step.py": "\nstep_s ", "rollout.py": "update: prompt once"}[name] in capsys.readouterr().out
+
+
+def test_the_towns_settings_are_those_of_train_sh():
+    with open("train.sh") as file:
+        script = file.read()
+    town_line = re.search(r"^  town\)\n.*\n    settings=\((.*)\)", script, flags=re.M)[1]
+    for_all = re.search(r"grace\.py .*(--batch.*?) \"\$\{settings", script)[1]
+    assert parse(shlex.split(f"{town_line} {for_all}"), "") == Place().config(WALKING)
