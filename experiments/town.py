@@ -91,7 +91,12 @@ TABLES = {
     "ladder": Experiment(
         "The ladder: how many steps a walk has", "(Ours.) One pass of the network is lost at the first step; writing goes on.",
         some("Base with reasoning", LOSSES, FULL), ("ndcg_at_10", "spearman", "text loss", "true_steps", "other_right"), lines=ladder_lines, figure=functools.partial(pictures.ladder, curves=CURVES), seeds=(0, 1, 2, 3, 4),
-        note="Held-out walks, 128 queries for each number of steps; rewarded were walks of one to four steps.",
+        note="Held-out walks, 128 queries for each number of steps; rewarded were walks of one to four steps. On longer ones the policy still "
+        "thinks, and mostly closes after the fourth step: the place that is an end whenever it is reached in training. It is the pathwise "
+        "term that makes it so, by moving the states of such places towards those of ends: 25 steps without it leave the ends of five-step "
+        "walks rightly named in 0.82 of cases, with it in 0.40, and with it but without the text term in 0.38 (seed 1, an earlier warm start, "
+        "rate 5e-4). Where a third of the training texts had two walks of unequal length, more of it was kept (0.48 instead of 0.06 at step 50), "
+        "but retrieval learned more slowly (0.62 instead of 0.87). These trials have no records.",
     ),
     "town_table2": Experiment(
         "Table 2 in the town: unsupervised", "On every backbone: base < base with reasoning < SimCSE < GRACE.",
