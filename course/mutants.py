@@ -38,7 +38,7 @@ MUTANTS = [  # task, what is wrong, function, what stands there, what a student 
     ("task2", "always greedy", "draw", "if temperature == 0:", "if True:"),
     ("task2", "drawn from torch's own generator", "draw", "uniform[:, None]", "torch.rand_like(uniform)[:, None]"),
     ("task2", "one number for all rows", "draw", "uniform[:, None]", "uniform[:1, None]"),
-    ("task2", "an impossible token where the number is 0", "draw", "right=True", "right=False"),
+    ("task2", "an impossible token where the number is 0", "draw", None, "p = tempered(logits, temperature).exp()\ntoken = p.argmax(1, keepdim=True) if temperature == 0 else torch.searchsorted(p.cumsum(1), uniform[:, None].to(p.dtype)).clamp(max=p.shape[1] - 1)\nreturn token[:, 0], p.gather(1, token)[:, 0].log()"),
     ("task2", "a token behind the last where the sum is rounded down", "draw", None, "p = tempered(logits, temperature).exp()\ntoken = p.argmax(1, keepdim=True) if temperature == 0 else torch.searchsorted(p.cumsum(1), uniform[:, None].to(p.dtype), right=True)\nreturn token[:, 0], p.gather(1, token)[:, 0].log()"),
     ("task2", "the twenty likeliest alone", "draw", "probabilities = tempered(logits, temperature).exp()", "probabilities = tempered(logits, temperature).exp()\n    probabilities = torch.where(probabilities < probabilities.topk(min(20, logits.shape[1])).values[:, -1:], 0, probabilities)"),
     ("task2", "the end token is not counted", "write", "lengths += writing", "lengths += writing.index_fill(0, rows[torch.isin(token, policy.end_ids)], False)"),
