@@ -203,7 +203,7 @@ def measure(policy, start, texts, world, plain=(), instructed=False):
         stats["thinks"] = len(thinking) / len(texts)
         stats["true_steps"] = np.mean([world.true_steps(*pair) for pair in thinking]) if thinking else None
     if hasattr(world, "other_chats"):
-        stats |= follow_other(policy, world)
+        stats |= follow_other(policy, world, len(texts))
     if plain:
         stats["plain_loss"] = text_loss(policy, plain)
     if instructed:
@@ -238,7 +238,7 @@ def answers_logprob(writer, reader, texts, temperature):
 
 
 @torch.no_grad()
-def follow_other(policy, world, n=256):
+def follow_other(policy, world, n):
     """How well the policy follows an instruction of its warm start that no reward touched. `-> {name: number}`.
 
     world: has `other_instruction` and `other_chats(n, rng, held_out=True) -> [(text, answer)]`. The loss is per token of
