@@ -346,15 +346,15 @@ def train(config, make_trainer=Trainer):
     shown = [row.get("query") or row["text"] for row in (heldout or rows)[:6]]
 
     def evaluate(rationale=True):
+        reader = newest(policy, trainer.sampler)
         if not heldout:  # fewer than ten rows of data
-            return {"text_loss": text_loss(newest(policy, trainer.sampler), shown)}
-        return evaluate_heldout(newest(policy, trainer.sampler), heldout, graded, rationale, config.temperature)
+            return {"text_loss": text_loss(reader, shown)}
+        return evaluate_heldout(reader, heldout, graded, rationale, config.temperature)
 
     def rationales():
-        record(
-            config.out, trainer.step_number, newest(policy, trainer.sampler), heldout
-        )  # what the run's page shows of held-out rows
-        return dict(zip(shown, encode_texts(newest(policy, trainer.sampler), shown).rationales))
+        reader = newest(policy, trainer.sampler)
+        record(config.out, trainer.step_number, reader, heldout)  # what the run's page shows of held-out rows
+        return dict(zip(shown, encode_texts(reader, shown).rationales))
 
     print(
         f"{len(rows)} training rows ({len(rows[0].get('negative', []))} negatives each), {len(heldout)} held-out, "

@@ -26,6 +26,7 @@ import sys
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from plumbing.errors import GraceError  # noqa: E402
+from toy import write_rows  # noqa: E402
 
 FUNCTION_WORDS = frozenset(
     """a about above across after against all along also am an and another any are around as at away back be because been before
@@ -80,13 +81,6 @@ def pairs(groups, rng, candidates=32):
         negative = max((x for x in others if x not in group), key=lambda x: len(words & set(content_words(x))))
         rows.append({"query": query, "positive": positive, "negative": negative})
     return rows
-
-
-def write_rows(path, rows):
-    """Rows as jsonl."""
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    with open(path, "w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
 
 
 def paragraphs(path, rng, n=512):

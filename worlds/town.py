@@ -212,7 +212,7 @@ class Town:
         said = {}
         for part in re.split(rf"\b(?={'|'.join(WALKERS)})", written):
             walker, _, rest = part.partition(" ")
-            thought, _, end = rest.partition("so ") if rest.startswith("so ") else rest.partition(" so ")
+            thought, _, end = f" {rest}".partition(" so ")
             said.setdefault(walker, (thought.split(), end.split()))
         return {walker: said.get(walker, ([], [])) for walker in WALKERS}
 
