@@ -252,6 +252,7 @@ EXPERIMENTS = {
             Claim("so does the paper's recipe", [("contrastive fine-tuning", PAPERS)], "text loss"),
             Claim("the full recipe takes less of the start's own answers, too", [("contrastive fine-tuning", BEST)], "answers loss"),
             Claim("less than the loss with the text term", [("contrastive with the text term", BEST)], "answers loss"),
+            Claim("of those at their best settings, the paper's recipe takes less of them than the loss", [(LOSS_SEARCHED, PAPERS_SEARCHED)], "answers loss"),
             Claim("so does the paper's recipe, of the start's own answers", [("contrastive fine-tuning", PAPERS)], "answers loss"),
             Claim("more of its rationales are well formed", [(BEST, "contrastive fine-tuning")], "well_formed"),
             Claim("its rationales name more of the text than before training", [(BEST, "Base with reasoning")], "recall"),
