@@ -233,7 +233,7 @@ def best_evaluation(record):
     """Of all evaluations after some training the one with the best nDCG@10: `(ndcg, spearman, step, way)`."""
     steps = record["config"]["steps"]
     evaluations = [(record[way]["ndcg_at_10"], record[way]["spearman"], steps, way) for way in WAYS]
-    return max(evaluations + [(c["ndcg_at_10"], c["spearman"], c["step"], "after") for c in record["curve"]])
+    return max(evaluations + [(c["ndcg_at_10"], c["spearman"], int(c["step"]), "after") for c in record["curve"]])
 
 
 def task_lines(by_label):
