@@ -262,7 +262,6 @@ EXPERIMENTS = {
         "policy) per token, what was forgotten. The text term does not train it; a KL term holds it (its gradient is of this very KL). (The log p beside it asks the opposite: what the policy says now, as "
         "the start finds it.) Another instruction, where a world's warm start taught one, and another kind of texts (`--plain`) are touched "
         "by no term either. A dash: the record is older than the figure.",
-        whole=False,
     ),
     "table6": Experiment(
         "Table 6: rationales along the training, supervised", "Rationales grow from loose remarks to structured readings of the text.",
