@@ -217,23 +217,26 @@ def budget_lines(by_label):
 
 def search_lines(by_label):
     """What was tried, each run at its best evaluation, by the better way; per family of rows, the best of all in bold."""
-    lines = ["| tried | best nDCG@10 | Spearman there | at step | of | embedded |", "| --- " + "| ---: " * 4 + "| --- |"]
     tried = {label: best_evaluation(*records) for label, records in by_label.items()}
+    graded = all("spearman" in scores for scores, _, _ in tried.values())
+    lines = [f"| tried | best nDCG@10 |{' Spearman there |' * graded} at step | of | embedded |"]
+    lines.append("| --- " + "| ---: " * (3 + graded) + "| --- |")
     family = lambda label: label.split(":")[0]
-    chosen = {family(label): label for label in sorted(tried, key=lambda label: tried[label][0])}
-    for label, (ndcg, spearman, step, way) in tried.items():
-        score = f"**{ndcg:.3f}**" if label in chosen.values() else f"{ndcg:.3f}"
-        steps = by_label[label][0]["config"]["steps"]
-        lines.append(f"| {label} | {score} | {spearman:.3f} | {step} | {steps} | {WAYS[way]} |")
+    chosen = {family(label): label for label in sorted(tried, key=lambda label: tried[label][0]["ndcg_at_10"])}
+    for label, (scores, step, way) in tried.items():
+        score = f"**{scores['ndcg_at_10']:.3f}**" if label in chosen.values() else f"{scores['ndcg_at_10']:.3f}"
+        spearman = f" {scores['spearman']:.3f} |" if graded else ""
+        lines.append(f"| {label} | {score} |{spearman} {step} | {by_label[label][0]['config']['steps']} | {WAYS[way]} |")
     before = next(iter(by_label.values()))[0]["before"]
-    return [*lines, "", f"The start: nDCG@10 {before['ndcg_at_10']:.3f}, Spearman {before['spearman']:.3f}.\n"]
+    spearman = f", Spearman {before['spearman']:.3f}" if graded else ""
+    return [*lines, "", f"The start: nDCG@10 {before['ndcg_at_10']:.3f}{spearman}.\n"]
 
 
 def best_evaluation(record):
-    """Of all evaluations after some training the one with the best nDCG@10: `(ndcg, spearman, step, way)`."""
-    steps = record["config"]["steps"]
-    evaluations = [(record[way]["ndcg_at_10"], record[way]["spearman"], steps, way) for way in WAYS]
-    return max(evaluations + [(c["ndcg_at_10"], c["spearman"], int(c["step"]), "after") for c in record["curve"]])
+    """Of all evaluations after some training the one with the best nDCG@10: `(scores, step, way)`."""
+    evaluations = [(record[way], record["config"]["steps"], way) for way in WAYS]
+    evaluations += [(scores, int(scores["step"]), "after") for scores in record["curve"]]
+    return max(evaluations, key=lambda evaluation: (evaluation[0]["ndcg_at_10"], *evaluation[1:]))
 
 
 def task_lines(by_label):

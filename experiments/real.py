@@ -13,8 +13,7 @@ looked at. Rows stand on the page as they are made.
 """
 
 import pictures
-from page import Claim, Experiment
-from scores import WAYS, value
+from page import Claim, Experiment, search_lines
 
 # ---------------------------------------------------------------- what a row is, before any setting is chosen
 
@@ -67,25 +66,6 @@ SEARCH = {
     for label, kind in KINDS.items()
     for changes in TRIED[label]
 }
-
-
-def search_lines(by_label):
-    """What was tried, each row's best in bold by the better way on the rows held back."""
-    lines = [
-        "| tried | nDCG@10, with rationale | nDCG@10, prompt alone | text loss, rise | steps |",
-        "| --- " + "| ---: " * 4 + "|",
-    ]
-    scores = {label: [group[0][way]["ndcg_at_10"] for way in WAYS] for label, group in by_label.items()}
-    family = lambda label: label.split(":")[0]
-    best = {family(label): label for label in sorted(scores, key=lambda label: max(scores[label]))}
-    for label, group in by_label.items():
-        cells = [f"{score:.3f}" for score in scores[label]]
-        if label in best.values():
-            at = scores[label].index(max(scores[label]))
-            cells[at] = f"**{cells[at]}**"
-        lines.append(f"| {label} | {' | '.join(cells)} | {value(group[0], 'text loss'):.2f} | {group[0]['config']['steps']} |")
-    before = next(iter(by_label.values()))[0]["before"]["ndcg_at_10"]
-    return [*lines, "", f"The start, with its rationale: {before:.3f}.\n"]
 
 
 # ---------------------------------------------------------------- the tables
