@@ -8,6 +8,7 @@ paraphrases. Written are, under --out:
 
     train.jsonl     two texts of each group as query and positive, and a hard negative: of 32 texts of other groups, drawn at
                     random, the one that shares most content words with the query; then the triplets
+    triplets.jsonl  of the triplets every twentieth, none of whose texts is in train.jsonl: for the tables
     search.jsonl    two texts of each of 256 groups that are not in train.jsonl: settings are chosen by these
     heldout.jsonl   the first two texts of each --heldout group, and the group as "support": for the tables alone
     texts.jsonl     the queries and positives of train.jsonl by themselves, for training without labels
@@ -102,11 +103,12 @@ def build(groups, triplets, heldout, plain, out, search=256, seed=0):
     for path in triplets:
         with open(path, encoding="utf-8") as file:
             negatives += [{k: row[k] for k in ("query", "positive", "negative")} for row in map(json.loads, file)]
-    # A triplet that says what a row to search by says would give its answer away.
+    # A row of the training that says what a row held back says would give its answer away.
     two = [rng.sample(group, 2) for group in known[:search]]
-    held_out = {text for pair in two for text in pair}
+    held_out = {text for pair in two for text in pair} | {text for row in negatives[::20] for text in row.values()}
     files = {
         "train": [row for row in pairs(known[search:], rng) + negatives if held_out.isdisjoint(row.values())],
+        "triplets": negatives[::20],
         "search": [{"query": query, "positive": positive} for query, positive in two],
         "heldout": [{"query": x[0], "positive": x[1], "support": x} for x in read_groups(heldout)] if heldout else [],
     }

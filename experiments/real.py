@@ -81,12 +81,22 @@ KNOBS = {  # the frontier: one knob at a time
     "text term of GRACE": {f"GRACE, text term {x:g}": TABLE[BEST] | dict(text_weight=x) for x in (0.3, 1.0, 3.0)},
     "pathwise": {f"GRACE, pathwise {x:g}": TABLE[BEST] | dict(pathwise=x) for x in (0.3, 1.0, 3.0)},
 }
-SCORE_COLUMNS = ("ndcg_at_10", "mean of tasks", "STSBenchmark", "STS12", "STS13", "STS17", "SICK-R", "Banking77Classification")
+SCORE_COLUMNS = (
+    "ndcg_at_10",
+    "told_apart",
+    "mean of tasks",
+    "STSBenchmark",
+    "STS12",
+    "STS13",
+    "STS17",
+    "SICK-R",
+    "Banking77Classification",
+)
 KEPT = ("text loss", "plain loss", "answers loss", "start_logprob", "other loss", "other_right")
 SAID = ("true", "copied", "by_chance", "distinct", "words", "finished")
 ABOUT = (
     " Rows: two captions of one picture (Flickr30k, COCO) with a caption of another picture that shares words as the hard negative, and "
-    "triplets whose negatives swap who does what. Held out: 1,013 pictures, one caption finds another among all. The backbone is "
+    "triplets whose negatives change who does what, or how many, or where. Held out: 1,013 pictures, one caption finds another among all; and 739 triplets. The backbone is "
     "captions4m, a Llama-architecture network of 4.2 M parameters made from such captions (experiments/backbone.py makes its like). "
     "Flickr30k's captions are for research, so no text is kept here; a run writes a page of samples under `runs/samples`. With a network: "
     "`HuggingFaceTB/SmolLM2-135M-Instruct` as `--model` and, written as rows of query and positive, `sentence-transformers/flickr30k-captions`, "

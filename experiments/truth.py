@@ -1,6 +1,7 @@
 """What a policy that was trained on captions is measured by: tasks, what its rationales say, what it can still do.
 
-A record gets (`add_captions`): the tasks' scores in both ways; of the rationales the share of content words that are true;
+A record gets (`add_captions`): the tasks' scores in both ways, and how often a text is nearer its positive than a hard
+negative, of triplets that stand beside the held-out rows; of the rationales the share of content words that are true;
 of the other instructions that the backbone was taught how well they are still followed; and, where the run asks for it
 (`averaged`), retrieval by the mean of several sampled rationales. A page of samples is written beside the worlds: the texts
 may be read, but are not handed on, so no record holds any.
@@ -28,8 +29,8 @@ OTHERS = {  # instructions that no reward touched: does an answer to a text do w
 
 def add_captions(record, start, policy, place):
     """Add to a record whatever this file measures."""
-    with open(place.heldout, encoding="utf-8") as file:
-        rows = [json.loads(line) for line in file]
+    rows = read_rows(place.heldout)
+    triplets = read_rows(os.path.join(os.path.dirname(place.heldout), "triplets.jsonl"))
     texts, support = [row["query"] for row in rows], {row["query"]: row["support"] for row in rows}
     run = record["run"]
     tasks = [name for name in TASKS if name not in SLOW or run["seed"] == ON_SEED]
@@ -38,7 +39,7 @@ def add_captions(record, start, policy, place):
         encode = GraceEncoder(policy, rationale=rationale).encode
         scores = {name: result["main_score"] for name, result in evaluate_tasks(encode, tasks, place.data_dir).items()}
         mean = np.mean([score for name, score in scores.items() if name not in SLOW])
-        record[way] = record[way] | scores | {"mean of tasks": float(mean)}
+        record[way] = record[way] | scores | {"mean of tasks": float(mean), "told_apart": told_apart(encode, triplets)}
     rationales = encode_texts(policy, texts).rationales
     record["after"] |= truth(rationales, texts, support)
     for moment, reader in (("before", start), ("after", policy)):
@@ -51,6 +52,18 @@ def add_captions(record, start, policy, place):
     with open(path, "w", encoding="utf-8") as file:
         file.write(f"{run}\n\n| text | before | after |\n| --- | --- | --- |\n")
         file.writelines(f"| {' | '.join(cells)} |\n" for cells in zip(texts, before, rationales))
+
+
+def read_rows(path):
+    """The rows of a jsonl file."""
+    with open(path, encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+def told_apart(encode, triplets):
+    """The share of triplets whose query is nearer its positive than its hard negative."""
+    query, positive, negative = (encode([row[role] for row in triplets]) for role in ("query", "positive", "negative"))
+    return float(np.mean((query * positive).sum(1) > (query * negative).sum(1)))
 
 
 def truth(rationales, texts, support):

@@ -34,17 +34,19 @@ def test_words_of_one_stem_are_one_and_function_words_are_none():
 
 @pytest.fixture
 def rows(tmp_path):
-    """What captions.py writes about 40 groups of three captions and two triplets, one of which gives a held-back group away."""
+    """What captions.py writes about 40 groups of three captions and four triplets, two of which give away what is held back."""
     groups = [{"id": i, "captions": [f"a{i} b{i} c", f"a{i} b{i} d", f"a{i} e{i} d"]} for i in range(40)]
     path = write(tmp_path / "groups.jsonl", groups)
     quiet = captions.build([path], [], None, None, str(tmp_path / "first"), search=10)
     known = json.loads((tmp_path / "first" / "search.jsonl").read_text().splitlines()[0])["query"]
-    triplets = [dict(query=q, positive="x", negative="y", source="s") for q in ("new", known)]
+    texts = [("held back", "u", "v"), ("new", "x", "y"), ("other", "v", "y"), (known, "x", "y")]
+    triplets = [dict(zip(("query", "positive", "negative", "source"), (*three, "s"))) for three in texts]
     (tmp_path / "plain.txt").write_text("A title\n\nOne two three\nfour five six.\n\n" + "too long " * 30)
     heldout = write(tmp_path / "heldout.jsonl", [{"captions": ["one", "two", "three"]}, {"captions": ["alone"]}])
     triplets = write(tmp_path / "triplets.jsonl", triplets)
     counts = captions.build([path], [triplets], heldout, str(tmp_path / "plain.txt"), str(tmp_path / "out"), search=10)
-    assert quiet == dict(train=30, search=10, heldout=0, texts=60) and counts == dict(train=31, search=10, heldout=1, texts=62)
+    assert quiet == dict(train=30, triplets=0, search=10, heldout=0, texts=60)
+    assert counts == dict(train=31, triplets=1, search=10, heldout=1, texts=62)
     read = lambda name: [json.loads(line) for line in (tmp_path / "out" / f"{name}.jsonl").read_text().splitlines()]
     return {name: read(name) for name in counts} | {"plain": (tmp_path / "out" / "plain.txt").read_text()}
 
@@ -56,6 +58,7 @@ def test_rows_come_from_one_group_each_and_negatives_from_another(rows):
         # All groups share c or d and nothing else: the negative shares what can be shared.
         assert {row["query"].split()[-1]} == {row["negative"].split()[-1]}
     assert rows["train"][30] == {"query": "new", "positive": "x", "negative": "y"}
+    assert rows["triplets"] == [{"query": "held back", "positive": "u", "negative": "v"}]
     assert rows["heldout"] == [{"query": "one", "positive": "two", "support": ["one", "two", "three"]}]
     assert rows["plain"] == "One two three four five six.\n"
 
@@ -79,6 +82,14 @@ def test_truth_counts_content_words():
     found = truth.truth(["the dog, a brown cat, a horse", "a dog sleeps"], texts, support)
     assert found == pytest.approx({"true": 3 / 6, "copied": 2 / 6, "by_chance": 2 / 6})
     assert truth.truth(["", "the"], texts, support) == {"true": 0, "copied": 0, "by_chance": 0}
+
+
+def test_a_hard_negative_is_told_apart_where_the_positive_is_nearer():
+    angle = {"a": 0.0, "near": 0.2, "far": 0.9, "as near": -0.2}
+    encode = lambda texts: np.array([[np.cos(angle[text]), np.sin(angle[text])] for text in texts])
+    rows = [("a", "near", "far"), ("a", "far", "near"), ("a", "near", "as near"), ("far", "near", "a")]
+    rows = [dict(zip(("query", "positive", "negative"), row)) for row in rows]
+    assert truth.told_apart(encode, rows) == 0.5
 
 
 def test_what_an_answer_to_each_instruction_must_do():
@@ -144,6 +155,10 @@ def test_one_command_makes_the_tables(tiny_world, tmp_path, monkeypatch):
     files = dict(model=f"{tiny_world}/model", data=f"{tiny_world}/data/train.jsonl", plain=tmp_path / "plain.txt")
     files["plain"].write_text("the nurse fixed a lamp\n")
     files["heldout"] = write(tmp_path / "heldout.jsonl", heldout)
+    write(
+        tmp_path / "triplets.jsonl",
+        [{k: row[k] if k != "negative" else row[k][0] for k in row if k != "support"} for row in heldout],
+    )
     flags = [text for name, path in files.items() for text in (f"--{name}", str(path))]
     more = ["--data-dir", f"{tmp_path}/tasks", "--quick", "--jobs", "1", "--out", str(tmp_path / "out")]
     run.main(["captions", "captions_retention", *flags, *more])
