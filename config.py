@@ -1,8 +1,8 @@
 """Every setting of a run: one typed dataclass, two recipes, and the command line made from them.
 
 A recipe only sets defaults. `paper` is the paper's equations as they stand; `full`, the default, repairs what
-cannot teach there (grace.py lists the departures). Each choice is a setting of its own, so any step between the
-two can be run.
+cannot teach there (grace.py lists the departures). Each choice is a setting of its own, so anything between the
+two can be run as well.
 """
 
 import argparse
@@ -28,7 +28,7 @@ RECIPES = {  # a recipe only sets defaults: any of them can be given on the comm
         lambda_consistency=0.2, lambda_hard=0.2, relative_length_penalty=True, temperature=0.7, anchor_temperature=1.0,
     ),
 }  # fmt: skip
-HOW_LONG_AND_WHERE = {  # settings that a resumed run may change: none moves its gradients
+HOW_LONG_AND_WHERE = {  # settings that a resumed run may change: none affects its gradients
     "steps", "out", "resume", "overwrite", "may_change", "on_bad_row", "save_every", "save_minutes", "eval_every",
     "kernel", "recompute", "shard", "tokens_per_batch", "sample_tokens",
 }  # fmt: skip
@@ -49,19 +49,19 @@ class Config:
     mode: str = setting("supervised", "triplets, or plain texts", ("supervised", "unsupervised"))
     recipe: str = setting("full", "defaults for the settings marked (recipe)", tuple(RECIPES))
     # What is rewarded
-    reward: str = setting(None, "(recipe) Eq. 13 and 15, or InfoNCE", ("paper", "infonce"))
-    train_roles: str = setting(None, "(recipe) which of query,positive,negative get K rollouts and learn")
+    reward: str = setting(None, "(recipe) the reward: Eq. 13 and 15, or InfoNCE", ("paper", "infonce"))
+    train_roles: str = setting(None, "(recipe) which of query,positive,negative get K rollouts and are trained")
     lambda_consistency: float = setting(None, "(recipe) weight of the consistency component, Eq. 16")
     lambda_hard: float = setting(None, "(recipe) weight of the hard component, Eq. 16")
     tau: float = setting(None, "(recipe) rewards are divided by this, Eq. 17", above=0)
     infonce_temperature: float = setting(0.05, "softmax temperature of the InfoNCE reward", above=0)
-    gamma: float = setting(1.0, "length penalty of a rollout without an end token, Eq. 28", least=0)
+    gamma: float = setting(1.0, "penalty for a rollout without an end token, Eq. 28", least=0)
     relative_length_penalty: bool = setting(None, "(recipe) subtract gamma instead of replacing the reward")
     negatives: int = setting(None, "hard negatives per row, M (default: as many as every row has)", least=0)
     # What is learned from it
     pathwise: float = setting(None, "(recipe) weight c of the pathwise term; 0: Eq. 19 alone", least=0)
     kl: float = setting(None, "(recipe) weight of the KL term to the starting policy", least=0)
-    kl_estimator: str = setting("k3", "what the KL term is: k2 has the gradient of KL(policy || start)", ("k2", "k3"))
+    kl_estimator: str = setting("k3", "estimator of the KL term; k2 has the gradient of KL(policy || start)", ("k2", "k3"))
     text_weight: float = setting(None, "(recipe) weight of the language-model loss on the texts themselves", least=0)
     normalize: bool = setting(False, "divide advantages by the group's standard deviation, Eq. 7")
     length_normalize: bool = setting(None, "(recipe) mean over a rationale's tokens (Eq. 8) instead of their sum (Eq. 19)")
@@ -69,40 +69,40 @@ class Config:
     minibatches: int = setting(1, "optimizer steps per batch of rollouts (the released code: 4)", least=1)
     epochs: int = setting(1, "passes over one batch of rollouts", least=1)
     lr: float = setting(1e-6, "learning rate of AdamW", above=0)
-    lora: int = setting(None, "train adapters of this rank and not the weights; try ten times the rate (needs peft)", least=1)
+    lora: int = setting(None, "train adapters of this rank, not the weights; try ten times the rate (needs peft)", least=1)
     lr_decay: bool = setting(False, "let the learning rate fall linearly to 0")
     weight_decay: float = setting(0.01, "weight decay of AdamW", least=0)
     max_grad_norm: float = setting(1.0, "the gradient is clipped to this norm", above=0)
-    # How much of it, over all ranks together
+    # How much, over all ranks together
     batch: int = setting(64, "instances per step, B", least=1)
     rollouts: int = setting(8, "rollouts per prompt, K", least=1)
     steps: int = setting(1000, "training steps", least=1)
     temperature: float = setting(None, "(recipe) rollouts are sampled, and scored, at this temperature", above=0)
     anchor_temperature: float = setting(None, "(recipe) temperature of the roles that are not trained", least=0)
-    seed: int = setting(0, "of the data order and of all sampling", least=0)
+    seed: int = setting(0, "seed of the data order and of all sampling", least=0)
     # How a text is read: as the checkpoint's grace_config.json says, unless given
     instruction: str = setting(None, "(reading) the system message")
-    max_prompt_tokens: int = setting(None, "(reading) longer texts lose their end", least=1)
-    max_new_tokens: int = setting(None, "(reading) the longest rationale in tokens, T", least=1)
-    pooling: str = setting(None, "(reading) what becomes the embedding, Sec. 5.4", POOLS)
+    max_prompt_tokens: int = setting(None, "(reading) token limit of a prompt; longer texts lose their end", least=1)
+    max_new_tokens: int = setting(None, "(reading) token limit of a rationale, T", least=1)
+    pooling: str = setting(None, "(reading) how hidden states become the embedding, Sec. 5.4", POOLS)
     # Evaluation and the machine
     heldout: str = setting(None, "triplets to evaluate on (default: 1 row in 10 of the data, at most 256)")
     graded: str = setting(None, "sentence pairs with scores, for a Spearman correlation")
-    eval_every: int = setting(50, "evaluate, and add to rationales.md, every so many steps; 0: only before and after", least=0)
-    save_minutes: float = setting(10.0, "write a checkpoint to resume from every so many minutes; 0: not by time", least=0)
-    save_every: int = setting(0, "write a checkpoint every so many steps; 0: not by steps", least=0)
+    eval_every: int = setting(50, "evaluate, and add to rationales.md, every N steps; 0: only before and after", least=0)
+    save_minutes: float = setting(10.0, "write a checkpoint to resume from every N minutes; 0: not by time", least=0)
+    save_every: int = setting(0, "write a checkpoint every N steps; 0: not by steps", least=0)
     resume: bool = setting(False, "continue from the newest undamaged checkpoint under --out")
     may_change: str = setting(None, "settings that a resumed run may change: NAME,NAME")
-    overwrite: bool = setting(False, "start anew in an --out that holds a model or checkpoints: they are deleted")
-    on_bad_row: str = setting("error", "what an unusable row of the data does: stop the run, or be listed", ("error", "skip"))
+    overwrite: bool = setting(False, "start afresh in an --out that holds a model or checkpoints; they are deleted")
+    on_bad_row: str = setting("error", "on an unusable row of the data: stop the run, or skip and list it", ("error", "skip"))
     sample_tokens: int = setting(
         131072, "token budget of the sampler's key-value cache; lower it when memory is short", least=1
     )
     tokens_per_batch: int = setting(4096, "token budget of a micro-batch; lower it when memory is short", least=1)
-    recompute: bool = setting(False, "keep no activations inside layers: a third more time in the update, less memory")
+    recompute: bool = setting(False, "keep no activations inside layers: less memory, a third more time in the update")
     shard: bool = setting(False, "under torchrun: each rank holds its share of weights, gradients and moments (FSDP2)")
     dtype: str = setting(
-        "float32", "compute type; weights stay float32, rationales come from a copy in it", ("float32", "bfloat16")
+        "float32", "compute type; weights stay float32, rationales are sampled from a copy in it", ("float32", "bfloat16")
     )
     kernel: str = setting("auto", "the in-batch similarity in Triton: on CUDA, always, or never", ("auto", "on", "off"))
     device: str = setting(None, "default: cuda where there is one, else cpu")
@@ -160,7 +160,7 @@ class Config:
     def must_match(self, other, where):
         """Raises GraceError, naming them, if settings differ from those of the run being resumed.
 
-        other: its settings as a dict; where: its folder. Free to change are where the run writes, how long it goes,
+        other: its settings as a dict; where: its folder. A resumed run may change where it writes, how long it goes on,
         and how it is split to fit the memory; beyond that, only what --may-change names.
         """
         free = HOW_LONG_AND_WHERE - ({"steps"} if self.lr_decay else set())  # the decaying rate depends on it
@@ -174,7 +174,7 @@ class Config:
 
     @property
     def reading(self):
-        """The settings that override how the checkpoint reads a text, for `Policy.load`; None: as it says."""
+        """The settings that override how the checkpoint reads a text, for `Policy.load`; None: as the checkpoint says."""
         return {name: getattr(self, name) for name in ("instruction", "max_prompt_tokens", "max_new_tokens", "pooling")}
 
     @property
@@ -202,7 +202,7 @@ def parse(arguments, description):
 
 
 def _shown_default(field):
-    """What a setting is where neither the command line nor the checkpoint sets it, for --help."""
+    """The value of a setting that neither the command line nor the checkpoint sets, for --help."""
     if field.name in RECIPES["full"]:
         return f" [full: {RECIPES['full'][field.name]}, paper: {RECIPES['paper'][field.name]}]"
     value = getattr(Reading, field.name, None) if field.metadata["help"].startswith("(reading)") else field.default

@@ -2,17 +2,17 @@
 
     python eval_mteb_subset.py --model DIR_OR_HUB_ID --tasks subset --out results.json
 
-For each distinct text the encoder writes a rationale and pools text and rationale, by the same code
+For each distinct text the encoder writes a rationale and pools text and rationale, with the same code
 as training. A text is never read twice (Sprint asks for 202,000 texts, of which 8,932 differ), and
-each vector is kept on disk: an evaluation that was stopped, started again, resumes.
+each vector is kept on disk, so an evaluation that was stopped resumes when it is started again.
 
 Decoding is greedy unless a temperature is given. The released evaluation samples at temperature 1.0,
-where the same text gets another vector each time; `--temperature 1 --samples 3` takes the mean of
-three and shows how far single ones spread. `--no-rationale` is the paper's Base: the prompt alone.
+where the same text gets a different vector each time; `--temperature 1 --samples 3` takes the mean of
+three and shows how much single ones vary. `--no-rationale` is the paper's Base: the prompt alone.
 
     torchrun --standalone --nproc-per-node N eval_mteb_subset.py …the same flags…
 
-shares out the batches of texts over N GPUs. They are the batches of one process, so the scores are the same to the last
+divides the batches of texts among N GPUs. They are the batches of one process, so the scores are the same to the last
 digit; the first rank keeps the vectors. docs/benchmarks.md says how long the 16 tasks take.
 
 In mteb's own harness: `mteb.evaluate(mteb_encoder(GraceEncoder("DIR")), [mteb.get_task("STSBenchmark")])`.
@@ -40,7 +40,7 @@ PAPER = "the paper's GRACE (Qwen2.5-3B, supervised) over the same 16 tasks: 55.8
 
 
 def mteb_encoder(encoder, name="grace/checkpoint", revision="1"):
-    """Any encoder as one that `mteb.evaluate` takes (mteb 2.x, which has to be installed)."""
+    """Wraps any encoder for `mteb.evaluate` (mteb 2.x, which has to be installed)."""
     from mteb.models.abs_encoder import AbsEncoder
     from mteb.models.model_meta import ModelMeta
 
@@ -55,7 +55,7 @@ def mteb_encoder(encoder, name="grace/checkpoint", revision="1"):
 
 
 def means(results):
-    """Mean main score by family, and over the sixteen tasks where all of them are there."""
+    """Mean main score by family, and over the sixteen tasks if all of them are there."""
     families = {}
     for name, result in results.items():
         families.setdefault(TASKS[name].family, []).append(result["main_score"])

@@ -16,7 +16,7 @@ Both halves of the gradient. The objective is the expected reward of what the po
 
     J(theta) = E[R_theta(y)],  y ~ pi_theta,
 
-and theta stands in it twice: y is drawn from the policy, and R is computed from the policy's own
+and theta appears in it twice: y is drawn from the policy, and R is computed from the policy's own
 hidden states. So, for any one text, writing the expectation as a sum over rationales,
 
     grad J = sum_y grad(pi_theta(y)) R_theta(y)   +  sum_y pi_theta(y) grad(R_theta(y))
@@ -27,19 +27,19 @@ hidden states. So, for any one text, writing the expectation as a sum over ratio
 nearly free: take g = dR/dh at the embeddings the sampler captured, a graph over [B, K, D] that
 never touches the network, and add -c * sum(g . h(theta)) to the loss. The update's forward pass
 computes h(theta) anyway, and since g is fixed the term splits over micro-batches exactly (as in
-GradCache, Gao et al. 2021). `--pathwise c` weighs it; 0 is the paper.
+GradCache, Gao et al. 2021). `--pathwise c` weights it; 0 is the paper.
 
 When is the sum exact? Where a rollout's reward depends on its own embedding alone: fixed anchors (Eq. 12), no
-consistency term, and under the paper's reward lambda2 = 0, because Eq. 15 is the same for a whole group and so moves
+consistency term, and under the paper's reward lambda2 = 0, because Eq. 15 is the same for a whole group and so enters
 g but no advantage. Then, with log-probabilities summed over tokens (`--no-length-normalize`) and c = (K-1)/K, the sum
 is (K-1)/K times the gradient: a group mean that includes the rollout itself shrinks the first term by that factor.
-(Anchors depend on theta as well; both terms hold them constant.) Where rollouts stand in each other's rewards, as
-queries and positives do here, an advantage credits a rollout with its own reward only, while g has all of them:
-there, c weighs the two terms.
+(Anchors depend on theta as well; both terms hold them constant.) Where rollouts enter each other's rewards, as
+queries and positives do here, an advantage credits a rollout with its own reward only, while g covers all of them;
+there, c only weights the two terms against each other.
 
-Where this departs from the paper's equations, each a setting, all undone by `--recipe paper`. (Four things of the
-released run are left to flags: its limit, `--max-new-tokens 2048`; its wording, `--instruction`; its four optimizer
-steps per batch, `--minibatches 4`; and instances that share a text stay out of each other's negatives in any case.)
+Departures from the paper's equations, each a setting, all undone by `--recipe paper`. (Four differences from the
+released run remain. Three have flags: its limit, `--max-new-tokens 2048`; its wording, `--instruction`; its four
+optimizer steps per batch, `--minibatches 4`. Instances that share a text stay out of each other's negatives always.)
 
 1. The reward is InfoNCE instead of Eq. 13 and 15, which cancel in the advantage (reward.py).
 2. The pathwise term.
@@ -47,10 +47,11 @@ steps per batch, `--minibatches 4`; and instances that share a text stay out of 
 4. Log-probabilities are summed over tokens, as in Eq. 19; Eq. 8 takes their mean. With sums, one c fits rationales of
    every length, and a c below 1 makes the policy rely on what it writes.
 5. Two terms keep the policy close to where it started. The text term is plain language-model training on the training
-   texts, whose hidden states the update has anyway (as mixing in pre-training text does, Ouyang et al. 2022). A light
-   KL term on the rationales' tokens keeps their words in their old meaning.
+   texts, whose hidden states the update computes anyway (like the pre-training text mixed in by Ouyang et al. 2022). A
+   light KL term on the rationales' tokens keeps their words to the old meanings.
 6. Rollouts are drawn, and scored, at temperature 0.7 instead of 1, closer to the greedy rationale that is used in the
-   end. A name that is right when greedy but often wrong when drawn is punished for the draws, and the policy stops naming.
+   end. A name that is right when greedy but often wrong when sampled is punished for the samples, and the policy then
+   stops naming things.
 7. The length penalty is relative (reward.py).
 
 Shapes: B instances, K rollouts per group, M hard negatives, N groups (B per trained role), T tokens,
@@ -120,7 +121,7 @@ def clipped_objective(logprobs, old_logprobs, advantage, mask, clip_eps, length_
 def kl_k3(logprobs, reference, mask):
     """Schulman's k3 estimator of KL(policy || reference), mean over tokens. `[N, K, T] x 3 -> [N, K]`.
 
-    Value and gradient are of two different divergences. With r = reference / policy the value r - 1 - log r has the
+    Its value and its gradient belong to two different divergences. With r = reference / policy the value r - 1 - log r has the
     mean KL(policy || reference); minimised on the policy's own samples, its gradient is E[(1 - r) grad log pi], which
     is that of KL(reference || policy). So the term keeps likely what the reference finds likely.
     """
@@ -132,7 +133,7 @@ def kl_k2(logprobs, reference, mask):
     """Half the squared log-ratio, mean over tokens: the gradient of KL(policy || reference). `[N, K, T] x 3 -> [N, K]`.
 
     Its gradient is E[log(pi / reference) grad log pi]. Where k3 pulls by at most 1 per token, this pull grows with
-    how impossible the reference finds the token, so it stops what the start would never write.
+    how unlikely the reference finds the token, so it stops what the starting policy would never write.
     """
     return masked_mean((logprobs - reference).pow(2) / 2, mask)
 
@@ -141,7 +142,7 @@ def pathwise(g, h):
     """The second half of the gradient, to be maximised. `[N, K, D] x 2 -> [N, K]`.
 
     g is the reward's gradient at the embeddings that the sampler captured, a constant; h are the same embeddings from
-    the update's forward pass, where they depend on theta. Not the reward: a number with the reward's gradient.
+    the update's forward pass, where they depend on theta. Not the reward itself, but a number with its gradient.
     """
     return (g * h).sum(-1)
 
@@ -152,8 +153,8 @@ def pathwise(g, h):
 def judge(embeddings, finished, twins, config):
     """Phase 3: rewards of the trained rollouts, their components, and the rewards' gradient.
 
-    Returns R `[N, K]`, `{component: [N, K]}` before weighing, and g = d(sum R)/dh `[N, K, D]`: where
-    the reward would go up if the embeddings could move freely. Roles that are not trained are constants.
+    Returns R `[N, K]`, `{component: [N, K]}` before weighting, and g = d(sum R)/dh `[N, K, D]`: the direction
+    in which the rewards would rise if the embeddings could move freely. Roles that are not trained are constants.
     """
     # Leaves of a graph of their own: [B, K, D] is all that this gradient ever touches.
     leaves = {role: x.detach().requires_grad_(role in config.roles) for role, x in embeddings.items()}
@@ -223,7 +224,7 @@ class Trainer:
         return rollouts, embeddings
 
     def advantage(self, R, batch):
-        """Eq. 18. `[N, K] -> [N, K]`. What else it could be made from is in the batch: experiments/algorithms.py."""
+        """Eq. 18. `[N, K] -> [N, K]`. Other advantages may also use the batch: see experiments/algorithms.py."""
         return advantages(R, self.config.normalize)
 
     def surrogate(self, logprobs, part, A):
@@ -260,8 +261,8 @@ class Trainer:
         """Phase 5. One or more optimizer steps over one batch of N groups of rollouts. Returns means of what is worth logging.
 
         Every loss is a sum over rollouts divided by one number, the rollouts in the minibatch, so how a
-        minibatch is split into micro-batches cannot change the gradient: not even when it has to be split
-        again, because the device ran out of memory.
+        minibatch is split into micro-batches cannot change the gradient, not even when it has to be split
+        again because the device ran out of memory.
         """
         config, (N, K) = self.config, A.shape
         stats, norms = [], []
@@ -311,7 +312,7 @@ class Trainer:
     def micro_batches(self, groups, rollouts, budget):
         """A rank's groups by length, in micro-batches whose padded tokens stay within the budget; at least one group each."""
         cost = self.cost(rollouts)
-        # In a row stand groups of about one cost, one for each rank: so the ranks' micro-batches are alike, and equally many.
+        # A row holds groups of similar cost, one per rank: so the ranks' micro-batches are alike, and equally many.
         rows = groups[cost[groups].argsort(stable=True)].split(ranks.size())
         first = 0
         for last in range(1, len(rows) + 1):
@@ -332,7 +333,7 @@ class Trainer:
 def train(config, make_trainer=Trainer):
     """A whole run: evaluate, train, evaluate, save. Returns the summary that summary.json holds.
 
-    make_trainer: another Trainer (experiments/). Raises GraceError for anything that the user can put right; SystemExit
+    make_trainer: another Trainer (experiments/). Raises GraceError for anything that the user can fix; SystemExit
     after SIGTERM or Ctrl-C, with a checkpoint written.
     """
     if summary := finished_summary(config):

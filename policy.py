@@ -1,13 +1,13 @@
 """The policy pi_theta: one causal language model, its hidden states and its output head (Eq. 10).
 
-Any decoder-only Hugging Face chat model will do. What this file makes sure of:
+Any decoder-only Hugging Face chat model will do. What this file guarantees:
 
 * Weights are float32; bfloat16 is a compute type. (At a learning rate of 1e-6 a step is smaller than
   the spacing of bfloat16 numbers, and most bfloat16 weights would never move.)
-* A model whose logits are more than its output head over its last hidden state is used only where
-  this file knows how (soft-capping, scaling), and refused otherwise.
-* The model stays in eval mode, in the update too: with dropout, the first probability ratio of the
-  clipped objective would be noise around 1 instead of 1.
+* A model whose logits are more than its output head applied to its last hidden state is used only
+  if this file knows how they are made (soft-capping, scaling), and refused otherwise.
+* The model stays in eval mode, even in the update: with dropout, the first probability ratio of the
+  clipped objective would be noise around 1 instead of exactly 1.
 
 Shapes: N prompts, P prompt positions, L positions, D hidden size, V vocabulary.
 """
@@ -39,10 +39,10 @@ class Policy:
     reading      instruction, limits and pooling
     base, head   the network's body and its output head
     end_ids      `[n]`, the tokens that end a rationale
-    adapters     what is trained in place of the weights, once `adapt` was called (speed/lora.py); else None
+    adapters     what is trained instead of the weights, once `adapt` has been called (speed/lora.py); else None
     """
 
-    adapters, switched = None, contextlib.nullcontext  # switched: a context, in which the adapters are as this policy has them
+    adapters, switched = None, contextlib.nullcontext  # switched: a context in which the adapters are as this policy has them
 
     def __init__(self, model, tokenizer, reading=None, dtype="float32"):
         self.model, self.tokenizer = model.eval(), tokenizer
@@ -121,7 +121,7 @@ class Policy:
             self.save(os.path.join(folder, "adapter"))
 
     def adapt(self, rank, seed, folder=None):
-        """From now on train adapters of a rank and not the weights: new adapters, or those of a folder (speed/lora.py)."""
+        """From now on train adapters of this rank instead of the weights: new ones, or those of a folder (speed/lora.py)."""
         self.adapters = lora.adapt(self.model, rank, seed, folder)
 
     def start(self):
@@ -131,7 +131,7 @@ class Policy:
         return other
 
     def frozen_copy(self, dtype=None):
-        """A copy to sample from. In another type, bfloat16, each token reads half the bytes; these weights stay."""
+        """A copy to sample from. In bfloat16 each token reads half the bytes; this policy's weights do not change."""
         other = copy.copy(self)
         whole = copy.deepcopy(self.adapters).merge_and_unload() if self.adapters else copy.deepcopy(self.model)
         other.model, other.adapters, other.dtype = whole.requires_grad_(False), None, "as the weights"
@@ -141,7 +141,7 @@ class Policy:
         return other
 
     def copy_weights(self, policy):
-        """Take over another policy's weights, adapters merged, rounded to this one's type; sharded ones one after the other."""
+        """Copy another policy's weights, adapters merged, rounded to this one's type; sharded ones are gathered one by one."""
         with torch.no_grad():
             if not policy.adapters:
                 for mine, theirs in zip(self.model.parameters(), policy.model.parameters()):
@@ -191,7 +191,7 @@ class Policy:
         return self.forward(ids[:, S:], mask, positions[:, S:], cache)
 
     def decoder(self, cache, mask, K):
-        """What feeds K rationales of each prompt, given the prompts' cache and mask `[N, P]`."""
+        """The decoder for K rationales of each prompt, given the prompts' cache and mask `[N, P]`."""
         return (SharedDecoder if self.prompts_once else PlainDecoder)(self, cache, mask, K)
 
     def logits(self, hidden):
@@ -209,8 +209,8 @@ class Policy:
         """Refuse a model whose numbers this file would get wrong, and find out whether instructions can be shared.
 
         Its logits must be `self.logits`, its cache must be one that can be repeated K times, and padding on
-        the left must not matter. Padding behind the first token must not either if that is to be shared: models
-        with sliding windows, or with positions counted in the mask, mind.
+        the left must not matter. If the instruction is to be shared, padding after it must not matter either; it
+        does in models with sliding windows, or with positions counted in the mask.
         """
         name = type(self.model).__name__
         if self.base is self.model or self.head is None:
@@ -260,9 +260,9 @@ class Policy:
 
 
 def load_policies(config, checkpoint=None):
-    """The policy to train, as a checkpoint has it if there is one, and the start that the KL term refers to, or None.
+    """The policy to train, from a checkpoint if there is one, and the starting policy for the KL term, or None.
 
-    With adapters (`--lora`) both are one model: that of `--model`, with its adapters and without them.
+    With adapters (`--lora`) both are one model: that of `--model`, with its adapters on and off.
     """
     load = lambda source: Policy.load(source, config.device, config.dtype, **config.reading)
     if config.lora:
@@ -283,13 +283,13 @@ def _model(source):
         with open(adapter) as file:
             base = json.load(file)["base_model_name_or_path"]
         model = lora.load(_model(base), source).merge_and_unload().requires_grad_(True)
-        model.name_or_path = source  # what adapters that are trained from here on name as their base
+        model.name_or_path = source  # adapters trained from here on name this as their base
         return model
     return AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, use_safetensors=True, **SAFE)
 
 
 def _fit_context(reading, config):
-    """The reading, with a prompt limit that leaves room for the rationale in the model's context; says so."""
+    """The reading, with a prompt limit that leaves room for the rationale in the model's context. Warns if it is lowered."""
     context = getattr(config, "max_position_embeddings", None) or float("inf")
     room = context - reading.max_new_tokens
     if room < 1:
@@ -301,7 +301,7 @@ def _fit_context(reading, config):
 
 
 def _end_ids(model, tokenizer):
-    """Every configured end token, sorted. Raises GraceError where there is none: no rationale could end."""
+    """Every configured end token, sorted. Raises GraceError if there is none, because no rationale could end."""
     end_ids = set()
     for ids in (model.generation_config.eos_token_id, model.config.eos_token_id, tokenizer.eos_token_id):
         end_ids |= set(ids if isinstance(ids, (list, tuple)) else [ids])

@@ -33,14 +33,14 @@ def length_mask(lengths, width):
 
 
 def fold(state, hidden, mask, how="mean"):
-    """Take one more block of hidden states into the running state.
+    """Fold one more block of hidden states into the running state.
 
     state   `[N, D]` from earlier blocks, or None for the first
     hidden  `[N, L, D]`; positions where the mask is 0 may hold anything, NaN included
     mask    `[N, L]`, 1 where the token counts
     how     one of `POOLS`
     Returns the new state `[N, D]`, in at least float32. Differentiable; nothing is edited in place. A row's first
-    block has a token that counts. Raises ValueError for an unknown `how`.
+    block must have a token that counts. Raises ValueError for an unknown `how`.
     """
     hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
     mask = mask.bool()
@@ -63,9 +63,9 @@ def unit(state):
 
 
 def pool(hidden, mask, how="mean"):
-    """Hidden states `[N, L, D]` and what counts `[N, L]` to unit vectors `[N, D]`, in one block.
+    """Pool hidden states `[N, L, D]`, by a mask of what counts `[N, L]`, into unit vectors `[N, D]`, in one block.
 
-    Raises ValueError for a row in which no token counts: it has no embedding.
+    Raises ValueError for a row in which no token counts, because it has no embedding.
     """
     empty = (~mask.bool().any(1)).nonzero().flatten().tolist()
     if empty:

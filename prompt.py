@@ -1,9 +1,9 @@
 """The prompt P(x): an instruction, a text, and the place where the rationale begins (Eq. 9).
 
-What this file makes sure of:
+What this file guarantees:
 
-* The instruction is left out of the embedding *exactly*: which tokens hold it is known to the token.
-* A text over the limit loses its own end, never the template's; how many texts were cut is counted.
+* The instruction is left out of the embedding *exactly*, to the token.
+* A text over the limit loses its own end, never the template's, and the texts that were cut are counted.
 * Ids are built once and never decoded again.
 
 Shapes: N prompts, P prompt positions.
@@ -26,7 +26,7 @@ INSTRUCTION = (
 
 @dataclass
 class Reading:
-    """How a checkpoint reads a text. Saved beside its weights: another reading, another embedding."""
+    """How a checkpoint reads a text. Saved beside its weights, because another reading gives another embedding."""
 
     instruction: str = INSTRUCTION
     max_prompt_tokens: int = 1024
@@ -42,7 +42,7 @@ class Reading:
 
 @dataclass
 class Prompts:
-    """N prompts. The instruction's tokens come first, the same in every row; padding stands behind them.
+    """N prompts. The instruction's tokens come first, the same in every row; padding follows them.
 
         position   instruction | pad pad | text text text | template
         mask            1         0   0     1    1    1        1
@@ -70,7 +70,7 @@ class Prompts:
 
 
 class PromptBuilder:
-    """P: texts to `Prompts`, by a tokenizer's chat template and a reading's instruction and limit.
+    """P: turns texts into `Prompts`, with a tokenizer's chat template and a reading's instruction and limit.
 
     can_share: whether padding may stand between the instruction and the text, so that the instruction is read once.
     Raises GraceError if the template does not write the instruction first and then the text.
@@ -78,7 +78,7 @@ class PromptBuilder:
 
     def __init__(self, tokenizer, reading, device, can_share):
         self.tokenizer, self.reading, self.device, self.can_share = tokenizer, reading, device, can_share
-        # What two renderings have in common is what stands before and after any text.
+        # What two renderings have in common is what comes before and after any text.
         one, two = self.render("x"), self.render("y")
         self.prefix = os.path.commonprefix([one, two])
         self.suffix = os.path.commonprefix([one[::-1], two[::-1]])[::-1]
@@ -91,13 +91,13 @@ class PromptBuilder:
     def render(self, text):
         """The prompt as a string: instruction as the system message, text as the user's (Eq. 9).
 
-        Where the template knows no system role the instruction opens the user's message. Where
-        there is no chat template at all: instruction, blank line, text, blank line, "Rationale:".
+        If the template has no system role, the instruction opens the user's message. If there is
+        no chat template at all: instruction, blank line, "Text:" and the text, blank line, "Rationale:".
         """
         instruction, tokenizer = self.reading.instruction, self.tokenizer
         if tokenizer.chat_template is None:
             return f"{tokenizer.bos_token or ''}{instruction}\n\nText: {text}\n\nRationale:"
-        # A fixed date keeps templates that print today's (Llama 3) from changing the embedding overnight.
+        # With a fixed date, templates that print today's date (Llama 3) do not change the embedding overnight.
         options = dict(tokenize=False, add_generation_prompt=True, date_string="26 Jul 2024")
         system, user = {"role": "system", "content": instruction}, {"role": "user", "content": text}
         try:
@@ -109,7 +109,7 @@ class PromptBuilder:
             return tokenizer.apply_chat_template([user], **options)
 
     def __call__(self, texts, share=True):
-        """P(x) of each text. The text's end is cut where a prompt is over the limit.
+        """P(x) of each text. If a prompt is over the limit, the end of its text is cut.
 
         share=False: plain left padding, the instruction in every row. Raises GraceError if the template
         alone is longer than the limit, or if the template rewrites a text.
@@ -134,7 +134,7 @@ class PromptBuilder:
         S, P = len(shared), max(map(len, rows))
         ids = torch.tensor([shared + [0] * (P - len(row)) + row[S:] for row in rows])  # [N, P]
         lengths, before, after = (torch.tensor(x)[:, None] for x in ([len(row) for row in rows], before, after))
-        to_end = torch.arange(P, 0, -1)  # every prompt ends at -1, so masks are told by the distance to the end
+        to_end = torch.arange(P, 0, -1)  # every prompt ends at -1, so masks come from the distance to the end
         mask = to_end <= lengths - S
         mask[:, :S] = True
         counted = to_end <= lengths - before
@@ -143,7 +143,7 @@ class PromptBuilder:
         return Prompts(*(x.to(self.device) for x in tensors), S)
 
     def _shorten(self, ids, n_before, n_after):
-        """A prompt's ids within the limit: the text loses its end, the template behind it stays."""
+        """A prompt's ids within the limit: the text loses its end, the template after it stays."""
         limit = self.reading.max_prompt_tokens
         if len(ids) <= limit:
             return ids

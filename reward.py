@@ -4,7 +4,7 @@ Every function is pure, takes unit-length embeddings (a dot product is a cosine)
 number per rollout. Nothing here knows a model: gradients flow through all of it, which is what the
 pathwise term of grace.py needs.
 
-What is rewarded is a *component*; Eq. 16 weighs three of them: contrastive, consistency, hard.
+What is rewarded is a *component*; Eq. 16 weights three of them: contrastive, consistency, hard.
 Two families fill these places:
 
     component     --reward paper              --reward infonce
@@ -16,13 +16,13 @@ Two families fill these places:
 Departures from the paper, and why:
 
 1. Under Eq. 18 a group's advantages are its rewards less their mean, so whatever is the same for
-   all K rollouts of a group cannot teach. The negative term of Eq. 13 and all of Eq. 15 are: they
-   look at q, d- and other instances, never at rollout k. What is left pays for being similar, to
-   everything. (One leak: where Eq. 28 overwrites some rewards of a group, what the others share
-   sets the worth of finishing.) In the InfoNCE reward every term depends on k, and raising all
-   similarities alike leaves it where it was.
-2. Eq. 28 puts -gamma in the place of a truncated rollout's reward. Where rewards lie below -gamma
-   that is a prize. `length_penalty` subtracts gamma by default and can replace, as the paper does.
+   all K rollouts of a group cannot teach. That holds for the negative term of Eq. 13 and all of
+   Eq. 15: they look at q, d- and other instances, never at rollout k. What is left rewards being
+   similar, to everything. (One exception: where Eq. 28 overwrites some rewards of a group, the part
+   that the others share decides how much finishing is worth.) In the InfoNCE reward every term
+   depends on k, and raising all similarities alike leaves it unchanged.
+2. Eq. 28 replaces a truncated rollout's reward by -gamma. Where rewards lie below -gamma that is a
+   bonus. `length_penalty` subtracts gamma by default; it can also replace, as the paper does.
 3. Instances that share a text are not negatives of each other (`twins`).
 
 Shapes: B instances, K rollouts per group, M hard negatives per instance, D hidden size, N = rows.
@@ -37,7 +37,7 @@ from similarity import group_similarity
 
 
 def contrastive(query, positive, negative):
-    """Eq. 13: near the query, less how near the negatives are. `[B,D], [B,K,D], [B,M,D] -> [B,K]`.
+    """Eq. 13: the cosine to the query, less the query's cosines to the negatives. `[B,D], [B,K,D], [B,M,D] -> [B,K]`.
 
     With M = 0 the sum is empty. The second term is the same for all K: see departure 1.
     """
@@ -47,7 +47,7 @@ def contrastive(query, positive, negative):
 
 
 def self_similarity(anchor, rollouts):
-    """Eq. 21: without labels, near the anchor rollout of the same text. `[B,D], [B,K,D] -> [B,K]`."""
+    """Eq. 21: without labels, the cosine to the anchor rollout of the same text. `[B,D], [B,K,D] -> [B,K]`."""
     return torch.einsum("bd,bkd->bk", anchor, rollouts)
 
 
@@ -64,7 +64,7 @@ def consistency(rollouts):
 
 
 def hard_negative(query, positive, twins=None):
-    """Eq. 15: less the mean, over other instances, of their nearest rollout. `[B,D], [B,K,D] -> [B]`.
+    """Eq. 15: minus the mean, over other instances, of the cosine to their nearest rollout. `[B,D], [B,K,D] -> [B]`.
 
     twins `[B, B]`, True where two instances share a text: those pairs are left out of the mean.
     An instance with no other to compare with (B = 1) gets 0.
@@ -76,11 +76,11 @@ def hard_negative(query, positive, twins=None):
 
 
 def infonce(rows, columns, temperature, negatives=None, twins=None, mined=False, leave_one_out=False):
-    """How sure a softmax over the batch is of the own pair, in nats. At most 0; `-> [B, Kr]`.
+    """The log-probability of the own pair in a softmax over the batch, in nats. At most 0; `-> [B, Kr]`.
 
     rows       `[B, Kr, D]` what is rewarded; group i's own pair is group i of the columns
-    columns    `[B, Kc, D]` a candidate is a group, at the mean cosine to its rollouts
-    negatives  `[B, M, Kn, D]` or None: hard negatives, candidates for the rows of their instance only
+    columns    `[B, Kc, D]` each group is a candidate, at the mean cosine to its rollouts
+    negatives  `[B, M, Kn, D]` or None: hard negatives, candidates only for the rows of their own instance
     twins      `[B, B]` or None: True where two instances share a text; not candidates for each other
     mined      every candidate but the own pair at the cosine to its *nearest* rollout instead
     leave_one_out  rows and columns are the same rollouts, and none is its own pair (unsupervised)
@@ -118,10 +118,10 @@ def confidence(own, others, near, temperature):
 
 
 def outranked(negative, query, positive, temperature, mined=False):
-    """InfoNCE for the rollouts of a hard negative: paid for staying behind the positive.
+    """InfoNCE for the rollouts of a hard negative: rewarded for staying behind the positive.
 
     `[B, M, Kn, D], [B, Kq, D], [B, Kp, D] -> [B*M, Kn]`: the log-probability that the query picks its
-    positive, were this rollout its only negative.
+    positive, if this rollout were its only negative.
     """
     own = torch.einsum("bd,bd->b", query.mean(1), positive.mean(1))
     near = torch.einsum("bmld,bkd->bmlk", negative, query)
@@ -133,7 +133,7 @@ def outranked(negative, query, positive, temperature, mined=False):
 
 
 def total(components, lambda_consistency, lambda_hard):
-    """Eq. 16: the weighed sum of a role's three components."""
+    """Eq. 16: the weighted sum of a role's three components."""
     return components["contrastive"] + lambda_consistency * components["consistency"] + lambda_hard * components["hard"]
 
 
@@ -143,14 +143,14 @@ def scaled(reward, tau):
 
 
 def length_penalty(reward, finished, gamma, relative=True):
-    """What a rollout that never came to its end token pays. `[B, K], [B, K] bool -> [B, K]`.
+    """The rewards, with the penalty of rollouts that never reached an end token. `[B, K], [B, K] bool -> [B, K]`.
 
-    relative: gamma less than it would have had; otherwise Eq. 28, -gamma whatever it would have had.
+    relative: the reward less gamma; otherwise Eq. 28, -gamma whatever the reward would have been.
     """
     return torch.where(finished, reward, reward - gamma if relative else torch.full_like(reward, -gamma))
 
 
-# ---------------------------------------------------------------- which role is paid for what
+# ---------------------------------------------------------------- which role is rewarded for what
 
 
 def paper_components(roles, twins=None):
@@ -173,7 +173,7 @@ def infonce_components(roles, role, temperature, twins=None):
     """The InfoNCE components of one role, `{component: [groups, K]}`.
 
     Supervised: a query's candidates are the batch's positives and its own hard negatives, a
-    positive's are the batch's queries; a negative is paid by `outranked`. Unsupervised: the other
+    positive's are the batch's queries; a negative is rewarded by `outranked`. Unsupervised: the other
     rollouts of the same text are the own pair, other texts' rollouts the candidates.
     """
     x = roles[role]

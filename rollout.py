@@ -2,9 +2,9 @@
 
 One idea carries this file: every token is read as few times as possible. The instruction is read once
 per batch and a prompt once for its K rollouts, when sampling and again, with gradients, in the update. The
-decoding loop yields everything that a rollout is: its token ids, their log-probabilities at the
-temperature they were drawn at, and the pooled embedding of text and rationale. Ids are never turned
-into text and back, and the model is never run a second time over what it has just written.
+decoding loop yields everything that makes up a rollout: its token ids, their log-probabilities at the
+temperature at which they were drawn, and the pooled embedding of text and rationale. Ids are never
+turned into text and back, and the model is never run a second time over what it has just written.
 
 `generate()` does not feed the last sampled token, so that token has no hidden state there. Eq. 11
 counts it, so the loop here feeds every token it samples, the end token included.
@@ -74,7 +74,7 @@ def draw(logits, temperature, uniform=None):
     """One token per row and its log-probability. `[R, V], t, [R] -> [R], [R]`.
 
     uniform: numbers in [0, 1), one per row; None where the temperature is 0. No top-p and no top-k: what is sampled
-    from must be what is scored. Inverse transform sampling needs one random number per row, where
+    from must be what is scored. Inverse transform sampling needs one random number per row, whereas
     `torch.multinomial` draws V of them and, on a GPU, costs a host sync.
     """
     probabilities = tempered(logits, temperature).exp()
@@ -88,8 +88,8 @@ def draw(logits, temperature, uniform=None):
 def invert(weights, share):
     """The place where a share of a row's weight is reached. `[R, V], [R, 1] -> [R, 1]`. Never a place without weight.
 
-    A running sum over all of V = 152,000 takes sixteen times as long, and a GPU makes it in float32, where a probability
-    below 6e-8 is nothing next to 1. So the blocks' sums are searched first, and then one block, from 0.
+    A running sum over all of V = 152,000 takes sixteen times as long, and a GPU computes it in float32, where a
+    probability below 6e-8 vanishes next to 1. So the sums of the blocks are searched first, and then one block, from 0.
     """
     R, V = weights.shape
     if V <= BLOCK:
@@ -103,7 +103,7 @@ def invert(weights, share):
 
 
 def locate(weights, share):
-    """`invert` by one running sum, and how much of the place's own weight the share takes. `[R, n], [R, 1] -> [R, 1] x 2`."""
+    """`invert` by one running sum, and how much of that place's weight it covers. `[R, n], [R, 1] -> [R, 1] x 2`."""
     below = weights.cumsum(-1)
     total = below[:, -1:]
     at = torch.minimum(share.to(below.dtype) * total, torch.nextafter(total, torch.zeros_like(total)))  # rounding may reach it
@@ -115,8 +115,8 @@ def locate(weights, share):
 def uniforms(seed, *shape, device=None):
     """Numbers in [0, 1), `[*shape]` float32, from a seed of one or more integers: the same on every device.
 
-    All chance of a batch is drawn here, before the first token: one number per text, rollout and position. So what is
-    sampled depends on these alone, not on how the work is split, packed or repeated.
+    All randomness of a batch is drawn here, before the first token: one number per text, rollout and position. So what
+    is sampled depends on these alone, not on how the work is split, packed or repeated.
     """
     return torch.from_numpy(np.random.default_rng(seed).random(shape, dtype=np.float32)).to(device)
 
@@ -162,8 +162,8 @@ def write(policy, decoder, last, state, temperature, uniform=None):
     uniform  `[n, T]` what each rollout draws at each position, or None
     Returns ids and logprobs `[n, T]`, of which the first `lengths [n]` count, finished `[n]` and the state `[n, D]`.
 
-    A rollout that draws an end token is fed that token and pooled; what it writes while it stays in the batch after that
-    counts for nothing. One still writing after `max_new_tokens` stops there, not finished.
+    When a rollout draws an end token, that token is still fed and pooled; what the row draws after that, while it stays
+    in the batch, does not count. A rollout that is still writing after `max_new_tokens` stops there, not finished.
     """
     n, T, device = len(last), policy.reading.max_new_tokens, last.device
     ids = torch.zeros(n, T, dtype=torch.long, device=device)
@@ -198,7 +198,7 @@ def sample_in_parts(policy, prompts, K, temperature, uniform, budget):
 
 
 def join(parts, places, prompts):
-    """Rollouts of parts of the prompts as one, each at its places (slices), padded to the longest part's T."""
+    """The rollouts of parts of the prompts as one, each part at its place (a slice), padded to the longest part's T."""
     if len(parts) == 1:
         return parts[0]
     N, T = len(prompts.ids), max(part.ids.shape[2] for part in parts)
@@ -247,7 +247,7 @@ def texts_of(texts, roles):
 
 
 def split_by_role(x, texts, roles):
-    """One entry per text of `texts_of`, `[N, ...]`, to `{role: [B, ...]}`; negatives `[B, M, ...]`."""
+    """Split `[N, ...]`, one entry per text of `texts_of`, into `{role: [B, ...]}`; negatives `[B, M, ...]`."""
     parts = dict(zip(roles, x.split([len(texts[role]) for role in roles])))
     if "negative" in parts:
         B = len(texts["query"])
@@ -259,8 +259,8 @@ def roll_out(policy, texts, config, step, budget):
     """Phase 2: K rationales per text of a trained role, one per text of the others, as anchors (Eq. 12, 20).
 
     Returns the trained roles' `Rollouts`, the embeddings of every role as `Batch` has them, and the budget (see
-    `sample_in_parts`) that fitted the memory. What is drawn is a function of `config.seed` and `step`. Of several ranks
-    each reads its share of the prompts; all get everything.
+    `sample_in_parts`) that fitted into memory. What is drawn is a function of `config.seed` and `step`. If there are
+    several ranks, each samples its share of the prompts, and all get all results.
     """
 
     def draw_roles(roles, K, temperature, stream):
@@ -314,7 +314,7 @@ def token_logprobs(policy, hidden, ids, temperature=1.0, chunk=None):
 def text_logprobs(policy, hidden, ids, counted):
     """Mean log-probability of a prompt's own tokens, from a prefill's states. `[N, L, D], [N, L] x 2 -> [N]`.
 
-    Of the tokens that count, text and template, each but the first: what comes before it may have been read elsewhere.
+    Covers the tokens that count, text and template, except the first: the token before it may have been read elsewhere.
     """
     known = (counted[:, :-1] * counted[:, 1:]).bool()  # states that count, of the token before one that counts
     logprobs = token_logprobs(policy, hidden[:, :-1][known], ids[:, 1:][known])
@@ -361,14 +361,15 @@ def effective_rank(embeddings):
 def describe(rollouts, R, components):
     """What a batch of rollouts looks like: rewards and their spread, and the signs of a collapse.
 
-    Four counts are of what can teach little or nothing, as shares of the groups (of the rollouts: `empty`):
+    Four figures count what can teach little or nothing, as shares of the groups (`empty`: of the rollouts):
 
     no_spread      every rollout got the same reward: its advantages are 0. Only the pathwise and KL terms move it.
-    all_identical  every rollout is the same: what little advantages rounding may give it sum to 0 over one
-                   and the same gradient, so the score-function term is 0 here too.
-    all_truncated  no rollout came to an end token. Where gamma is subtracted all lose the same, and the group
-                   teaches by the rest of its rewards; where -gamma takes their place (Eq. 28) it has no spread.
-    empty          the end token and nothing before it: a rollout like any other, its embedding the text's.
+    all_identical  every rollout is the same: any small advantages that rounding leaves sum to 0 and weight the
+                   same gradient, so the score-function term is 0 here too.
+    all_truncated  no rollout reached an end token. If gamma is subtracted, all lose the same, and the group
+                   learns from the rest of its rewards; if -gamma replaces them (Eq. 28), it has no spread.
+    empty          the end token and nothing before it: a rollout like any other, whose embedding is that of
+                   the text and the end token.
     """
     lengths, first = rollouts.mask.sum(-1).float(), rollouts.embeddings[:, 0]  # [N, K]; one rollout per text [N, D]
     ids = [tuple(row) for row in rollouts.ids.flatten(0, 1).tolist()]  # padding makes no two equal: their end tokens differ

@@ -1,15 +1,15 @@
 """The in-batch similarity: every row against every group of columns, first in six plain lines, then in tiles.
 
 The rewards need three things of a row x and B groups of K columns: how near it is to its own group, a
-softmax over the other groups, and how near the nearest member of each other group comes (Eq. 13, 15, and
-InfoNCE). All three live in one table of N x B*K cosines, s = x . c:
+softmax over the other groups, and how near the nearest member of each other group is (Eq. 13, 15, and
+InfoNCE). All three come from one table of N x B*K cosines, s = x . c:
 
     own      mean of s over the own group's K members
     mean     log sum over the other groups of exp(mean of s over the group / t)
     nearest  log sum over the other groups of exp(max of s over the group / t)
     hard     mean over the other groups of the max of s over the group                          (Eq. 15)
 
-`plain_similarity` is this definition. It holds the table, and autograd several copies of it, the largest tensors
+`plain_similarity` is this definition. It holds the table, and autograd holds several copies of it, the largest tensors
 of the reward: at N = B*K = 4,096 a copy takes 67 MB. But each of the four is a sum over groups, so the table can
 be visited tile by tile, each tile folded into four numbers per row and forgotten, as flash attention does:
 
@@ -21,16 +21,16 @@ be visited tile by tile, each tile folded into four numbers per row and forgotte
                   │  ...   │        │        │        │
                   └────────┴────────┴────────┴────────┘
 
-`group_similarity` does that. Its backward pass makes each tile again. With w the gradients of the four numbers,
+`group_similarity` does that. Its backward pass recomputes each tile. With w the gradients of the four numbers,
 p = exp(mean/t - lse) and p' = exp(max/t - lse') the softmax weights of a group, a member's cosine has the gradient
 
     ds = 1/K [ w_own 1(own group) + w_mean p/t 1(other) ] + 1(is the max) [ w_nearest p'/t + w_hard/count ] 1(other)
 
 (shared evenly where several members tie), and then dx += ds c and dc += ds' x, again tile by tile.
 
-The tiles exist twice: in torch, a block of rows at a time (any device, any precision), and in Triton
+There are two implementations: in torch, a block of rows at a time (any device, any precision), and in Triton
 (speed/similarity_triton.py), for CUDA, where a tile never leaves the chip. `kernel` chooses; docs/benchmarks.md
-has what each costs.
+says what each costs.
 
 Shapes: N rows in B blocks of N/B (block i's own group is group i), K columns per group, D hidden size.
 """
@@ -57,7 +57,7 @@ class Similarity(NamedTuple):
 def plain_similarity(rows, columns, temperature, barred):
     """The definition. `[N, D], [B, K, D], t, [B, B] -> Similarity` of `[N]`.
 
-    barred: True where a group is not another group to a group: its own, and those it shares a text with.
+    barred: True where two groups do not count as other groups of each other: the same group, or groups that share a text.
     """
     mine = torch.arange(len(columns), device=rows.device).repeat_interleave(len(rows) // len(columns))  # [N]
     s = torch.einsum("nd,bkd->nbk", rows, columns)
@@ -74,9 +74,9 @@ def group_similarity(rows, columns, temperature, twins=None):
     rows         unit length; N is a multiple of B, and row n belongs to group n // (N / B)
     columns      unit length; any B, K, D
     temperature  t of the two log-sum-exps
-    twins        `[B, B]` bool or None: True where two groups share a text; not counted as other groups
+    twins        `[B, B]` bool or None: True where two groups share a text; they do not count as other groups
     A row without any other group (B = 1) has mean = nearest = -inf and hard = 0. Computed in at least float32;
-    gradients flow to rows and columns. Raises ValueError for shapes that do not go together.
+    gradients flow to rows and columns. Raises ValueError for shapes that do not fit together.
     """
     B = len(columns)
     if rows.shape[1] != columns.shape[2] or len(rows) % B:
@@ -129,14 +129,14 @@ class _Torch:
     """A block of rows at a time, so that no more than about `TABLE` cosines exist at once.
 
     The block's table is `[K, n, B]`, member by member: what is summed or compared over a group's members then
-    lies in contiguous memory, and columns are used where they are.
+    lies in contiguous memory, and columns need no copy.
     """
 
     @staticmethod
     def blocks(rows, columns, barred):
-        """For each block of n rows: where they are, and their cosines `[K, n, B]`.
+        """For each block of n rows: their slice, and their cosines `[K, n, B]`.
 
-        And, `[n, B]` each: the cosines' means and maxima over a group's members, which groups are own, which are other.
+        And, `[n, B]` each: the means and maxima of the cosines over a group's members, which groups are own, which are other.
         """
         B, K, _ = columns.shape
         groups = torch.arange(B, device=rows.device)
@@ -152,7 +152,7 @@ class _Torch:
 
     @staticmethod
     def forward(rows, columns, barred, temperature):
-        """The four numbers of each row, `[N]` each; barred `[B, B]`: True where a group is not another to a group."""
+        """The four numbers of each row, `[N]` each; barred `[B, B]`: True where two groups are not other to each other."""
         numbers = rows.new_empty(4, len(rows))
         for here, _, mean, nearest, own, other in _Torch.blocks(rows, columns, barred):
             numbers[0, here] = torch.where(own, mean, 0).sum(1)

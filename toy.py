@@ -8,7 +8,7 @@ only a policy that thinks knows what a text means, and worlds in which naming wh
 
 Model. A Llama-architecture network of about 0.35 M parameters, warmed up as a language model on
 the world's chats: first with good answers, then with worse ones. So the policy that GRACE starts
-from has learned enough to do better, and does not do it.
+from has learned enough to do better, but does not do so.
 """
 
 import argparse
@@ -106,14 +106,14 @@ def warm_up(model, tokenizer, world, rng, steps, B=96, lr=3e-3):
 
 
 def write_rows(path, rows):
-    """Rows as jsonl."""
+    """Write rows as jsonl."""
     os.makedirs(os.path.dirname(path), exist_ok=True)
     with open(path, "w") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
 
 
 def write_tasks(folder, heldout, graded):
-    """The held-out sets as two evaluation tasks in the hub's layout: retrieval, and graded pairs."""
+    """Write the held-out sets as two evaluation tasks in the hub's layout: retrieval, and graded pairs."""
     documents = dict.fromkeys([row["positive"] for row in heldout] + [row["negative"] for row in heldout])
     number = {text: f"d{i}" for i, text in enumerate(documents)}
     asked = {text: f"q{i}" for i, text in enumerate(dict.fromkeys(row["query"] for row in heldout))}
@@ -131,7 +131,7 @@ def write_tasks(folder, heldout, graded):
 def build(out, seed=0, train=4096, heldout=256, steps=None, world=EVENTS):
     """Write the world's data and the warmed-up model under `out`. The same seed gives the same files.
 
-    steps: of the warm start; None: as many as the world asks for.
+    steps: length of the warm start; None: as many as the world asks for.
     """
     rng = random.Random(seed)
     draw = lambda n, held_out=False: islice(world.meanings(rng, held_out), n)
