@@ -49,7 +49,7 @@ class Config:
     mode: str = setting("supervised", "triplets, or plain texts", ("supervised", "unsupervised"))
     recipe: str = setting("full", "defaults for the settings marked (recipe)", tuple(RECIPES))
     # What is rewarded
-    reward: str = setting(None, "(recipe) the reward: Eq. 13 and 15, or InfoNCE", ("paper", "infonce"))
+    reward: str = setting(None, "(recipe) the reward: Eq. 13 and 15, or InfoNCE in place of both", ("paper", "infonce"))
     train_roles: str = setting(None, "(recipe) which of query,positive,negative get K rollouts and are trained")
     lambda_consistency: float = setting(None, "(recipe) weight of the consistency component, Eq. 16")
     lambda_hard: float = setting(None, "(recipe) weight of the hard component, Eq. 16")
@@ -99,7 +99,7 @@ class Config:
         131072, "token budget of the sampler's key-value cache; lower it when memory is short", least=1
     )
     tokens_per_batch: int = setting(4096, "token budget of a micro-batch; lower it when memory is short", least=1)
-    recompute: bool = setting(False, "keep no activations inside layers: less memory, a third more time in the update")
+    recompute: bool = setting(False, "keep no activations inside layers: less memory, the update a fifth longer")
     shard: bool = setting(False, "under torchrun: each rank holds its share of weights, gradients and moments (FSDP2)")
     dtype: str = setting(
         "float32", "compute type; weights stay float32, rationales are sampled from a copy in it", ("float32", "bfloat16")

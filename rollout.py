@@ -363,7 +363,7 @@ def describe(rollouts, R, components):
 
     Four figures count what can teach little or nothing, as shares of the groups (`empty`: of the rollouts):
 
-    no_spread      every rollout got the same reward: its advantages are 0. Only the pathwise and KL terms move it.
+    no_spread      every rollout got the same reward: its advantages are 0. Only the other terms move it.
     all_identical  every rollout is the same: any small advantages that rounding leaves sum to 0 and weight the
                    same gradient, so the score-function term is 0 here too.
     all_truncated  no rollout reached an end token. If gamma is subtracted, all lose the same, and the group

@@ -2,7 +2,7 @@
 
 What a backward pass needs most memory for is what happens inside a layer: a dozen tensors a token, the widest of
 them in the MLP. `recompute_layers` keeps only what goes into each layer and runs the layer again when its turn in
-the backward pass comes (Chen et al. 2016): about a third more time, for a fraction of the memory.
+the backward pass comes (Chen et al. 2016): a fourth forward pass beside three, for a fraction of the memory.
 
 The library's own switch turns the cache off, because running a layer twice would append its keys twice. Here a
 layer becomes a pure function, earlier keys and values in, all keys and values out, which may run as often as it
