@@ -37,6 +37,7 @@ from policy import Policy
 from prompt import Reading
 
 SIZES = {  # vocabulary, D, layers, heads, width of the feed-forward layers
+    "1m": (4096, 128, 4, 4, 352),
     "4m": (4096, 256, 4, 8, 672),
     "16m": (8192, 384, 7, 6, 1024),
     "60m": (16384, 640, 10, 10, 1728),

@@ -155,7 +155,7 @@ def test_a_run_stops_where_held_out_chats_get_worse(data, tmp_path, monkeypatch)
     assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 8
 
 
-@pytest.mark.parametrize("size, millions", [("4m", 4.2), ("16m", 16), ("60m", 60), ("120m", 120)])
+@pytest.mark.parametrize("size, millions", [("1m", 1.3), ("4m", 4.2), ("16m", 16), ("60m", 60), ("120m", 120)])
 def test_sizes_are_what_they_are_called(size, millions, monkeypatch):
     monkeypatch.undo()
     V, D, *_ = SIZES[size]
