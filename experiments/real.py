@@ -123,6 +123,15 @@ def averaged_lines(by_label):
     return [*lines, "| " + " | ".join(f"{sum(x[n] for x in found) / len(found):.3f}" for n in found[0]) + " |"]
 
 
+def said_lines(by_label):
+    """What each policy of the first seed writes about our own texts."""
+    lines = []
+    for text in next(iter(by_label.values()))[0]["said"]:
+        lines += [f"*{text}*\n", "| | rationale |", "| --- | --- |"]
+        lines += [f"| {label} | {records[0]['said'][text]} |" for label, records in by_label.items() if label != BASE] + [""]
+    return lines
+
+
 def claims(pairs):
     """One claim for each pair of rows, by retrieval and by the mean of tasks."""
     for (text, above, below, way), (name, column) in ((p, c) for p in pairs for c in BY.items()):
@@ -168,7 +177,7 @@ EXPERIMENTS = {
             Claim("its rationales are no less true than before training, by 0.01 at most", [(BEST, REASONING)], "true", by=-0.01),
             Claim("and no less distinct", [(BEST, REASONING)], "distinct", by=-0.01),
         ),
-        note="*words that are true*: of a rationale's content words, the share that the text or another caption of its picture has; *of the "
+        lines=said_lines, note="*words that are true*: of a rationale's content words, the share that the text or another caption of its picture has; *of the "
         "text*: that the text itself has; *true of the next text*: what another picture's captions would support, so what common words get.",
         whole=False,
     ),

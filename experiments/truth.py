@@ -4,7 +4,7 @@ A record gets (`add_captions`): the tasks' scores in both ways, and how often a 
 negative, of triplets that stand beside the held-out rows; of the rationales the share of content words that are true;
 of the other instructions that the backbone was taught how well they are still followed; and, where the run asks for it
 (`averaged`), retrieval by the mean of several sampled rationales. A page of samples is written beside the worlds: the texts
-may be read, but are not handed on, so no record holds any.
+may be read, but are not handed on, so no record holds any. What it holds is the rationales of four texts of our own (`said`).
 """
 
 import json
@@ -19,6 +19,12 @@ from evaluation.encoder import GraceEncoder, MeanEncoder, encode_texts
 from evaluation.metrics import ndcg
 from evaluation.tasks import evaluate_tasks, search
 
+SHOWN = (  # our own, so a record may hold them
+    "Two small dogs chase a yellow ball across the wet grass.",
+    "A man in a red hat is selling fish at a crowded market.",
+    "Three children build a sand castle while their mother reads under an umbrella.",
+    "A boy throws a ball to a girl in a blue dress.",
+)
 SLOW, ON_SEED = TASKS[-2:], 2  # two tasks of many texts are measured on one seed alone, the last
 OTHERS = {  # instructions that no reward touched: does an answer to a text do what it says, as a share
     "Say it shorter.": lambda text, answer: len(answer.split()) < len(text.split()),
@@ -46,6 +52,7 @@ def add_captions(record, start, policy, place):
         record[moment] |= follow_others(start, reader, texts[:256])
     if run.get("averaged"):
         record["averaged"] = averaged(policy, rows[:256], record["config"]["temperature"])
+    record["said"] = dict(zip(SHOWN, encode_texts(policy, SHOWN).rationales))
     before = encode_texts(start, texts[:40]).rationales
     path = os.path.join(place.worlds, "samples", f"{place.key(run)}.md")
     os.makedirs(os.path.dirname(path), exist_ok=True)

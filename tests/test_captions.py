@@ -163,6 +163,7 @@ def test_one_command_makes_the_tables(tiny_world, tmp_path, monkeypatch):
     more = ["--data-dir", f"{tmp_path}/tasks", "--quick", "--jobs", "1", "--out", str(tmp_path / "out")]
     run.main(["captions", "captions_retention", *flags, *more])
     page = (tmp_path / "out" / "results.md").read_text()
+    assert all(f"*{text}*\n" in page for text in truth.SHOWN)
     assert "## Captions: Table 1\n" in page and "## Captions: Table 5" in page and "nan" not in page
     assert f"| {BEST} |" in page and "several sampled rationales averaged" in page and "not measured yet" in page
     records = read_records(str(tmp_path / "out" / "results" / "real.jsonl"))
