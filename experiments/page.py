@@ -90,8 +90,8 @@ class Experiment:
     whole: bool = True  # False: rows are shown as their records come in
 
     def runs(self, seeds=None):
-        """Every run, `[(label, run)]`."""
-        return [(label, {**run, "seed": seed}) for label, run in self.rows.items() for seed in seeds or self.seeds]
+        """Every run, `[(label, run)]`; one that names its seed is the same for all."""
+        return [(label, {"seed": seed, **run}) for label, run in self.rows.items() for seed in seeds or self.seeds]
 
 
 # ---------------------------------------------------------------- tables
