@@ -18,7 +18,9 @@ from scores import TASKS
 
 # ---------------------------------------------------------------- what a row is, before any setting is chosen
 
-SHARED = dict(backbone="given", batch=32, rollouts=4, max_new_tokens=24, lr_decay=True, infonce_temperature=0.05, eval_every=0)
+SHARED = dict(
+    backbone="given", batch=32, rollouts=4, max_new_tokens=24, lr=3e-4, lr_decay=True, infonce_temperature=0.05, eval_every=0
+)
 START = SHARED | dict(trainer="none", seed=0)  # greedy, so no seed matters
 LOSS = SHARED | dict(trainer="contrastive", text_weight=0.0)
 FULL = SHARED | dict(trainer="GRACE", recipe="full", pathwise=1.0)
@@ -76,7 +78,7 @@ MEASURED = dict(probe="captions")
 BASES = {BASE: START | MEASURED, REASONING: START | MEASURED}
 TABLE = BASES | {label: kind | CHOSEN[label] | MEASURED for label, kind in KINDS.items()}
 TABLE[BEST] |= dict(averaged=True)
-UNSUPERVISED = BASES | {label: kind | LONG[label] | dict(lr=3e-4) | MEASURED for label, kind in UNLABELLED.items()}
+UNSUPERVISED = BASES | {label: kind | LONG[label] | MEASURED for label, kind in UNLABELLED.items()}
 KNOBS = {  # the frontier: one knob at a time
     "text term of the loss": {f"the loss, text term {x:g}": TABLE[TEXT_TERM] | dict(text_weight=x) for x in (0.3, 1.0, 3.0)},
     "text term of GRACE": {f"GRACE, text term {x:g}": TABLE[BEST] | dict(text_weight=x) for x in (0.3, 1.0, 3.0)},
