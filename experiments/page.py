@@ -261,7 +261,7 @@ def task_lines(by_label):
 
 
 def section(name, experiment, place, seeds=None, picture=None):
-    """One experiment's part of the page, and its picture where a path is given; None if a run has no record, or none has."""
+    """One experiment's part of the page, and its picture where a path is given; None if a run has no record, or no trained one has."""
     by_label = {}
     for label, run in experiment.runs(seeds):
         if (record := place.read(run)) is None:
@@ -269,7 +269,7 @@ def section(name, experiment, place, seeds=None, picture=None):
                 return None
             continue
         by_label.setdefault(label, []).append(record)
-    if not by_label:
+    if all(records[0]["run"]["trainer"] == "none" for records in by_label.values()):
         return None
     lines = [f"## {experiment.title}\n", f"The paper: {experiment.paper}\n"]
     if experiment.columns:
