@@ -261,7 +261,7 @@ def task_lines(by_label):
 
 
 def section(name, experiment, place, seeds=None, picture=None):
-    """One experiment's part of the page, and its picture where a path is given; None if a run has no record, or no trained one has."""
+    """One experiment's part of the page, and its picture where a path is given; None if a run, or every trained one, has no record."""
     by_label = {}
     for label, run in experiment.runs(seeds):
         if (record := place.read(run)) is None:
