@@ -261,7 +261,10 @@ def task_lines(by_label):
 
 
 def section(name, experiment, place, seeds=None, picture=None):
-    """One experiment's part of the page, and its picture where a path is given; None if a run, or every trained one, has no record."""
+    """One experiment's part of the page, and its picture where a path is given.
+
+    None if a run has no record; where rows come in one by one, if no trained one has.
+    """
     by_label = {}
     for label, run in experiment.runs(seeds):
         if (record := place.read(run)) is None:
