@@ -10,6 +10,8 @@ import shlex
 
 import pytest
 import run
+from record import Place
+from scores import value
 from tables import EXPERIMENTS, NO_PATHWISE, REAL
 
 import config
@@ -167,6 +169,17 @@ def test_your_model_s_flags_links_and_divisions(capsys):
     for moved, weight, ratio in moves:
         digits = len(ratio.partition(".")[2])
         assert round(float(moved) / float(weight), digits) == float(ratio), (moved, weight)
+    place = Place()
+    tried = [place.read(run) for _, run in EXPERIMENTS["captions_search"].runs() if run["trainer"] == "GRACE"]
+    tried = {(x["config"]["steps"], x["config"]["lr"]): x for x in tried if x and x["config"]["pathwise"]}
+    shown = re.findall(r"^\| (\d+) steps at (\S+) \| (\S+) \| (\S+) \| (\S+) \| (\S+) \|$", text, flags=re.M)
+    assert len(shown) == len(tried)
+    for steps, rate, *figures in shown:
+        record = tried[int(steps), float(rate)]
+        ratio, *measured = map(float, figures)
+        assert ratio == pytest.approx(float(rate) * int(steps) / 2 / 0.128, rel=0.03)
+        for name, digits, figure in zip(("ndcg_at_10", "plain loss", "answers loss"), (3, 2, 2), measured):
+            assert round(value(record, name), digits) == figure
 
 
 @pytest.mark.parametrize("page", ["reliability", "benchmarks"])
