@@ -52,6 +52,7 @@ DISCOVERY = {
     **{f"K = {k}": WALKING | BRIEF | dict(rollouts=k) for k in (2, 4, 8)},
     **{f"temperature {t:g}": WALKING | BRIEF | dict(temperature=t) for t in (0.4, 1.0)},
     **{f"{share} % of the start's answers think": WALKING | BRIEF | dict(world=f"town-{share}") for share in (1, 5, 20)},
+    "5 %, at K = 8 and temperature 1": WALKING | BRIEF | dict(world="town-5", rollouts=8, temperature=1.0),
 }
 TRIED = {
     **{f"the loss: rate {rate:g}": LOSS | dict(text_weight=1.0, lr=rate) for rate in (3e-4, 1e-3, 3e-3)},
