@@ -106,14 +106,12 @@ def mean_and_range(values, digits):
 def cell(records, label, name, way="after"):
     """One cell: mean over seeds, lowest and highest; in bold where the row has another way that is not as good.
 
-    Empty where the row does not have this way, a dash where a record does not have this figure; but a task's score is over
-    the records that have it, since some tasks are measured on some seeds.
+    Empty where the row does not have this way, a dash where a record does not have this figure.
     """
     if name in SCORES and way not in ways(label):
         return ""
     values = [value(record, name, way) for record in records]
-    values = [x for x in values if x is not None] if name in TASKS else values
-    if not values or any(x is None or x != x for x in values):
+    if any(x is None or x != x for x in values):
         return MISSING
     text = mean_and_range(values, COLUMNS[name][1])
     both = name in SCORES and len(ways(label)) > 1

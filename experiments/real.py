@@ -26,7 +26,7 @@ LOSS = SHARED | dict(trainer="contrastive", text_weight=0.0)
 FULL = SHARED | dict(trainer="GRACE", recipe="full", pathwise=1.0)
 BASE, REASONING = "Base", "Base with reasoning"
 CONTRASTIVE, TEXT_TERM = "contrastive fine-tuning", "contrastive with the text term"
-PAPERS, BEST = "GRACE, the paper's recipe", "GRACE, full"
+PAPERS, BEST, IN_TIME = "GRACE, the paper's recipe", "GRACE, full", "GRACE, full, in the time of the loss"
 NO_GRPO, ALONE = "the same without GRPO", "by reward alone"
 KINDS = {
     CONTRASTIVE: LOSS,
@@ -50,12 +50,15 @@ LONG = {label: dict(steps=200 if is_loss(kind) else 60) for label, kind in (KIND
 TRIED = {label: [steps | dict(lr=rate) for rate in (1e-4, 3e-4, 1e-3)] for label, steps in SHORT.items()}
 for label in (TEXT_TERM, BEST):  # the two that the page compares: a rate that suits a short run may be too high for a long one
     TRIED[label] += [LONG[label] | dict(lr=rate) for rate in (3e-4, 1e-3)]
-TRIED[BEST].append(dict(steps=200, lr=1e-3))  # as many pairs as the loss had, in three times its time: not to choose by
+# A step of GRACE takes three times as long as one of the loss: GRACE with as many pairs, and the loss in that time.
+TRIED[BEST].append(dict(steps=200, lr=1e-3))
+TRIED[TEXT_TERM].append(dict(steps=600, lr=1e-3))
 CHOSEN = {  # the best of what was tried, by the better way; without GRPO, what GRACE in full has
     CONTRASTIVE: dict(steps=60, lr=3e-4),
     TEXT_TERM: dict(steps=200, lr=1e-3),
     PAPERS: dict(steps=20, lr=1e-4),
-    BEST: dict(steps=60, lr=3e-4),
+    BEST: dict(steps=200, lr=1e-3),
+    IN_TIME: dict(steps=60, lr=3e-4),
     NO_GRPO: dict(steps=60, lr=3e-4),
     ALONE: dict(steps=20, lr=1e-4),
 }
@@ -78,7 +81,7 @@ SEARCH = {
 MEASURED = dict(probe="captions")
 BASES = {BASE: START | MEASURED, REASONING: START | MEASURED}
 TABLE = BASES | {label: kind | CHOSEN[label] | MEASURED for label, kind in KINDS.items()}
-TABLE[BEST] |= dict(averaged=True)
+TABLE[IN_TIME] = FULL | CHOSEN[IN_TIME] | MEASURED | dict(averaged=True)
 UNSUPERVISED = BASES | {label: kind | LONG[label] | MEASURED for label, kind in UNLABELLED.items()}
 KNOBS = {  # the frontier: one knob at a time
     "text term of the loss": {f"the loss, text term {x:g}": TABLE[TEXT_TERM] | dict(text_weight=x) for x in (0.3, 1.0, 3.0)},
@@ -97,8 +100,8 @@ ABOUT = (
     "`sentence-transformers/coco-captions` and `sentence-transformers/all-nli` (triplet)."
 )
 SEEDS = (
-    "SICK-R and Banking77 have many texts and are measured on seed 2 of the trained rows alone; the mean is over the other four tasks. "
-    "The start has no seed. A step of GRACE takes three times as long as one of the loss, so 60 of its steps take as long as 200."
+    "The mean is over four tasks of similarity. The start has no seed. A step of GRACE takes three times as long as one of the loss: the row "
+    "*in the time of the loss* has 60 steps, about as long as 200 of the loss; *GRACE, full* has 200, as many pairs as the loss."
 )
 
 
@@ -136,10 +139,10 @@ def task_lines(by_label):
 
 def averaged_lines(by_label):
     """Retrieval by the mean of several sampled rationales, over the seeds that have it."""
-    found = [record["averaged"] for record in by_label.get(BEST, []) if "averaged" in record]
+    found = [record["averaged"] for record in by_label.get(IN_TIME, []) if "averaged" in record]
     if not found:
         return []
-    lines = [f"{BEST}: nDCG@10 among the first 256 pictures by several sampled rationales averaged, mean over seeds:\n"]
+    lines = [f"{IN_TIME}: nDCG@10 among the first 256 pictures by several sampled rationales averaged, mean over seeds:\n"]
     lines += ["| " + " | ".join("greedy" if n == "0" else n for n in found[0]) + " |", "| ---: " * len(found[0]) + "|"]
     return [*lines, "| " + " | ".join(f"{sum(x[n] for x in found) / len(found):.3f}" for n in found[0]) + " |"]
 
@@ -176,7 +179,7 @@ EXPERIMENTS = {
                 ("contrastive fine-tuning is above the base with reasoning", CONTRASTIVE, REASONING, None),
                 ("GRACE by the paper's recipe is above contrastive fine-tuning", PAPERS, CONTRASTIVE, None),
                 ("GRACE in full, with its rationale, is above the loss with the text term", BEST, TEXT_TERM, "after"),
-                ("GRPO adds to the pathwise term", BEST, NO_GRPO, None),
+                ("GRPO adds to the pathwise term", IN_TIME, NO_GRPO, None),
                 ("the reward alone is above the base with reasoning", ALONE, REASONING, None),
             ]),
         ),

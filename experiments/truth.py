@@ -25,7 +25,6 @@ SHOWN = (  # our own, so a record may hold them
     "Three children build a sand castle while their mother reads under an umbrella.",
     "A boy throws a ball to a girl in a blue dress.",
 )
-SLOW, ON_SEED = TASKS[-2:], 2  # two tasks of many texts are measured on one seed alone, the last
 OTHERS = {  # instructions that no reward touched: does an answer to a text do what it says, as a share
     "Say it shorter.": lambda text, answer: len(answer.split()) < len(text.split()),
     "List the main words.": lambda text, answer: not FUNCTION_WORDS & set(answer.lower().split()),
@@ -39,13 +38,12 @@ def add_captions(record, start, policy, place):
     triplets = read_rows(os.path.join(os.path.dirname(place.heldout), "triplets.jsonl"))
     texts, support = [row["query"] for row in rows], {row["query"]: row["support"] for row in rows}
     run = record["run"]
-    tasks = [name for name in TASKS if name not in SLOW or run["seed"] == ON_SEED]
-    tasks = ["STSBenchmark", "STS17"] if place.quick else tasks
+    tasks = ["STSBenchmark", "STS17"] if place.quick else TASKS
     for way, rationale in (("after", True), ("after_without_rationale", False)):
         encode = GraceEncoder(policy, rationale=rationale).encode
         scores = {name: result["main_score"] for name, result in evaluate_tasks(encode, tasks, place.data_dir).items()}
-        mean = np.mean([score for name, score in scores.items() if name not in SLOW])
-        record[way] = record[way] | scores | {"mean of tasks": float(mean), "told_apart": told_apart(encode, triplets)}
+        mean = float(np.mean(list(scores.values())))
+        record[way] = record[way] | scores | {"mean of tasks": mean, "told_apart": told_apart(encode, triplets)}
     rationales = encode_texts(policy, texts).rationales
     record["after"] |= truth(rationales, texts, support)
     for moment, reader in (("before", start), ("after", policy)):
