@@ -243,8 +243,7 @@ EXPERIMENTS = {
     ),
     "table5": Experiment(
         "Table 5: does generation survive", "Contrastive fine-tuning takes general abilities to 0, GRACE keeps them (± 0.4).",
-        some(SUPERVISED, "Base with reasoning", LOSS_SEARCHED, TEXT_SEARCHED, PAPERS_SEARCHED, "+ the pathwise term", "+ the text term",
-             BEST, REWARD_ALONE),
+        some(SUPERVISED, "Base with reasoning", LOSS_SEARCHED, TEXT_SEARCHED, PAPERS_SEARCHED, BEST),
         ("text loss", "answers loss", "other loss", "other_right", "plain loss", "start_logprob", "well_formed", "finished", "recall",
          "precision", "distinct", "follows"),
         (
