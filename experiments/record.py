@@ -53,9 +53,10 @@ TRAINERS = {
 UNREWARDED = ("none", "contrastive", "forced", "simcse")  # of a recipe they read the text term's weight alone
 TOY = dict(batch=32, rollouts=4, lr=5e-4, lr_decay=True, infonce_temperature=0.2)  # train.sh's settings for the embedded worlds
 QUICK_WORLD = dict(train=64, heldout=16, steps=5)  # built in a second
-QUICK = dict(
-    batch=4, rollouts=3, steps=1, lr=1e-3, lambda_consistency=0.2, lambda_hard=0.2, pathwise=0.1, kl=0.01, max_new_tokens=6
-)  # not varied
+QUICK = dict(  # not varied
+    batch=4, rollouts=3, steps=1, lr=1e-3, lr_decay=True, lambda_consistency=0.2, lambda_hard=0.2, pathwise=0.1, kl=0.01,
+    text_weight=1.0, infonce_temperature=0.2, temperature=0.7, max_new_tokens=6,
+)  # fmt: skip
 REAL_TASKS = ["STSBenchmark", "STS17", "SICK-R", "Banking77Classification"]
 FOLLOW = {  # instructions that a program can check, for backbones that were taught to follow any
     "Answer with the single word yes.": lambda answer: answer.strip(" .!\n").lower() == "yes",
