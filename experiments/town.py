@@ -138,7 +138,7 @@ TABLES = {
     ),
     "town_figure4": Experiment(
         "Figure 4 in the town: latency, and quality against the length allowed", "Quality rises with the number of new tokens up to a knee (256 tokens there).",
-        {FULL: WALKING | dict(probe="budgets")}, (), lines=budget_lines, figure=pictures.budgets, seeds=(0,),
+        {FULL: WALKING | dict(probe="budgets")}, (), lines=budget_lines, figure=pictures.budgets,
     ),
     "town_figure5": Experiment(
         "Figure 5 in the town: score and length along the training", "The score rises and responses grow, from 480 to 1,050 tokens in 1,000 steps.",
