@@ -58,6 +58,12 @@ def stem(word):
 # ---------------------------------------------------------------- rows
 
 
+def read_rows(path):
+    """The rows of a jsonl file."""
+    with open(path, encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
 def read_groups(path):
     """The groups of a jsonl file: lists of at least two different texts. Raises GraceError for a row without one list."""
     groups = []
@@ -99,10 +105,7 @@ def build(groups, triplets, heldout, plain, out, search=256, seed=0):
     rng.shuffle(known)
     if len(known) <= search + 1:
         raise GraceError(f"{len(known)} groups: too few to hold {search} of them back; lower --search")
-    negatives = []
-    for path in triplets:
-        with open(path, encoding="utf-8") as file:
-            negatives += [{k: row[k] for k in ("query", "positive", "negative")} for row in map(json.loads, file)]
+    negatives = [{k: row[k] for k in ("query", "positive", "negative")} for path in triplets for row in read_rows(path)]
     # A row of the training that says what a row held back says would give its answer away.
     two = [rng.sample(group, 2) for group in known[:search]]
     held_out = {text for pair in two for text in pair} | {text for row in negatives[::20] for text in row.values()}

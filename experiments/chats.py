@@ -9,13 +9,12 @@ Shapes: B rows, L tokens.
 """
 
 import gzip
-import json
 import random
 import re
 from collections import Counter
 
 import torch
-from captions import FUNCTION_WORDS, read_groups, stem  # puts the repository on the path
+from captions import FUNCTION_WORDS, read_groups, read_rows, stem  # puts the repository on the path
 
 from plumbing.errors import GraceError
 
@@ -51,11 +50,9 @@ class Data:
 
     def __init__(self, texts, groups, triplets, seed=0):
         texts = [read_text(path) for path in texts]
-        groups, pairs = [group for path in groups for group in read_groups(path)], []
-        for path in triplets:
-            with open(path, encoding="utf-8") as file:
-                both = [(row["query"], row["positive"]) for row in map(json.loads, file)]
-            pairs += [(text, shorter) for text, shorter in both if len(shorter) < len(text)]
+        groups = [group for path in groups for group in read_groups(path)]
+        both = [(row["query"], row["positive"]) for path in triplets for row in read_rows(path)]
+        pairs = [(text, shorter) for text, shorter in both if len(shorter) < len(text)]
         self.kinds = [kind for kind in INSTRUCTIONS if (pairs if kind == "shorter" else groups)]
         if not self.kinds or min(map(len, texts), default=0) < 100 * L:
             raise GraceError(f"give --texts of at least {100 * L} characters each, and --groups or --triplets for the chats")

@@ -8,8 +8,8 @@
     python experiments/run.py captions_unlabelled --data ROWS/texts.jsonl (and the same)
 
 Settings are chosen by the second command's records alone, on rows held back from the training groups and on a seed that no
-table has: three rates for each row of a table, in short runs, and two in long ones for the two rows that the page compares.
-No task is looked at. Rows stand on the page as they are made.
+table has: three rates for each row of a table, in short runs, and three long ones for each of the two rows that the page
+compares. No task is looked at. Rows stand on the page as they are made.
 """
 
 import pictures

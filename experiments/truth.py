@@ -7,11 +7,10 @@ of the other instructions that the backbone was taught how well they are still f
 may be read, but are not handed on, so no record holds any. What it holds is the rationales of four texts of our own (`said`).
 """
 
-import json
 import os
 
 import numpy as np
-from captions import FUNCTION_WORDS, content_words
+from captions import FUNCTION_WORDS, content_words, read_rows
 from record import answers_logprob, reading_otherwise
 from scores import TASKS
 
@@ -57,12 +56,6 @@ def add_captions(record, start, policy, place):
     with open(path, "w", encoding="utf-8") as file:
         file.write(f"{run}\n\n| text | before | after |\n| --- | --- | --- |\n")
         file.writelines(f"| {' | '.join(cells)} |\n" for cells in zip(texts, before, rationales))
-
-
-def read_rows(path):
-    """The rows of a jsonl file."""
-    with open(path, encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
 
 
 def told_apart(encode, triplets):
