@@ -6,7 +6,7 @@
 from dataclasses import dataclass
 
 import numpy as np
-from scores import SCORES, TASKS, WAYS, better_way, value, ways
+from scores import GENRES, SCORES, TASKS, WAYS, better_way, value, ways
 
 HEAD = """# The paper in miniature
 
@@ -34,7 +34,7 @@ COLUMNS = {  # a figure's name in a record: its heading, and digits
     "other loss": ("loss on another instruction, rise", 2), "other_right": ("another instruction, answered rightly", 2),
     "plain loss": ("loss on another kind of texts, rise", 2), "well_formed": ("well formed", 2),
     "told_apart": ("hard negatives told apart", 3),
-    **{name: (name, 3) for name in (*TASKS, "mean of tasks")},
+    **{name: (name, 3) for name in (*TASKS, "mean of tasks", *GENRES)},
     "true": ("words that are true", 3), "copied": ("words of the text", 3), "by_chance": ("true of the next text", 3),
     "follows": ("instructions followed", 2), "words": ("words", 1), "finished": ("ended", 2), "seconds": ("seconds", 0),
 }  # fmt: skip

@@ -14,7 +14,7 @@ compares. No task is looked at. Rows stand on the page as they are made.
 
 import pictures
 from page import COLUMNS, Claim, Experiment, cell, search_lines
-from scores import TASKS, WAYS, better_way
+from scores import GENRES, TASKS, WAYS, better_way, ways
 
 # ---------------------------------------------------------------- what a row is, before any setting is chosen
 
@@ -122,6 +122,7 @@ def settings_lines(by_label):
         *lines,
         "",
         *task_lines(by_label),
+        *genre_lines(by_label),
         *averaged_lines(by_label),
     ]
 
@@ -138,6 +139,17 @@ def task_lines(by_label):
         cells = [cell(records, label, name, way).strip("*") for name in TASKS]
         lines.append(f"| {label} | {WAYS[way]} | {' | '.join(cells)} |")
     return [*lines, ""]
+
+
+def genre_lines(by_label):
+    """STSBenchmark by the kind of its texts, in both ways, of the records that have it."""
+    split = {label: [r for r in records if GENRES[0] in r["after"]] for label, records in by_label.items()}
+    lines = ["STSBenchmark by the kind of its texts (625, 500 and 254 pairs), where it was measured:\n"]
+    lines += ["| | embedded | " + " | ".join(GENRES) + " |", "| --- | --- " + "| ---: " * len(GENRES) + "|"]
+    for label, records in split.items():
+        for way in ways(label) if records else ():
+            lines.append(f"| {label} | {WAYS[way]} | {' | '.join(cell(records, label, name, way) for name in GENRES)} |")
+    return [*lines, ""] if any(split.values()) else []
 
 
 def averaged_lines(by_label):

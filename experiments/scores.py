@@ -8,7 +8,8 @@ import numpy as np
 
 WAYS = {"after": "with rationale", "after_without_rationale": "prompt alone"}  # a moment of a record, and its name
 TASKS = ("STSBenchmark", "STS12", "STS13", "STS17")  # real ones, of the captions
-SCORES = ("ndcg_at_10", "spearman", "told_apart", *TASKS, "mean of tasks")  # what is measured in both ways
+GENRES = ("captions", "news", "forums")  # the kinds of pairs in STSBenchmark
+SCORES = ("ndcg_at_10", "spearman", "told_apart", *TASKS, "mean of tasks", *GENRES)  # what is measured in both ways
 RISES = {  # by how much a loss rose from the start to the end: its name in a table, and the loss in a record
     "text loss": "text_loss", "answers loss": "answers_loss", "other loss": "other_loss", "plain loss": "plain_loss",
 }  # fmt: skip

@@ -1,10 +1,11 @@
 """What a policy that was trained on captions is measured by: tasks, what its rationales say, what it can still do.
 
-A record gets (`add_captions`): the tasks' scores in both ways, and how often a text is nearer its positive than a hard
-negative, of triplets that stand beside the held-out rows; of the rationales the share of content words that are true;
-of the other instructions that the backbone was taught how well they are still followed; and, where the run asks for it
-(`averaged`), retrieval by the mean of several sampled rationales. A page of samples is written beside the worlds: the texts
-may be read, but are not handed on, so no record holds any. What it holds is the rationales of four texts of our own (`said`).
+A record gets (`add_captions`): the tasks' scores in both ways, one task's also by the kind of its texts, and how often a text
+is nearer its positive than a hard negative, of triplets that stand beside the held-out rows; of the rationales the share of
+content words that are true; of the other instructions that the backbone was taught how well they are still followed; and,
+where the run asks for it (`averaged`), retrieval by the mean of several sampled rationales. A page of samples is written
+beside the worlds: the texts may be read, but are not handed on, so no record holds any. What it holds is the rationales of
+four texts of our own (`said`).
 """
 
 import os
@@ -12,11 +13,11 @@ import os
 import numpy as np
 from captions import FUNCTION_WORDS, content_words, read_rows
 from record import answers_logprob, reading_otherwise
-from scores import TASKS
+from scores import GENRES, TASKS
 
 from evaluation.encoder import GraceEncoder, MeanEncoder, encode_texts
-from evaluation.metrics import ndcg
-from evaluation.tasks import evaluate_tasks, search
+from evaluation.metrics import cosine, ndcg, spearman
+from evaluation.tasks import columns, evaluate_tasks, load, search
 
 SHOWN = (  # our own, so a record may hold them
     "Two small dogs chase a yellow ball across the wet grass.",
@@ -43,6 +44,7 @@ def add_captions(record, start, policy, place):
         scores = {name: result["main_score"] for name, result in evaluate_tasks(encode, tasks, place.data_dir).items()}
         mean = float(np.mean(list(scores.values())))
         record[way] = record[way] | scores | {"mean of tasks": mean, "told_apart": told_apart(encode, triplets)}
+        record[way] |= by_genre(encode, place.data_dir)
     rationales = encode_texts(policy, texts).rationales
     record["after"] |= truth(rationales, texts, support)
     for moment, reader in (("before", start), ("after", policy)):
@@ -62,6 +64,17 @@ def told_apart(encode, triplets):
     """The share of triplets whose query is nearer its positive than its hard negative."""
     query, positive, negative = (encode([row[role] for row in triplets]) for role in ("query", "positive", "negative"))
     return float(np.mean((query * positive).sum(1) > (query * negative).sum(1)))
+
+
+def by_genre(encode, data_dir):
+    """STSBenchmark's Spearman by the kind of its pairs. `-> {kind: score}`, empty where the rows do not name their kind."""
+    rows = load("STSBenchmark", data_dir)
+    if "genre" not in rows.column_names:
+        return {}
+    one, two, scores, genres = columns(rows, "STSBenchmark", "sentence1", "sentence2", "score", "genre")
+    near, scores = cosine(encode(one), encode(two)), np.array(scores)
+    kinds = {kind: np.array(genres) == f"main-{kind}" for kind in GENRES}
+    return {kind: spearman(near[pairs], scores[pairs]) for kind, pairs in kinds.items()}
 
 
 def truth(rationales, texts, support):

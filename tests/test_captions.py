@@ -130,6 +130,24 @@ def test_retrieval_by_averaged_rationales_row_by_row(make_policy):
     assert len(set(scores.values())) == 3
 
 
+def test_similarity_by_kind_is_that_of_the_kinds_own_pairs(tmp_path):
+    vector = {"a": [1.0, 0.0], "b": [0.8, 0.6], "c": [0.0, 1.0]}
+    encode = lambda texts: np.array([vector[text] for text in texts])
+    folder = tmp_path / "STSBenchmark"
+    folder.mkdir()
+    pairs = {  # cosines 1, 0.8, 0.6, 0: scores in that order, in the opposite one, and neither
+        "main-captions": [("a", "a", 5.0), ("a", "b", 4.0), ("b", "c", 3.0), ("a", "c", 2.0)],
+        "main-news": [("a", "a", 1.0), ("a", "b", 2.0), ("b", "c", 3.0), ("a", "c", 4.0)],
+        "main-forums": [("a", "a", 5.0), ("a", "b", 3.0), ("b", "c", 4.0), ("a", "c", 2.0)],
+    }
+    named = [dict(zip(("sentence1", "sentence2", "score"), pair), genre=kind) for kind in pairs for pair in pairs[kind]]
+    write(folder / "test.jsonl", named[::2] + named[1::2])
+    expected = {"captions": 1.0, "news": -1.0, "forums": 1 - 6 * 2 / (4 * 15)}  # by Spearman's own formula, without ties
+    assert truth.by_genre(encode, str(tmp_path)) == pytest.approx(expected)
+    write(folder / "test.jsonl", [{k: x for k, x in row.items() if k != "genre"} for row in named])
+    assert truth.by_genre(encode, str(tmp_path)) == {}
+
+
 def test_a_claim_may_fix_the_way_of_its_first_row():
     record = lambda greedy, alone: {"after": {"ndcg_at_10": greedy}, "after_without_rationale": {"ndcg_at_10": alone}}
     by_label = {"a": [record(0.5, 0.9)], "b": [record(0.7, 0.6)]}
