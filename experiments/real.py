@@ -60,7 +60,7 @@ CHOSEN = {  # the best of what was tried in at most 200 steps, by the better way
     BEST: dict(steps=200, lr=1e-3),
     IN_TIME: dict(steps=60, lr=3e-4),
     NO_GRPO: dict(steps=60, lr=3e-4),
-    ALONE: dict(steps=20, lr=1e-4),
+    ALONE: dict(steps=20, lr=1e-3),
 }
 
 
@@ -90,6 +90,9 @@ FRONTIER = {  # one knob at a time, of the two rows that take equally long
     **{f"GRACE, text term {x:g}": IN_TIMES | dict(text_weight=x) for x in (0.3, 3.0)},
     **{f"GRACE, pathwise {x:g}": IN_TIMES | dict(pathwise=x) for x in (0.3, 3.0)},
 }
+SIZES = {"1.3 M": dict(backbone="captions1m"), "4.2 M": {}}  # the smaller one is a folder beside --model
+COMPARED = (BASE, REASONING, TEXT_TERM, BEST)  # with the settings that were found for the larger
+BY_SIZE = {f"{label}, {size}": TABLE[label] | other for size, other in SIZES.items() for label in COMPARED}
 SCORE_COLUMNS = ("ndcg_at_10", "told_apart", "mean of tasks")
 KEPT = ("text loss", "plain loss", "answers loss", "start_logprob", "other loss", "other_right")
 SAID = ("true", "copied", "by_chance", "distinct", "words", "finished")
@@ -222,6 +225,15 @@ EXPERIMENTS = {
         ),
         lines=said_lines, note="*words that are true*: of a rationale's content words, the share that the text or another caption of its picture has; *of the "
         "text*: that the text itself has; *true of the next text*: what another picture's captions would support, so what common words get.",
+        whole=False,
+    ),
+    "captions_sizes": Experiment(
+        "Captions: two sizes of the backbone", "On every backbone: base < base with reasoning < contrastive fine-tuning < GRACE.",
+        BY_SIZE, (*SCORE_COLUMNS, "plain loss", "true", "distinct"),
+        tuple(
+            Claim(f"GRACE in full, with its rationale, is above the loss with the text term at {size}, {name}", [(f"{BEST}, {size}", f"{TEXT_TERM}, {size}")], column, way="after")
+            for size in SIZES for name, column in BY.items()
+        ),
         whole=False,
     ),
     "captions_frontier": Experiment(

@@ -1,7 +1,7 @@
 """One run of an experiment: settings in, a small JSON record out, made once and found again by its settings.
 
-A run is a flat dict: `trainer` (which of TRAINERS, or "none"), `world`, `seed`, `probe`, `backbone` ("toy" or "given",
-where one experiment has both), and any settings of config.py.
+A run is a flat dict: `trainer` (which of TRAINERS, or "none"), `world`, `seed`, `probe`, `backbone` where one experiment
+has several ("toy", "given", or the name of a folder beside the given one), and any settings of config.py.
 Its record holds all of it, the evaluations before and after (and after without a rationale), what the rationales are
 like, the course of the training, versions, wall time and the git revision. Weights are not kept.
 
@@ -133,6 +133,11 @@ class Place:
         """Whether a run starts from the embedded model."""
         return not self.model or run.get("backbone") == "toy"
 
+    def start(self, run):
+        """The folder, or hub id, of the given model that a run starts from."""
+        name = run.get("backbone", "given")
+        return self.model if name == "given" else os.path.join(os.path.dirname(self.model.rstrip("/")), name)
+
     def config(self, run):
         """The Config of a run, its paths aside."""
         fields = {f.name for f in dataclasses.fields(Config)}
@@ -160,7 +165,7 @@ class Place:
     def read(self, run):
         """The record of a run, or None if there is none yet."""
         record = read_records(self.file(run)).get(self.key(run))
-        return record if record and (self.on_toy(run) or record["backbone"] == backbone(self.model)) else None
+        return record if record and (self.on_toy(run) or record["backbone"] == backbone(self.start(run))) else None
 
     def write(self, run, record):
         """Keep the record of a run."""
@@ -325,7 +330,7 @@ def make(run, place):
     """Train and measure one run, and keep its record. Returns the record's key and the seconds it took."""
     began, on_toy = time.time(), place.on_toy(run)
     folder = place.world(run) if on_toy else None
-    model = f"{folder}/model" if on_toy else place.model
+    model = f"{folder}/model" if on_toy else place.start(run)
     files = dict(model=model, data=place.data, heldout=place.heldout, graded=place.graded)
     if not place.data:
         names = {"data": "texts" if run.get("mode") == "unsupervised" else "train", "heldout": "heldout", "graded": "graded"}
@@ -344,7 +349,7 @@ def make(run, place):
             policy = Policy.load(config.out, config.device, config.dtype)
         record = {
             "run": run,
-            "backbone": "toy" if on_toy else backbone(place.model),
+            "backbone": "toy" if on_toy else backbone(model),
             "config": {k: v for k, v in dataclasses.asdict(config).items() if k not in (*files, "out")},
             **{name: summary[name] for name in ("before", "after", "after_without_rationale")},
             **course(config),
