@@ -1,6 +1,6 @@
 """docs/companion.md says where everything is: every name, flag, command, value and link in it is checked against the code.
 
-So are the commands and links of docs/first-hour.md, and the rows that it quotes from the results.
+So are the commands and links of docs/first-hour.md, and what it and the README quote from the results.
 """
 
 import importlib
@@ -140,6 +140,19 @@ def test_the_first_hour_quotes_rows_that_stand_in_the_results():
     assert len(quoted) >= 5
     for row in quoted:
         assert row in results, f"docs/results.md has no row {row[:60]}"
+
+
+def test_the_readme_s_figures_are_the_results():
+    """Whatever a table of scores in the README says is a cell of docs/results.md, to the digit."""
+    cells = lambda line: [cell.strip().strip("*") for cell in line.strip("|").split("|")]
+    with open("README.md", encoding="utf-8") as readme, open(os.path.join("docs", "results.md"), encoding="utf-8") as page:
+        tables, results = re.findall(r"(?:^\|.*\n)+", readme.read(), flags=re.M), page.read()
+    known = {cell for line in results.splitlines() if line.startswith("|") for cell in cells(line)}
+    scores = [table for table in tables if "nDCG@10" in table]
+    assert len(scores) == 3
+    for row in (line for table in scores for line in table.splitlines()[2:]):
+        figures = [cell for cell in cells(row)[1:] if re.fullmatch(r"-?[\d.]+( \(.*\))?", cell)]
+        assert figures and known >= set(figures), f"not in docs/results.md: {set(figures) - known} of {row[:60]}"
 
 
 def test_the_first_hour_s_commands_and_links():
