@@ -474,7 +474,14 @@ def test_a_second_call_makes_no_run_and_the_same_page(quick, capsys):
     assert [os.stat(quick / "results" / name).st_mtime_ns for name in records] == times
 
 
-def test_a_backbone_and_data_of_ones_own(quick, tiny_world, tmp_path):
+def only(monkeypatch, name, *labels):
+    """Leave an experiment these rows, and no claims about the others."""
+    monkeypatch.setattr(EXPERIMENTS[name], "rows", {label: EXPERIMENTS[name].rows[label] for label in labels})
+    monkeypatch.setattr(EXPERIMENTS[name], "claims", ())
+
+
+def test_a_backbone_and_data_of_ones_own(tiny_world, tmp_path, monkeypatch):
+    only(monkeypatch, "table5", "Base with reasoning", "GRACE, full (rollouts at temperature 0.7)")
     data, out = tiny_world / "data", tmp_path / "mine"
     files = ["--model", f"{tiny_world}/model", "--data", f"{data}/train.jsonl", "--heldout", f"{data}/heldout.jsonl"]
     (tmp_path / "plain.txt").write_text("the boat sold the lamp\n\nnoon near the forest\n")
@@ -484,12 +491,13 @@ def test_a_backbone_and_data_of_ones_own(quick, tiny_world, tmp_path):
     assert "instructions followed" in page and COLUMNS["plain loss"][0] in page and COLUMNS["answers loss"][0] in page
 
 
-def test_real_tasks_for_both_backbones(tiny_world, tmp_path):
+def test_real_tasks_for_both_backbones(tiny_world, tmp_path, monkeypatch):
+    only(monkeypatch, "real", "toy: start", "given: start", "given: GRACE, full, tuned here")
     write_all(tmp_path / "tasks")
     files = ["--model", f"{tiny_world}/model", "--data", f"{tiny_world}/data/train.jsonl", "--data-dir", f"{tmp_path}/tasks"]
     run.main(["real", "--quick", "--jobs", "1", "--out", str(tmp_path), *files])
     page = (tmp_path / "results.md").read_text()
-    assert "| hashed words, no model |" in page and page.count(", with rationale |") == page.count(", prompt alone |") == 9
+    assert "| hashed words, no model |" in page and page.count(", with rationale |") == page.count(", prompt alone |") == 3
 
 
 def test_the_page_is_what_the_records_make_it():
