@@ -47,7 +47,7 @@ def spread(values):
     """Mean, and how far the lowest and highest lie from it. `[seeds, n] -> [n], [2, n]`."""
     values = np.array(values, dtype=float)
     mean = values.mean(0)
-    return mean, np.stack([mean - values.min(0), values.max(0) - mean])
+    return mean, np.stack([mean - values.min(0), values.max(0) - mean]).clip(0)  # the mean of equal values may be off a bit
 
 
 def scores(groups, name, way="after"):
@@ -248,12 +248,34 @@ def frontier(by_label, knobs):
     return figure
 
 
+CAPTION_SCORES = {"ndcg_at_10": "caption retrieval, nDCG@10", "mean of tasks": "mean of four tasks"}
+
+
+def by_size(by_label, rows, sizes):
+    """Two scores of each row, by its better way, against the size of the backbone.
+
+    rows: labels, which `by_label` has with a size behind them, as in "Base, 1.3 M"; sizes: `{"1.3 M": 1.3}`. A row that
+    has not been measured at every size is left out.
+    """
+    figure, axes = canvas(2, width=11)
+    for axis, (score, title) in zip(axes, CAPTION_SCORES.items()):
+        for style, row in enumerate(rows):
+            groups = [by_label.get(f"{row}, {size}") for size in sizes]
+            if all(groups):
+                way = better_way([record for group in groups for record in group], row, score)
+                hollow = dict(mfc="white") if way != "after" else {}
+                line(axis, list(sizes.values()), scores(groups, score, way), style, row, **hollow)
+        axis.set(xlabel="parameters of the backbone, millions", ylabel=title, xscale="log", xticks=list(sizes.values()))
+        axis.set(xticklabels=list(sizes), xlim=(min(sizes.values()) / 1.3, max(sizes.values()) * 1.3))
+        axis.minorticks_off()
+    add_legend(figure, axes[0])
+    return figure
+
+
 def retention(by_label):
     """Two scores of each row, by its better way, against the rise of the loss on plain text that nothing trained on."""
     figure, axes = canvas(2, width=11)
-    for axis, (score, title) in zip(
-        axes, (("ndcg_at_10", "caption retrieval, nDCG@10"), ("mean of tasks", "mean of four tasks"))
-    ):
+    for axis, (score, title) in zip(axes, CAPTION_SCORES.items()):
         for (label, records), (colour, _, marker) in zip(by_label.items(), itertools.cycle(STYLES)):
             way = better_way(records, label, score)
             (x, dx), (y, dy) = (

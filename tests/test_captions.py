@@ -11,8 +11,9 @@ import truth
 from captions import content_words
 from conftest import TEXTS
 from page import Claim, section
-from real import BEST, EXPERIMENTS, IN_TIME, KINDS, REASONING, SEARCH, TABLE, TEXT_TERM, TRIED
+from real import BEST, EXPERIMENTS, IN_TIME, KINDS, REASONING, SEARCH, SIZES, TABLE, TEXT_TERM, TRIED
 from record import Place, read_records
+from scores import WAYS
 from synthetic_tasks import write_all
 from tables import EXPERIMENTS as ALL
 
@@ -213,6 +214,34 @@ def test_the_frontier_shows_every_row():
         expected = {label: [i + 0.25, scale * (0.1 * i + 0.01)] for i, label in enumerate(KINDS)}
         assert lines.keys() == expected.keys() and all(lines[label] == pytest.approx(expected[label]) for label in lines)
     assert isinstance(figure, matplotlib.figure.Figure) and len(figure.legends[0].texts) == len(KINDS)
+
+
+def test_the_sizes_show_each_row_by_its_better_way():
+    pytest.importorskip("matplotlib", reason="the pictures need the extra `plot`")
+
+    def record(rationale, alone):
+        return {way: {"ndcg_at_10": x, "mean of tasks": x / 2} for way, x in zip(WAYS, (rationale, alone))}
+
+    by_label = {f"{REASONING}, {size}": [record(0.3, 0.0)] * 3 for size in SIZES}
+    by_label |= {f"{TEXT_TERM}, {size}": [record(0.1, 0.4 + i), record(0.1, 0.6 + i)] for i, size in enumerate(SIZES)}
+    by_label[f"{BEST}, 1.3 M"] = [record(0.5, 0.2)]  # not yet measured at the other size
+    figure = EXPERIMENTS["captions_sizes"].figure(by_label)
+    for axis, scale in zip(figure.axes, (1, 0.5)):
+        lines = {bar.get_label(): bar.lines[0] for bar in axis.containers}
+        points = {label: found.get_xydata().flatten().tolist() for label, found in lines.items()}
+        expected = {REASONING: [1.3, 0.3 * scale, 4.2, 0.3 * scale], TEXT_TERM: [1.3, 0.5 * scale, 4.2, 1.5 * scale]}
+        assert points.keys() == expected.keys() and all(points[x] == pytest.approx(expected[x]) for x in expected)
+        assert lines[TEXT_TERM].get_mfc() == "white" != lines[REASONING].get_mfc()
+
+
+def test_a_run_starts_from_the_folder_that_it_names(tmp_path):
+    place = Place(results=str(tmp_path), model="models/captions4m/", data="rows")
+    small = {"trainer": "none", "seed": 0, "backbone": "captions1m"}
+    assert place.start(small) == "models/captions1m" and place.start({"backbone": "given"}) == place.start({}) == place.model
+    place.write(small, {"run": small, "backbone": "captions1m"})
+    assert place.read(small) and place.read(small | {"backbone": "given"}) is None
+    place.write(small, {"run": small, "backbone": "captions4m"})  # a record of another model is none of this one
+    assert place.read(small) is None
 
 
 def test_a_table_without_records_is_left_out_of_the_page(tmp_path):
