@@ -56,6 +56,7 @@ for label in (TEXT_TERM, BEST):  # the two that the page compares: a rate that s
 # A step of GRACE takes three times as long as one of the loss: GRACE with as many pairs, and the loss in that time.
 TRIED[BEST].append(dict(steps=200, lr=1e-3))
 TRIED[TEXT_TERM].append(dict(steps=600, lr=1e-3))
+TRIED[ALONE] += [dict(steps=steps, lr=1e-3) for steps in (60, 200)]  # does the reward teach if it is given as long?
 CHOSEN = {  # the best of what was tried in at most 200 steps, by the better way; without GRPO, what GRACE has in that time
     CONTRASTIVE: dict(steps=60, lr=3e-4),
     TEXT_TERM: dict(steps=200, lr=1e-3),

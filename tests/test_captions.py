@@ -158,7 +158,7 @@ def test_a_claim_may_fix_the_way_of_its_first_row():
 
 
 def test_rows_that_are_compared_are_searched_with_the_same_budget():
-    assert {len(tried) for tried in TRIED.values()} == {3, 6} and len(TRIED[BEST]) == len(TRIED[TEXT_TERM]) == 6
+    assert min(map(len, TRIED.values())) == 3 and len(TRIED[BEST]) == len(TRIED[TEXT_TERM]) == 6
     assert set(TRIED) == set(KINDS) <= set(TABLE) and len(SEARCH) == sum(map(len, TRIED.values()))
     seeds = {name: set(one.seeds) for name, one in EXPERIMENTS.items()}
     assert not seeds.pop("captions_search") & set().union(*seeds.values())
