@@ -3,6 +3,7 @@
 `by_label` is {row's label: [a record per seed]} everywhere.
 """
 
+from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
@@ -284,7 +285,12 @@ def section(name, experiment, place, seeds=None, picture=None):
         if picture:
             experiment.figure(by_label).savefig(picture)
         lines.append(f"![{experiment.title}]({name}.png)\n")
-    return "\n".join([*lines, f"{experiment.note} {foot(name, by_label, place)}".lstrip(), ""])
+    wanted = Counter(label for label, _ in experiment.runs(seeds))
+    few = [
+        f"{label} ({len(by_label.get(label, ()))} of {n})" for label, n in wanted.items() if len(by_label.get(label, ())) < n
+    ]
+    few = f"Not all seeds yet: {'; '.join(few)}." if few else ""
+    return "\n".join([*lines, " ".join(filter(None, (experiment.note, few, foot(name, by_label, place)))), ""])
 
 
 def foot(name, by_label, place):

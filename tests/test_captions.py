@@ -10,7 +10,7 @@ import run
 import truth
 from captions import content_words
 from conftest import TEXTS
-from page import Claim, section
+from page import Claim, Experiment, section
 from real import BEST, EXPERIMENTS, IN_TIME, KINDS, REASONING, SEARCH, SIZES, TABLE, TEXT_TERM, TRIED
 from record import Place, read_records
 from scores import WAYS
@@ -242,6 +242,17 @@ def test_a_run_starts_from_the_folder_that_it_names(tmp_path):
     assert place.read(small) and place.read(small | {"backbone": "given"}) is None
     place.write(small, {"run": small, "backbone": "captions4m"})  # a record of another model is none of this one
     assert place.read(small) is None
+
+
+def test_a_section_says_which_rows_lack_seeds(tmp_path):
+    rows = {"all": {"trainer": "x"}, "one": {"trainer": "y"}, "none": {"trainer": "z"}}
+    place, experiment = Place(results=str(tmp_path)), Experiment("Title", "", rows, (), whole=False)
+    for trainer, seed in (("x", 0), ("x", 1), ("x", 2), ("y", 0)):
+        record = {"run": {"trainer": trainer, "seed": seed}, "config": dict(batch=2, rollouts=2, steps=1, lr=1)}
+        place.write(record["run"], record | {"seconds": 1, "revision": "abc"})
+    assert "Not all seeds yet: one (1 of 3); none (0 of 3). " in section("name", experiment, place)
+    experiment.rows = {"all": rows["all"]}
+    assert "yet" not in section("name", experiment, place)
 
 
 def test_a_table_without_records_is_left_out_of_the_page(tmp_path):
