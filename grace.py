@@ -252,9 +252,9 @@ class Trainer:
             stats["kl_start"] = kl_k3(logprobs, at_start, mask)
             pull = kl_k2(logprobs, at_start, mask) if config.kl_estimator == "k2" else stats["kl_start"]
             value = value - config.kl * pull
-        off = ((logprobs - part.logprobs).exp() - 1).abs() * mask  # how far each ratio is from 1
-        clipped = (off > config.clip_eps).float()
-        stats |= {"loss": -value, "clip_fraction": masked_mean(clipped, mask), "ratio_off": off.amax(-1)}
+        off = ((logprobs - part.logprobs).exp() - 1) * mask  # how far each ratio is from 1
+        clipped = (off * A.sign()[..., None] > config.clip_eps).float()  # the other way nothing is clipped
+        stats |= {"loss": -value, "clip_fraction": masked_mean(clipped, mask), "ratio_off": off.abs().amax(-1)}
         return value, {name: x.detach() for name, x in stats.items()}
 
     def update(self, rollouts, A, g):

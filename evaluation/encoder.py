@@ -86,13 +86,23 @@ def encode_batch(policy, texts, temperature=0.0, seed=0, rationale=True):
 def encode_distinct(policy, texts, temperature=0.0, seed=0, rationale=True, tokens_per_batch=8192):
     """Distinct texts, a batch at a time. Yields `{text: (vector [D], rationale, cut, finished)}` per batch.
 
-    Several ranks share out the batches, which are those of one process: so are the vectors, to the bit.
+    Several ranks share out the batches, which are those of one process: so are the vectors, to the bit. A batch for which
+    the memory is too small is read in halves. Raises GraceError where it is too small for one text.
     """
 
     def encoded(indices):
         batch = [texts[i] for i in indices]
-        x = encode_batch(policy, batch, temperature, seed, rationale)
-        return dict(zip(batch, zip(x.vectors, x.rationales, x.cut.tolist(), x.finished.tolist())))
+        try:
+            x = encode_batch(policy, batch, temperature, seed, rationale)
+            return dict(zip(batch, zip(x.vectors, x.rationales, x.cut.tolist(), x.finished.tolist())))
+        except torch.OutOfMemoryError as error:
+            if len(batch) == 1:
+                raise GraceError("out of memory with one text: lower --max-new-tokens or --max-prompt-tokens") from error
+        if torch.cuda.is_available():  # out here the exception no longer keeps the tensors alive
+            torch.cuda.empty_cache()
+        print(f"out of memory while reading {len(batch)} texts: reading them in halves")
+        half = len(batch) // 2
+        return encoded(indices[:half]) | encoded(indices[half:])
 
     yield from ranks.each(encoded, token_batches(texts, tokens_per_batch, policy))
 

@@ -36,8 +36,10 @@ SCORES = {  # score: its name, what it is, and whether less is better
 }
 MEANINGS = {  # metric: its name, and what it says
     "reward": ("reward", "What a rationale earns. The band is the spread within a group: what an update learns from."),
-    "contrastive": ("contrastive", "Closer to its own pair than to others of the batch (Eq. 13, or InfoNCE)."),
-    "self": ("self", "Cosine to another rationale of the same text (Eq. 21)."),
+    "contrastive": (
+        "contrastive",
+        "Closer to its own pair than to others of the batch (Eq. 13; without labels 21; or InfoNCE).",
+    ),
     "consistency": ("consistency", "Mean cosine to the other rollouts of the same text (Eq. 14)."),
     "hard": ("hard-negative mining", "Against the nearest rollout of each other text (Eq. 15)."),
     "length": ("length", "Tokens per rationale."),
@@ -60,7 +62,7 @@ MEANINGS = {  # metric: its name, and what it says
     "grad_norm": ("gradient norm", "Before clipping."),
 }
 GROUPS = (  # a heading, and its metrics
-    ("Reward", "by component", ("reward", "contrastive", "self", "consistency", "hard")),
+    ("Reward", "by component", ("reward", "contrastive", "consistency", "hard")),
     ("Length and language", "what the policy writes", ("length", "truncated", "empty", "prompt_loss")),
     ("Signs of trouble", "each with what it means",
      ("reward_std", "no_spread", "distinct_texts", "distinct", "cosine", "effective_rank", "kl_start", "approx_kl",

@@ -12,6 +12,7 @@ import dataclasses
 import torch
 
 from grace import Trainer, advantages, clipped_objective, judge
+from plumbing.errors import GraceError
 from rollout import sample_in_parts, texts_of
 
 
@@ -46,6 +47,8 @@ class DAPO(Trainer):
 
     def advantage(self, R, batch):
         rollouts, limit = batch.rollouts, self.policy.reading.max_new_tokens
+        if not self.config.relative_length_penalty:
+            raise GraceError("DAPO's own penalty takes the place of gamma, which must be subtracted: --relative-length-penalty")
         lengths = rollouts.mask.sum(-1)  # [N, K]
         self.mean_length = lengths.float().mean()
         R = torch.where(rollouts.finished, R, R + self.config.gamma)  # undo gamma
@@ -73,6 +76,10 @@ class ReMax(Trainer):
 
     def advantage(self, R, batch):
         config, texts, roles = self.config, batch.texts, self.config.roles
+        if config.mode == "unsupervised":
+            raise GraceError(
+                "ReMax judges one greedy rationale, which without labels has no other of its text: use labelled rows"
+            )
         prompts = self.policy.prompts(texts_of(texts, roles))
         greedy = sample_in_parts(self.policy, prompts, 1, 0.0, None, self.sample_tokens)
         sizes, baseline = [len(texts[role]) for role in roles], []

@@ -19,6 +19,7 @@ Shapes: B rows, L tokens, D hidden size, V vocabulary.
 import argparse
 import contextlib
 import dataclasses
+import hashlib
 import json
 import math
 import os
@@ -156,18 +157,31 @@ def train(data, size, out, minutes=None, steps=None, seed=0, resume=False, evalu
     if os.path.exists(path) and not resume:
         raise GraceError(f"{out} holds a run: continue it with --resume, or give another --out")
     tokenizer = build_tokenizer(data, SIZES[size][0], seed)
+    vocabulary = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
     model = build_model(tokenizer, size, seed).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.01, betas=(0.9, 0.98))
     if os.path.exists(path):
         state = torch.load(path, map_location=device, weights_only=True)
         if (state["size"], state["seed"]) != (size, seed):
             raise GraceError(f"{path} is of --size {state['size']} --seed {state['seed']}: give these, or another --out")
+        if state["vocabulary"] != vocabulary:
+            raise GraceError(f"{path} is of other texts, groups or triplets: give the same in the same order, or another --out")
         model.load_state_dict(state.pop("model"))
         optimizer.load_state_dict(state.pop("optimizer"))
     else:
         dtype, fitting = measure(model, data, tokenizer, minutes) if minutes else ("float32", steps)
         state = dict(
-            size=size, seed=seed, dtype=dtype, steps=fitting, step=0, seconds=0.0, tokens=0, best=None, worse=0, log=""
+            size=size,
+            seed=seed,
+            vocabulary=vocabulary,
+            dtype=dtype,
+            steps=fitting,
+            step=0,
+            seconds=0.0,
+            tokens=0,
+            best=None,
+            worse=0,
+            log="",
         )
     steps = state["steps"]
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {steps} steps, {state['dtype']}", flush=True)

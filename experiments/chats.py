@@ -3,7 +3,7 @@
     Say it in other words.     a text of a group -> another of its texts
     Say it shorter.            a triplet's query -> its positive, where that is shorter
     List the main words.       a text of a group -> the content words that several of its texts share
-    Repeat it.                 a text -> itself
+    Repeat.                    a text -> itself
 
 Shapes: B rows, L tokens.
 """
@@ -22,7 +22,7 @@ INSTRUCTIONS = {  # a kind of chat: what asks for it, and its share of the chats
     "other words": ("Say it in other words.", 0.6),
     "shorter": ("Say it shorter.", 0.2),
     "main words": ("List the main words.", 0.12),
-    "repeat": ("Repeat it.", 0.08),
+    "repeat": ("Repeat.", 0.08),
 }
 L = 128  # tokens of a plain text's window
 
@@ -93,7 +93,7 @@ class Data:
 def collate(rows, tokenizer):
     """Windows `(text, None)` and chats `((text, answer), kind)` to ids and labels `[B, L]`, padded on the right.
 
-    ids       <system> Repeat it. <user> A dog. <assistant> A dog. <end> <pad>
+    ids       <system> Repeat. <user> A dog. <assistant> A dog. <end> <pad>
     labels       -100  -100 -100   -100 -100 -100    -100    A dog. <end> -100
     """
     encode, ids, labels = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"], [], []

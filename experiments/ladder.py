@@ -2,8 +2,9 @@
 
     python experiments/ladder.py --world runs/town-world-0 --grace runs/toy --loss runs/toy-loss --out runs/toy/ladder.png
 
-One pass of the network ends where the loss's curve falls, and writing begins where GRACE's goes on. Of GRACE there are
-two curves: with the rationale, and the same checkpoint with nothing written. (`run.py ladder` draws five seeds in one picture.)
+Where the loss's curve falls, one pass of the network no longer suffices; where GRACE's stays up, the written walk does the
+work. Of GRACE there are two curves: with the rationale, and the same checkpoint with nothing written. (`run.py ladder` draws
+five seeds in one picture.)
 """
 
 import argparse

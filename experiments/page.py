@@ -11,10 +11,10 @@ from scores import GENRES, SCORES, TASKS, WAYS, better_way, value, ways
 
 HEAD = """# The paper in miniature
 
-`python experiments/run.py` writes this page from the records in `experiments/results/`; no figure in a table is typed. The last
-section is on real text, all others are on the embedded worlds (toy.py): a model of 0.35 M parameters, greedy rationales, 256
-held-out queries among 512 texts, half of them negatives that copy the query's words. A figure is the mean over seeds, with the
-lowest and the highest.
+`python experiments/run.py` writes this page from the records in `experiments/results/`; no figure in a table is typed. The
+sections from *Real text* on are on real text, all others on the embedded worlds (toy.py): a model of 0.35 M parameters, greedy
+rationales, 256 held-out queries among 512 texts, half of them negatives that copy the query's words. A figure is the mean over
+seeds, with the lowest and the highest.
 
 Every trained row is embedded in two ways: with the rationale that it writes, and by its prompt alone. Tables show both scores;
 the better way of a row, by the mean over seeds, is in bold. A claim about a score compares the better ways of its rows. Claims
@@ -45,6 +45,15 @@ MISSING = "–"  # a figure that was not measured when the record was made
 # ---------------------------------------------------------------- what an experiment is
 
 
+def paired(one, other):
+    """The records of two rows by the seeds that both have, `[(record, record)]`; a run that names its seed is of every seed."""
+    seeds = [[record["run"]["seed"] for record in records] for records in (one, other)]
+    of_every = any(len(set(row)) < len(row) for row in seeds)  # one record, once for each seed
+    if of_every or not set(seeds[0]) & set(seeds[1]):
+        return list(zip(one, other))
+    return [(a, b) for a in one for b in other if a["run"]["seed"] == b["run"]["seed"]]
+
+
 @dataclass
 class Claim:
     """`text` holds if, by `column`, the first row of each pair is above the second by more than `by`.
@@ -61,15 +70,20 @@ class Claim:
 
     def verdict(self, by_label):
         """What the records show, in how many of the comparisons (pairs times seeds). Scores are of each row's better way."""
-        figures = {}
         if not by_label.keys() >= {label for pair in self.pairs for label in pair}:
             return "not measured yet"
-        for label in {label for pair in self.pairs for label in pair}:
-            way = (label == self.pairs[0][0] and self.way) or better_way(by_label[label], label, self.column)
-            figures[label] = [value(record, self.column, way) for record in by_label[label]]
-        if any(figure is None for values in figures.values() for figure in values):
+        way = {label: better_way(by_label[label], label, self.column) for pair in self.pairs for label in pair}
+        if self.way:
+            way[self.pairs[0][0]] = self.way
+        figure = lambda record, label: value(record, self.column, way[label])
+        both = [
+            (figure(one, above), figure(other, below))
+            for above, below in self.pairs
+            for one, other in paired(by_label[above], by_label[below])
+        ]
+        if any(None in figures for figures in both):
             return "not measured on these data"
-        apart = [a - b for above, below in self.pairs for a, b in zip(figures[above], figures[below])]
+        apart = [above - below for above, below in both]
         holds = sum(abs(x) <= self.within if self.within is not None else x > self.by for x in apart)
         word = "agrees" if holds == len(apart) else "disagrees" if holds == 0 else "cannot be seen at this size"
         return f"**{word}** ({holds} of {len(apart)} comparisons)"

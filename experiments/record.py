@@ -360,7 +360,7 @@ def make(run, place):
         for moment, which in (("before", start), ("after", policy)):
             record[moment] = record[moment] | measure(which, start, texts, world, plain, instructed=not on_toy)
         if run.get("probe") in ("captions", "search"):
-            record["rationales"] = []  # of texts that may be read here, but not handed on
+            record["rationales"] = []  # the texts' licence forbids handing them on
         if run.get("probe") == "captions":
             from truth import add_captions  # it stands on this file
 

@@ -1,7 +1,7 @@
 """The paper's tables and figures in miniature, one command each; docs/results.md is written from the records.
 
     python experiments/run.py table1                 one table or figure: makes its missing runs, then writes the page
-    python experiments/run.py all                    all of them: two hours on two cores
+    python experiments/run.py all                    all of them: about five hours on two cores
     python experiments/run.py --list                 the names, their runs, and the minutes each takes by itself
     python experiments/run.py table1 --quick         one step per run, into a temporary folder: does it work at all?
 
@@ -12,6 +12,7 @@ the same names work, and write under --out:
         --set lr=1e-6 batch=64 steps=1000 dtype=bfloat16
 
 `real` trains the toy's model and --model on --data and evaluates both on real tasks (--data-dir: a folder per task).
+The committed records of real text were made with `--out experiments`.
 """
 
 import argparse
@@ -116,8 +117,8 @@ def parse(arguments):
         print(f"left out: {', '.join(given)}, which need --model, --data and --data-dir")
     elif any(name.startswith("captions") for name in given) and not (args.heldout and args.plain):
         raise GraceError(f"{given[-1]} needs --heldout and --plain as well: experiments/captions.py writes both")
-    if (args.model or args.data or args.plain) and not args.out and names != given:
-        raise GraceError("with a model, data or texts of your own give --out: the committed records are of the embedded worlds")
+    if (args.model or args.data or args.plain) and not args.out:
+        raise GraceError("with a model, data or texts of your own give --out: the committed records are not of these")
     if args.model and not args.data:
         raise GraceError("--model needs --data: a backbone of your own has no embedded world")
     types = {f.name: f.type for f in dataclasses.fields(Config)}

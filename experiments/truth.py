@@ -1,17 +1,18 @@
 """What a policy that was trained on captions is measured by: tasks, what its rationales say, what it can still do.
 
 A record gets (`add_captions`): the tasks' scores in both ways, one task's also by the kind of its texts, and how often a text
-is nearer its positive than a hard negative, of triplets that stand beside the held-out rows; of the rationales the share of
-content words that are true; of the other instructions that the backbone was taught how well they are still followed; and,
-where the run asks for it (`averaged`), retrieval by the mean of several sampled rationales. A page of samples is written
-beside the worlds: the texts may be read, but are not handed on, so no record holds any. What it holds is the rationales of
-four texts of our own (`said`).
+is nearer its positive than a hard negative, of triplets that stand beside the held-out rows, if any; of the rationales the
+share of content words that are true; of the other instructions that the backbone was taught how well they are still followed;
+and, where the run asks for it (`averaged`), retrieval by the mean of several sampled rationales. A page of samples is written
+beside the worlds. The data's licence forbids handing the texts on, so no record holds any, but only the rationales of four
+texts of our own (`said`).
 """
 
 import os
 
 import numpy as np
 from captions import FUNCTION_WORDS, content_words, read_rows
+from chats import INSTRUCTIONS
 from record import answers_logprob, reading_otherwise
 from scores import GENRES, TASKS
 
@@ -26,9 +27,9 @@ SHOWN = (  # our own, so a record may hold them
     "A boy throws a ball to a girl in a blue dress.",
 )
 OTHERS = {  # instructions that no reward touched: does an answer to a text do what it says, as a share
-    "Say it shorter.": lambda text, answer: len(answer.split()) < len(text.split()),
-    "List the main words.": lambda text, answer: not FUNCTION_WORDS & set(answer.lower().split()),
-    "Repeat.": lambda text, answer: np.mean([word in answer.lower().split() for word in text.lower().split()]),
+    "shorter": lambda text, answer: len(answer.split()) < len(text.split()),
+    "main words": lambda text, answer: not FUNCTION_WORDS & set(answer.lower().split()),
+    "repeat": lambda text, answer: np.mean([word in answer.lower().split() for word in text.lower().split()]),
 }
 
 
@@ -43,8 +44,9 @@ def add_captions(record, start, policy, place):
         encode = GraceEncoder(policy, rationale=rationale).encode
         scores = {name: result["main_score"] for name, result in evaluate_tasks(encode, tasks, place.data_dir).items()}
         mean = float(np.mean(list(scores.values())))
-        record[way] = record[way] | scores | {"mean of tasks": mean, "told_apart": told_apart(encode, triplets)}
-        record[way] |= by_genre(encode, place.data_dir)
+        record[way] = record[way] | scores | {"mean of tasks": mean} | by_genre(encode, place.data_dir)
+        if triplets:
+            record[way]["told_apart"] = told_apart(encode, triplets)
     rationales = encode_texts(policy, texts).rationales
     record["after"] |= truth(rationales, texts, support)
     for moment, reader in (("before", start), ("after", policy)):
@@ -95,8 +97,8 @@ def truth(rationales, texts, support):
 def follow_others(start, policy, texts):
     """The other instructions: nats per token of the start's own answers, drawn, and how far the policy's greedy ones obey."""
     losses, right = [], []
-    for instruction, obeys in OTHERS.items():
-        writer, reader = (reading_otherwise(x, instruction=instruction) for x in (start, policy))
+    for kind, obeys in OTHERS.items():
+        writer, reader = (reading_otherwise(x, instruction=INSTRUCTIONS[kind][0]) for x in (start, policy))
         losses.append(-answers_logprob(writer, reader, texts, 1.0))
         right += [obeys(*pair) for pair in zip(texts, encode_texts(reader, texts).rationales)]
     return {"other_loss": float(np.mean(losses)), "other_right": float(np.mean(right))}

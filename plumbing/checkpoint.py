@@ -26,7 +26,7 @@ from plumbing import ranks
 from plumbing.errors import GraceError, first_line
 from plumbing.report import read_metrics
 
-RESUME = "; then --resume goes on: the checkpoints that were there before are whole"
+RESUME = "; then --resume continues: the earlier checkpoints are intact"
 
 # ---------------------------------------------------------------- writing
 

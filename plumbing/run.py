@@ -124,14 +124,18 @@ class Run:
                 f"{metrics['truncated']:.0%} of rationales never end. Try more --max-new-tokens, another --instruction, "
                 "--relative-length-penalty"
             )
-        if config.eval_every and step % config.eval_every == 0 and step < config.steps:
-            metrics = metrics | {f"heldout_{k}": v for k, v in self.evaluate().items()}
-        append(self.metrics_file, json.dumps(metrics) + "\n")
+        try:
+            if config.eval_every and step % config.eval_every == 0 and step < config.steps:
+                metrics = metrics | {f"heldout_{k}": v for k, v in self.evaluate().items()}
+        finally:  # a step that was made has its line, even where its evaluation fails
+            append(self.metrics_file, json.dumps(metrics) + "\n")
         if self.board:
             for name, value in metrics.items():
                 self.board.add_scalar(name, value, step)
         self.progress["seconds"] = self.seconds_before + time.time() - self.started
-        by_steps = config.save_every and (step % config.save_every == 0 or step == config.steps)
+        # After the last step, too, unless nothing is to be saved: the evaluation that follows can be stopped, or fail.
+        last = step == config.steps and (config.save_every or config.save_minutes)
+        by_steps = last or (config.save_every and step % config.save_every == 0)
         by_time = config.save_minutes and time.time() - self.saved_at >= 60 * config.save_minutes
         # A signal to one rank, or one rank's clock, is enough for all.
         stop, by_time = map(max, zip(*ranks.exchange((self.signals.received, by_time))))

@@ -1,5 +1,6 @@
 """experiments/backbone.py on tiny data made in place: what is learned, a resumed run, the tokenizer, the folder."""
 
+import copy
 import functools
 import gzip
 import json
@@ -129,6 +130,10 @@ def test_a_resumed_run_is_the_run_never_stopped(data, tmp_path, monkeypatch):
         train(data, "4m", str(tmp_path / "parts"), steps=8)
     with pytest.raises(GraceError, match="--seed 0"):
         train(data, "4m", str(tmp_path / "parts"), steps=8, seed=1, resume=True)
+    fewer = copy.copy(data)
+    fewer.kinds = data.kinds[:1]
+    with pytest.raises(GraceError, match="is of other texts, groups or triplets"):
+        train(fewer, "4m", str(tmp_path / "parts"), steps=8, resume=True)
     assert train(data, "4m", str(tmp_path / "parts"), steps=8, evaluations=4, resume=True) == whole
     one, two = weights(tmp_path / "whole"), weights(tmp_path / "parts")
     assert all(torch.equal(one[name], two[name]) for name in one)

@@ -105,7 +105,7 @@ def test_what_is_still_followed(make_policy, monkeypatch):
     start, other = make_policy(), make_policy(seed=1)
     mine, others = truth.follow_others(start, start, TEXTS), truth.follow_others(start, other, TEXTS)
     assert mine["other_loss"] < others["other_loss"] - 0.1
-    obeyed = {"a": lambda text, answer: text == TEXTS[0], "b": lambda text, answer: 0.5}
+    obeyed = {"shorter": lambda text, answer: text == TEXTS[0], "repeat": lambda text, answer: 0.5}
     monkeypatch.setattr(truth, "OTHERS", obeyed)
     n = len(TEXTS)
     assert truth.follow_others(start, start, TEXTS)["other_right"] == pytest.approx((1 + 0.5 * n) / (2 * n))
@@ -150,7 +150,9 @@ def test_similarity_by_kind_is_that_of_the_kinds_own_pairs(tmp_path):
 
 
 def test_a_claim_may_fix_the_way_of_its_first_row():
-    record = lambda greedy, alone: {"after": {"ndcg_at_10": greedy}, "after_without_rationale": {"ndcg_at_10": alone}}
+    record = lambda greedy, alone: {
+        "run": {"seed": 0}, "after": {"ndcg_at_10": greedy}, "after_without_rationale": {"ndcg_at_10": alone},
+    }  # fmt: skip
     by_label = {"a": [record(0.5, 0.9)], "b": [record(0.7, 0.6)]}
     assert "agrees" in Claim("", [("a", "b")]).verdict(by_label)
     assert "disagrees" in Claim("", [("a", "b")], way="after").verdict(by_label)

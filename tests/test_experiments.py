@@ -99,6 +99,17 @@ def test_the_other_surrogates_token_by_token(make_policy, algorithm, low, high):
     assert min(clipped) > 0  # both sides are at work, and so is the difference between them
 
 
+def test_what_an_algorithm_cannot_do_is_said(make_policy):
+    trainer, R, batch = prepared(make_policy(), DAPO)
+    trainer.config.relative_length_penalty = False
+    with pytest.raises(GraceError, match="--relative-length-penalty"):
+        trainer.advantage(R, batch)
+    trainer, R, batch = prepared(make_policy(), ReMax)
+    trainer.config.mode = "unsupervised"
+    with pytest.raises(GraceError, match="labelled rows"):
+        trainer.advantage(R, batch)
+
+
 def test_remax_subtracts_the_greedy_rationales_reward(make_policy):
     """That reward in loops: InfoNCE, consistency, and InfoNCE against the nearest rollouts."""
     policy = make_policy().__class__(make_policy().model.double(), make_policy().tokenizer, make_policy().reading)
@@ -251,8 +262,8 @@ def test_forced_rationales_are_the_starts_and_not_the_policys(make_policy):
 
 
 def test_verdicts_are_counted():
-    record = lambda recall: {"after": {"recall": recall}}
-    by_label = {"a": [record(0.9), record(0.8)], "b": [record(0.5), record(0.85)], "c": [record(0.1), record(0.2)]}
+    row = lambda *recalls: [{"run": {"seed": seed}, "after": {"recall": recall}} for seed, recall in enumerate(recalls)]
+    by_label = {"a": row(0.9, 0.8), "b": row(0.5, 0.85), "c": row(0.1, 0.2)}
     verdict = lambda *pairs, **more: Claim("", list(pairs), "recall", **more).verdict(by_label)
     assert verdict(("a", "c")) == "**agrees** (2 of 2 comparisons)"
     assert verdict(("c", "a"), ("c", "b")) == "**disagrees** (0 of 4 comparisons)"
@@ -260,12 +271,17 @@ def test_verdicts_are_counted():
     assert verdict(("a", "a"), within=0.1) == "**agrees** (2 of 2 comparisons)"
     assert verdict(("a", "c"), within=0.1) == "**disagrees** (0 of 2 comparisons)"
     assert verdict(("a", "b"), by=0.4) == "**disagrees** (0 of 2 comparisons)"
+    by_label |= {"late": row(0, 0.7)[1:], "start": row(0.75)[:1] * 2}  # the second seed alone; one record for every seed
+    assert verdict(("a", "late")) == "**agrees** (1 of 1 comparisons)" == verdict(("start", "late"))
+    assert verdict(("start", "b")) == "**cannot be seen at this size** (1 of 2 comparisons)"
+    assert verdict(("a", "nobody")) == "not measured yet"
 
 
 def both_ways(*scores):
     """A record per seed, from pairs: nDCG@10 with the rationale, and by the prompt alone."""
     moments = ("after", "after_without_rationale")
-    return [{moment: {"ndcg_at_10": score} for moment, score in zip(moments, pair)} for pair in scores]
+    row = [{moment: {"ndcg_at_10": score} for moment, score in zip(moments, pair)} for pair in scores]
+    return [record | {"run": {"seed": seed}} for seed, record in enumerate(row)]
 
 
 def test_claims_compare_the_better_way_of_each_row():
@@ -297,7 +313,10 @@ def test_a_figure_that_was_not_measured_is_a_dash_and_judges_nothing():
     new = {"before": {"answers_loss": 1.0, "text_loss": 2.0}, "after": {"answers_loss": 1.25, "text_loss": 2.5}}
     old = {moment: {"text_loss": loss["text_loss"]} for moment, loss in new.items()}
     assert value(new, "answers loss") == 0.25 and value(old, "answers loss") is None
-    by_label = {"new": [new, new], "old": [new, old]}
+    by_label = {
+        label: [x | {"run": {"seed": i}} for i, x in enumerate(row)]
+        for label, row in (("new", [new, new]), ("old", [new, old]))
+    }
     assert [line.split("|")[2:] for line in table(by_label, ["text loss", "answers loss", "plain loss"])[2:]] == [
         [" 0.50 ", " 0.25 ", ""],
         [" 0.50 ", " – ", ""],
@@ -514,6 +533,7 @@ def test_the_page_is_what_the_records_make_it():
         (["captions", *"--model x --data x --data-dir x --heldout x".split()], "captions needs --heldout and --plain"),
         (["table1", "--data", "x"], "give --out"),
         (["table1", "--plain", "x"], "give --out"),
+        (["real", "--model", "x", "--data", "x", "--data-dir", "x"], "give --out"),
         (["table1", "--model", "x", "--out", "y"], "--model needs --data"),
         (["table1", "--set", "learning_rate=1"], "no setting 'learning_rate'"),
     ],

@@ -13,6 +13,7 @@ from conftest import ROWS, command, descent, same, weights
 
 import grace
 import rollout
+from evaluation import encoder
 from plumbing.checkpoint import checkpoints
 from plumbing.errors import GraceError
 from plumbing.guard import Signals, within_memory
@@ -186,6 +187,26 @@ def test_memory_for_one_group():
 
     with pytest.raises(GraceError, match="--tokens-per-batch 60: out of memory with one group at a time; lower --rollouts, "):
         within_memory(never, 100, 60, "--tokens-per-batch")
+
+
+def test_memory_for_reading(make_policy, monkeypatch, capsys):
+    """A batch that is too large is read in halves, and every text gets the vector of memory enough."""
+    policy, texts = make_policy(), [f"text number {i}" for i in range(7)]
+    read, sizes = encoder.encode_batch, []
+    expected = encoder.encode_texts(policy, texts).vectors
+
+    def small(policy, batch, *args, most=2):
+        sizes.append(len(batch))
+        if len(batch) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return read(policy, batch, *args)
+
+    monkeypatch.setattr(encoder, "encode_batch", small)
+    assert abs(encoder.encode_texts(policy, texts).vectors - expected).max() < 1e-5
+    assert sizes == [7, 3, 1, 2, 4, 2, 2] and "reading 7 texts: reading them in halves" in capsys.readouterr().out
+    monkeypatch.setattr(encoder, "encode_batch", lambda *args: small(*args, most=0))
+    with pytest.raises(GraceError, match="out of memory with one text: lower --max-new-tokens"):
+        encoder.encode_texts(policy, texts)
 
 
 def test_memory_elsewhere(tiny_world, tmp_path, monkeypatch):

@@ -74,7 +74,9 @@ def test_error_leaves_a_checkpoint(tiny_world, tmp_path, monkeypatch, capsys, mo
     same(tmp_path / "straight", tmp_path / "failed")
 
 
-@pytest.mark.parametrize("minutes, saved", [(0, []), (1, ["00000002", "00000003"]), (2, ["00000002"])])
+@pytest.mark.parametrize(
+    "minutes, saved", [(0, []), (1, ["00000002", "00000003"]), (2, ["00000002", "00000003"]), (5, ["00000003"])]
+)
 def test_save_minutes(tiny_world, tmp_path, monkeypatch, minutes, saved):
     """With a clock by which a step takes a minute."""
     clock, step = [0.0], grace.Trainer.step
@@ -87,6 +89,27 @@ def test_save_minutes(tiny_world, tmp_path, monkeypatch, minutes, saved):
     monkeypatch.setattr("plumbing.run.time", SimpleNamespace(time=lambda: clock[0]))
     grace.main(command(tiny_world, tmp_path, f"--save-every 0 --save-minutes {minutes}"))
     assert [os.path.basename(x) for x in checkpoints(tmp_path)] == saved
+
+
+@pytest.mark.parametrize("failing, steps", [(2, 1), (3, 2)], ids=["during the training", "after the last step"])
+def test_an_evaluation_that_fails_loses_no_step(tiny_world, tmp_path, monkeypatch, failing, steps):
+    evaluate, calls = grace.evaluate_heldout, []
+
+    def fails(*args, **options):
+        calls.append(1)
+        if len(calls) == failing:
+            raise GraceError("no memory left")
+        return evaluate(*args, **options)
+
+    flags = "--steps 2 --eval-every 1 --save-every 0"
+    with monkeypatch.context() as patched:
+        patched.setattr(grace, "evaluate_heldout", fails)
+        with pytest.raises(SystemExit, match="no memory left"):
+            grace.main(command(tiny_world, tmp_path, flags))
+    assert (tmp_path / "metrics.jsonl").read_text().count("\n") == steps
+    assert [os.path.basename(x) for x in checkpoints(tmp_path)] == [f"{steps:08d}"]
+    grace.main(command(tiny_world, tmp_path, flags, "--resume"))
+    assert (tmp_path / "metrics.jsonl").read_text().count("\n") == 2 and (tmp_path / "summary.json").exists()
 
 
 def test_damaged_checkpoint_resumed(tiny_world, finished_run, two_checkpoints, capsys):
@@ -131,7 +154,7 @@ def test_results_are_not_overwritten(tiny_world, finished_run, two_checkpoints):
     with pytest.raises(SystemExit, match="is where --model is: give another folder"):
         grace.main(command(tiny_world, tiny_world / "model", "--overwrite"))
     assert (tiny_world / "model" / "model.safetensors").exists()
-    grace.main(command(tiny_world, two_checkpoints, "--steps 1 --overwrite --save-every 0"))
+    grace.main(command(tiny_world, two_checkpoints, "--steps 1 --overwrite --save-every 0 --save-minutes 0"))
     assert not checkpoints(two_checkpoints) and (two_checkpoints / "metrics.jsonl").read_text().count("\n") == 1
 
 
