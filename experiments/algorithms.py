@@ -77,9 +77,7 @@ class ReMax(Trainer):
     def advantage(self, R, batch):
         config, texts, roles = self.config, batch.texts, self.config.roles
         if config.mode == "unsupervised":
-            raise GraceError(
-                "ReMax judges one greedy rationale, which without labels has no other of its text: use labelled rows"
-            )
+            raise GraceError("ReMax judges one greedy rationale, which without labels has no pair: use labelled rows")
         prompts = self.policy.prompts(texts_of(texts, roles))
         greedy = sample_in_parts(self.policy, prompts, 1, 0.0, None, self.sample_tokens)
         sizes, baseline = [len(texts[role]) for role in roles], []

@@ -164,25 +164,14 @@ def train(data, size, out, minutes=None, steps=None, seed=0, resume=False, evalu
         state = torch.load(path, map_location=device, weights_only=True)
         if (state["size"], state["seed"]) != (size, seed):
             raise GraceError(f"{path} is of --size {state['size']} --seed {state['seed']}: give these, or another --out")
-        if state["vocabulary"] != vocabulary:
+        if state.get("vocabulary") != vocabulary:
             raise GraceError(f"{path} is of other texts, groups or triplets: give the same in the same order, or another --out")
         model.load_state_dict(state.pop("model"))
         optimizer.load_state_dict(state.pop("optimizer"))
     else:
         dtype, fitting = measure(model, data, tokenizer, minutes) if minutes else ("float32", steps)
-        state = dict(
-            size=size,
-            seed=seed,
-            vocabulary=vocabulary,
-            dtype=dtype,
-            steps=fitting,
-            step=0,
-            seconds=0.0,
-            tokens=0,
-            best=None,
-            worse=0,
-            log="",
-        )
+        state = dict(size=size, seed=seed, vocabulary=vocabulary, dtype=dtype, steps=fitting)
+        state |= dict(step=0, seconds=0.0, tokens=0, best=None, worse=0, log="")
     steps = state["steps"]
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {steps} steps, {state['dtype']}", flush=True)
     while state["step"] < steps and state["worse"] < PATIENCE:

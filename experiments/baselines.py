@@ -15,6 +15,8 @@ import time
 import torch
 
 from grace import Trainer
+from plumbing import ranks
+from plumbing.errors import GraceError
 from policy import Policy
 from pool import fold, unit
 from reward import infonce
@@ -22,7 +24,12 @@ from rollout import make_batch, sample, score, text_logprobs, uniforms
 
 
 class LossTrainer(Trainer):
-    """One AdamW step on a loss of the prompts' embeddings. Subclasses have `loss(batch)`."""
+    """One AdamW step on a loss of the prompts' embeddings. Subclasses have `loss(batch)`. For one process."""
+
+    def __init__(self, policy, reference, rows, config):
+        if ranks.size() > 1:
+            raise GraceError("a loss reads its whole batch at once, in one process: leave out torchrun")
+        super().__init__(policy, reference, rows, config)
 
     def step(self):
         """One step. Returns its metrics."""

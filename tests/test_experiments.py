@@ -99,7 +99,7 @@ def test_the_other_surrogates_token_by_token(make_policy, algorithm, low, high):
     assert min(clipped) > 0  # both sides are at work, and so is the difference between them
 
 
-def test_what_an_algorithm_cannot_do_is_said(make_policy):
+def test_what_an_algorithm_cannot_do_is_said(make_policy, monkeypatch):
     trainer, R, batch = prepared(make_policy(), DAPO)
     trainer.config.relative_length_penalty = False
     with pytest.raises(GraceError, match="--relative-length-penalty"):
@@ -108,6 +108,9 @@ def test_what_an_algorithm_cannot_do_is_said(make_policy):
     trainer.config.mode = "unsupervised"
     with pytest.raises(GraceError, match="labelled rows"):
         trainer.advantage(R, batch)
+    monkeypatch.setattr("plumbing.ranks._size", 2)
+    with pytest.raises(GraceError, match="leave out torchrun"):
+        Contrastive(make_policy(), None, ROWS, config())
 
 
 def test_remax_subtracts_the_greedy_rationales_reward(make_policy):
