@@ -253,5 +253,6 @@ EXPERIMENTS = {
     "captions_frontier": Experiment(
         "Captions: the frontier of retrieval against retention", "(Ours.) One knob at a time.",
         FRONTIER, ("ndcg_at_10", "mean of tasks", "plain loss", "other loss", "true"), figure=pictures.retention, whole=False,
+        note="A text term of 3 keeps no more of another kind of texts than one of 1: it is a loss on the training texts, and holds those.",
     ),
 }  # fmt: skip
