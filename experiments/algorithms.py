@@ -45,10 +45,13 @@ class DAPO(Trainer):
 
     LOW, HIGH, CACHE = 0.2, 0.28, 0.2
 
+    def __init__(self, policy, reference, rows, config):
+        if not config.relative_length_penalty:
+            raise GraceError("DAPO's own penalty takes the place of gamma, which must be subtracted: --relative-length-penalty")
+        super().__init__(policy, reference, rows, config)
+
     def advantage(self, R, batch):
         rollouts, limit = batch.rollouts, self.policy.reading.max_new_tokens
-        if not self.config.relative_length_penalty:
-            raise GraceError("DAPO's own penalty takes the place of gamma, which must be subtracted: --relative-length-penalty")
         lengths = rollouts.mask.sum(-1)  # [N, K]
         self.mean_length = lengths.float().mean()
         R = torch.where(rollouts.finished, R, R + self.config.gamma)  # undo gamma
@@ -74,10 +77,13 @@ class ReMax(Trainer):
     The greedy rationale is judged as one more rollout would be: against the sampled ones of all other texts.
     """
 
-    def advantage(self, R, batch):
-        config, texts, roles = self.config, batch.texts, self.config.roles
+    def __init__(self, policy, reference, rows, config):
         if config.mode == "unsupervised":
             raise GraceError("ReMax judges one greedy rationale, which without labels has no pair: use labelled rows")
+        super().__init__(policy, reference, rows, config)
+
+    def advantage(self, R, batch):
+        config, texts, roles = self.config, batch.texts, self.config.roles
         prompts = self.policy.prompts(texts_of(texts, roles))
         greedy = sample_in_parts(self.policy, prompts, 1, 0.0, None, self.sample_tokens)
         sizes, baseline = [len(texts[role]) for role in roles], []

@@ -85,14 +85,14 @@ SEARCH = {
 MEASURED = dict(probe="captions")
 BASES = {BASE: START | MEASURED, REASONING: START | MEASURED}
 TABLE = BASES | {label: kind | CHOSEN[label] | MEASURED for label, kind in KINDS.items()}
-IN_TIMES = FULL | CHOSEN[IN_TIME] | MEASURED
-TABLE[IN_TIME] = IN_TIMES | dict(averaged=True)
+FULL_IN_TIME = FULL | CHOSEN[IN_TIME] | MEASURED
+TABLE[IN_TIME] = FULL_IN_TIME | dict(averaged=True)
 UNSUPERVISED = BASES | {label: kind | LONG[label] | MEASURED for label, kind in UNLABELLED.items()}
 FRONTIER = {  # one knob at a time, of the two rows that take equally long
     **{f"the loss, text term {x:g}": TABLE[TEXT_TERM] | dict(text_weight=x) for x in (0.3, 1.0, 3.0)},
     "GRACE, text term 1, pathwise 1": TABLE[IN_TIME],
-    **{f"GRACE, text term {x:g}": IN_TIMES | dict(text_weight=x) for x in (0.3, 3.0)},
-    **{f"GRACE, pathwise {x:g}": IN_TIMES | dict(pathwise=x) for x in (0.3, 3.0)},
+    **{f"GRACE, text term {x:g}": FULL_IN_TIME | dict(text_weight=x) for x in (0.3, 3.0)},
+    **{f"GRACE, pathwise {x:g}": FULL_IN_TIME | dict(pathwise=x) for x in (0.3, 3.0)},
 }
 SIZES = {"1.3 M": dict(backbone="captions1m"), "4.2 M": {}}  # the smaller one is a folder beside --model
 COMPARED = (BASE, REASONING, TEXT_TERM, BEST)  # with the settings that were found for the larger
@@ -138,29 +138,33 @@ def settings_lines(by_label):
     ]
 
 
+def embedded_lines(title, names, rows):
+    """A table of scores that has the way of embedding in a column. rows: `[(label, way, cells)]`."""
+    lines = [f"{title}:\n", f"| | embedded | {' | '.join(names)} |", "| --- | --- " + "| ---: " * len(names) + "|"]
+    return [*lines, *(f"| {label} | {WAYS[way]} | {' | '.join(cells)} |" for label, way, cells in rows), ""]
+
+
 def task_lines(by_label):
     """The tasks one by one, each row by the way that is better on their mean."""
-    lines = ["Tasks, each row by the way that is better on their mean (cosine Spearman):\n"]
-    lines += [
-        "| | embedded | " + " | ".join(COLUMNS[name][0] for name in TASKS) + " |",
-        "| --- | --- " + "| ---: " * len(TASKS) + "|",
+    way = {label: better_way(records, label, "mean of tasks") for label, records in by_label.items()}
+    rows = [
+        (label, way[label], [cell(records, label, name, way[label]).strip("*") for name in TASKS])
+        for label, records in by_label.items()
     ]
-    for label, records in by_label.items():
-        way = better_way(records, label, "mean of tasks")
-        cells = [cell(records, label, name, way).strip("*") for name in TASKS]
-        lines.append(f"| {label} | {WAYS[way]} | {' | '.join(cells)} |")
-    return [*lines, ""]
+    title = "Tasks, each row by the way that is better on their mean (cosine Spearman)"
+    return embedded_lines(title, [COLUMNS[name][0] for name in TASKS], rows)
 
 
 def genre_lines(by_label):
     """STSBenchmark by the kind of its texts, in both ways, of the records that have it."""
     split = {label: [r for r in records if GENRES[0] in r["after"]] for label, records in by_label.items()}
-    lines = ["STSBenchmark by the kind of its texts (625, 500 and 254 pairs), where it was measured:\n"]
-    lines += ["| | embedded | " + " | ".join(GENRES) + " |", "| --- | --- " + "| ---: " * len(GENRES) + "|"]
-    for label, records in split.items():
-        for way in ways(label) if records else ():
-            lines.append(f"| {label} | {WAYS[way]} | {' | '.join(cell(records, label, name, way) for name in GENRES)} |")
-    return [*lines, ""] if any(split.values()) else []
+    rows = [
+        (label, way, [cell(records, label, name, way) for name in GENRES])
+        for label, records in split.items()
+        for way in (ways(label) if records else ())
+    ]
+    title = "STSBenchmark by the kind of its texts (625, 500 and 254 pairs), where it was measured"
+    return embedded_lines(title, GENRES, rows) if rows else []
 
 
 def averaged_lines(by_label):

@@ -100,14 +100,10 @@ def test_the_other_surrogates_token_by_token(make_policy, algorithm, low, high):
 
 
 def test_what_an_algorithm_cannot_do_is_said(make_policy, monkeypatch):
-    trainer, R, batch = prepared(make_policy(), DAPO)
-    trainer.config.relative_length_penalty = False
     with pytest.raises(GraceError, match="--relative-length-penalty"):
-        trainer.advantage(R, batch)
-    trainer, R, batch = prepared(make_policy(), ReMax)
-    trainer.config.mode = "unsupervised"
+        DAPO(make_policy(), None, ROWS, config(relative_length_penalty=False))
     with pytest.raises(GraceError, match="labelled rows"):
-        trainer.advantage(R, batch)
+        ReMax(make_policy(), None, ROWS, config(mode="unsupervised"))
     monkeypatch.setattr("plumbing.ranks._size", 2)
     with pytest.raises(GraceError, match="leave out torchrun"):
         Contrastive(make_policy(), None, ROWS, config())
