@@ -7,13 +7,14 @@ First language modelling on plain texts, then chats, with a tenth of plain texts
 from groups, whose texts mean the same (a jsonl row with a list), and from triplets, whose positive follows from the query
 (chats.py has the instructions); only the answers are learned. Held-out loss is measured for each kind. The folder keeps
 the weights that were best on the chats, and three evaluations in a row that are worse end the run: before it memorises.
+On a GPU batches are made by processes of their own while it computes, and --batch 256 costs hardly more than 64.
 
 --out becomes an ordinary checkpoint folder, with the first instruction in grace_config.json, so that grace.py trains from
 it; log.jsonl and samples.md are written beside. What a step reads is a function of seed and step: `--resume` continues
 the run exactly. How many steps fit into --minutes, and whether bfloat16 is the faster compute type here, is measured
 before the first step and kept.
 
-Shapes: B rows, L tokens, D hidden size, V vocabulary.
+Shapes: B rows per step, L tokens, D hidden size, V vocabulary.
 """
 
 import argparse
@@ -30,6 +31,7 @@ import time
 import torch
 import torch.nn.functional as F
 from chats import INSTRUCTIONS, Data  # puts the repository on the path
+from torch.utils.data import DataLoader
 
 from evaluation.encoder import encode_texts
 from plumbing.checkpoint import write_atomically
@@ -51,7 +53,7 @@ TEMPLATE = (
 )
 READING = Reading(INSTRUCTIONS["other words"][0], max_prompt_tokens=128, max_new_tokens=32)
 CHATS, KEPT = 0.6, 0.1  # the share of the steps that are chats, the last ones; the share of plain texts in their batches
-B, PATIENCE = 64, 3  # rows per step; how many worse evaluations end the run
+PATIENCE = 3  # how many worse evaluations end the run
 
 # ---------------------------------------------------------------- tokenizer and network
 
@@ -113,29 +115,52 @@ def rate(step, steps, D):
     return 3e-3 * 256 / D * min(1, (step + 1) / (0.02 * steps + 1), 2 * (1 - step / steps))
 
 
-def measure(model, data, tokenizer, minutes):
-    """Times steps in both compute types, forward and backward. `-> (the faster type, steps in so many minutes)`."""
+class Batches:
+    """What each step reads, by its number: a map-style dataset, so that a `DataLoader` can make them ahead."""
+
+    def __init__(self, data, tokenizer, B, steps, seed):
+        self.data, self.tokenizer, self.B, self.steps, self.seed = data, tokenizer, B, steps, seed
+
+    def __getitem__(self, step):
+        rng = random.Random(f"{self.seed} {step}")
+        return self.data.batch(rng, self.tokenizer, self.B, plain_share(step, self.steps))
+
+    def after(self, step, device):
+        """The batches from a step on; for a GPU by as many processes as there are cores to spare, at most 12."""
+        ahead = min(12, os.cpu_count() - 1) if device == "cuda" else 0
+        return iter(DataLoader(self, batch_size=None, sampler=range(step, self.steps), num_workers=ahead))
+
+
+def one_step(model, optimizer, ids, labels, dtype):
+    """One update; returns the loss. Raises GraceError for a gradient that is not finite."""
+    loss = loss_of(model, ids, labels, dtype)
+    loss.backward()
+    finite("the gradient", torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0))
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return float(loss.detach())
+
+
+def measure(model, data, tokenizer, B, minutes):
+    """Times steps in both compute types, at a rate of 0. `-> (the faster type, steps in so many minutes)`."""
     batches = [data.batch(random.Random(0), tokenizer, B, share) for share in (1.0, KEPT, KEPT)]
     seconds, tokens = {}, sum(ids.numel() for ids, _ in batches)
+    still = torch.optim.AdamW(model.parameters(), lr=0.0)
     for dtype in ("float32", "bfloat16"):
         for _ in range(3):  # the first is slow, and so is any during which the machine did something else
             start = time.perf_counter()
             for ids, labels in batches:
-                loss_of(model, ids, labels, dtype).backward()
-            float(model.lm_head.weight.grad.sum())  # waits for the device
+                one_step(model, still, ids, labels, dtype)
             seconds[dtype] = min(seconds.get(dtype, math.inf), time.perf_counter() - start)
         print(f"{dtype}: {tokens / seconds[dtype]:,.0f} tokens per second", flush=True)
-    model.zero_grad(set_to_none=True)
     dtype = min(seconds, key=seconds.get)
     return dtype, max(1, int(minutes * 60 / (seconds[dtype] / len(batches))))
 
 
 @torch.no_grad()
-def heldout_losses(model, data, tokenizer, dtype):
+def heldout_losses(model, data, tokenizer, dtype, rows=128):
     """Nats per learned token on held-out texts, the same each time. `-> {kind: loss}`."""
-    draw = lambda kind, plain: data.batch(
-        random.Random(kind), tokenizer, 2 * B, plain, None if plain else [kind], held_out=True
-    )
+    draw = lambda kind, plain: data.batch(random.Random(kind), tokenizer, rows, plain, None if plain else [kind], held_out=True)
     return {kind: float(loss_of(model, *draw(kind, float(kind == "plain")), dtype)) for kind in ("plain", *data.kinds)}
 
 
@@ -150,7 +175,7 @@ def samples(model, data, tokenizer, n=4):
     return "\n".join(lines)
 
 
-def train(data, size, out, minutes=None, steps=None, seed=0, resume=False, evaluations=20):
+def train(data, size, out, minutes=None, steps=None, B=64, seed=0, resume=False, evaluations=20):
     """A whole run, of so many steps or minutes. Returns the best evaluation: its step, score, and `{kind: loss}`."""
     os.makedirs(out, exist_ok=True)
     path, device = os.path.join(out, "state.pt"), "cuda" if torch.cuda.is_available() else "cpu"
@@ -162,32 +187,31 @@ def train(data, size, out, minutes=None, steps=None, seed=0, resume=False, evalu
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.01, betas=(0.9, 0.98))
     if os.path.exists(path):
         state = torch.load(path, map_location=device, weights_only=True)
-        if (state["size"], state["seed"]) != (size, seed):
-            raise GraceError(f"{path} is of --size {state['size']} --seed {state['seed']}: give these, or another --out")
+        if (state["size"], state["B"], state["seed"]) != (size, B, seed):
+            raise GraceError(
+                f"{path} is of --size {state['size']} --batch {state['B']} --seed {state['seed']}: give these, or another --out"
+            )
         if state.get("vocabulary") != vocabulary:
             raise GraceError(f"{path} is of other texts, groups or triplets: give the same in the same order, or another --out")
         model.load_state_dict(state.pop("model"))
         optimizer.load_state_dict(state.pop("optimizer"))
     else:
-        dtype, fitting = measure(model, data, tokenizer, minutes) if minutes else ("float32", steps)
-        state = dict(size=size, seed=seed, vocabulary=vocabulary, dtype=dtype, steps=fitting)
+        dtype, fitting = measure(model, data, tokenizer, B, minutes) if minutes else ("float32", steps)
+        state = dict(size=size, B=B, seed=seed, vocabulary=vocabulary, dtype=dtype, steps=fitting)
         state |= dict(step=0, seconds=0.0, tokens=0, best=None, worse=0, log="")
     steps = state["steps"]
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {steps} steps, {state['dtype']}", flush=True)
+    batches = Batches(data, tokenizer, B, steps, seed).after(state["step"], device)
     while state["step"] < steps and state["worse"] < PATIENCE:
         start, step = time.perf_counter(), state["step"]
-        ids, labels = data.batch(random.Random(f"{seed} {step}"), tokenizer, B, plain_share(step, steps))
-        loss = loss_of(model, ids, labels, state["dtype"])
-        loss.backward()
-        finite("the gradient", torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0))
+        ids, labels = next(batches)
         for group in optimizer.param_groups:
             group["lr"] = rate(step, steps, SIZES[size][1])
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        loss = one_step(model, optimizer, ids, labels, state["dtype"])
         state |= {"step": step + 1, "tokens": state["tokens"] + ids.numel()}
         state["seconds"] += time.perf_counter() - start
         if state["step"] % max(1, steps // evaluations) == 0 or state["step"] == steps:
-            evaluate(state, float(loss.detach()), model, data, tokenizer, out)
+            evaluate(state, loss, model, data, tokenizer, out)
             torch.save(state | {"model": model.state_dict(), "optimizer": optimizer.state_dict()}, f"{path}.tmp")
             os.replace(f"{path}.tmp", path)  # whole, or not there
     return state["best"]
@@ -219,12 +243,13 @@ def main(arguments):
     parser.add_argument("--triplets", **several, help="jsonl, query and positive")
     parser.add_argument("--minutes", type=float, default=60, help="how long to train [60]")
     parser.add_argument("--size", choices=tuple(SIZES), default="4m", help="parameters, about [4m]")
+    parser.add_argument("--batch", type=int, default=64, help="rows per step [64]")
     parser.add_argument("--seed", type=int, default=0, help="of the first weights and of all that is drawn [0]")
     parser.add_argument("--resume", action="store_true", help="continue the run under --out")
     parser.add_argument("--out", required=True, help="folder to write into")
     args = parser.parse_args(arguments)
     data = Data(args.texts, args.groups, args.triplets, args.seed)
-    print(train(data, args.size, args.out, args.minutes, seed=args.seed, resume=args.resume))
+    print(train(data, args.size, args.out, args.minutes, B=args.batch, seed=args.seed, resume=args.resume))
 
 
 if __name__ == "__main__":

@@ -94,7 +94,7 @@ FRONTIER = {  # one knob at a time, of the two rows that take equally long
     **{f"GRACE, text term {x:g}": FULL_IN_TIME | dict(text_weight=x) for x in (0.3, 3.0)},
     **{f"GRACE, pathwise {x:g}": FULL_IN_TIME | dict(pathwise=x) for x in (0.3, 3.0)},
 }
-SIZES = {"1.3 M": dict(backbone="captions1m"), "4.2 M": {}}  # the smaller one is a folder beside --model
+SIZES = {"1.3 M": dict(backbone="captions1m"), "4.2 M": {}, "15.5 M": dict(backbone="captions16m")}  # folders beside --model
 COMPARED = (BASE, REASONING, TEXT_TERM, BEST)  # with the settings that were found for the larger
 BY_SIZE = {f"{label}, {size}": TABLE[label] | other for size, other in SIZES.items() for label in COMPARED}
 SCORE_COLUMNS = ("ndcg_at_10", "told_apart", "mean of tasks")

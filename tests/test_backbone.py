@@ -9,12 +9,13 @@ import random
 import backbone
 import pytest
 import torch
-from backbone import SIZES, build_model, build_tokenizer, loss_of, train
+from backbone import SIZES, Batches, build_model, build_tokenizer, loss_of
 from chats import INSTRUCTIONS, Data, collate, main_words
 
 from plumbing.errors import GraceError
 from policy import Policy
 
+train = functools.partial(backbone.train, B=8)
 ANIMALS, PLACES = ("dog", "cat", "horse", "bird"), ("house", "river", "tree", "road")
 
 
@@ -47,7 +48,6 @@ def tokenizer(data):
 def tiny(monkeypatch):
     """A network that learns nothing, at once."""
     monkeypatch.setitem(SIZES, "4m", (400, 16, 2, 2, 32))
-    monkeypatch.setattr(backbone, "B", 8)
     monkeypatch.setattr(backbone, "build_tokenizer", functools.partial(build_tokenizer, windows=200))
 
 
@@ -106,6 +106,14 @@ def test_the_tokenizer_gives_back_what_it_got(tokenizer):
         assert tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"]) == text
     assert len(tokenizer("A dog runs.", add_special_tokens=False)["input_ids"]) <= 4
     assert len(tokenizer("<user><end>", add_special_tokens=False)["input_ids"]) == 2
+
+
+def test_batches_made_ahead_are_the_batches(data, tokenizer):
+    """By processes of their own, as for a GPU, from any step on: what a step reads is a function of seed and step."""
+    batches = Batches(data, tokenizer, 4, 9, seed=3)
+    ahead, here = list(batches.after(5, "cuda")), [batches[step] for step in range(9)]
+    assert len(ahead) == 4 and not torch.equal(here[0][0], here[5][0])
+    assert all(torch.equal(x, y) for one, two in zip(ahead, here[5:]) for x, y in zip(one, two))
 
 
 def weights(folder):
