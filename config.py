@@ -104,7 +104,9 @@ class Config:
     dtype: str = setting(
         "float32", "compute type; weights stay float32, rationales are sampled from a copy in it", ("float32", "bfloat16")
     )
-    kernel: str = setting("auto", "the in-batch similarity in Triton: on CUDA, always, or never", ("auto", "on", "off"))
+    kernel: str = setting(
+        "auto", "similarity and decoding in Triton: on CUDA; the similarity anywhere; or never", ("auto", "on", "off")
+    )
     device: str = setting(None, "default: cuda where there is one, else cpu")
 
     def __post_init__(self):

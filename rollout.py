@@ -180,7 +180,7 @@ def write(policy, decoder, last, state, temperature, uniform=None):
         state[rows] = fold(state[rows], to_pool, writing[rows, None], policy.reading.pooling)
         lengths += writing
         last[rows] = hidden[:, -1]
-        writing[rows] &= ~torch.isin(token, policy.end_ids)
+        writing[rows] &= (token[:, None] != policy.end_ids).all(1)  # torch.isin would wait for the GPU
         if (t + 1) % decoder.look_every == 0:
             if not writing.any():
                 break

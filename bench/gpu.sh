@@ -18,7 +18,7 @@ export -f python
 folder=runs/gpu page=docs/benchmarks-gpu.md
 lengths="--prompt-tokens 128 --max-new-tokens 256"
 model="--shape qwen2.5-0.5b"
-sizes="$model --batch 64 --rollouts 8 $lengths"
+sizes="$model --batch 64 --rollouts 8 $lengths" half="$model --batch 32 --rollouts 8 $lengths"
 similarity="--rows 4096 --group 8 --dim 896" encode="--n 512 --batch 256 --tokens-per-batch 131072 --repeats 2"
 world="OUT=$folder/town bash train.sh"
 grown="--max-new-tokens 64 --points 3" profiled="--batch 8" micro=32
@@ -27,7 +27,7 @@ if [ -n "${TINY:-}" ]; then
   page=$folder/page.md
   lengths="--prompt-tokens 40 --max-new-tokens 8 --device cpu"
   model="--shape 0.4m"
-  sizes="$model --batch 2 --rollouts 2 $lengths"
+  sizes="$model --batch 2 --rollouts 2 $lengths" half="$model --batch 2 --rollouts 2 $lengths"
   similarity="--rows 64 --group 4 --dim 32 --device cpu" encode="--n 6 --batch 4 --repeats 1"
   world="python toy.py --out $folder/world --world events --steps 20"
   world+=" && python grace.py --model $folder/world/model --data $folder/world/data/train.jsonl --out $folder/town"
@@ -42,14 +42,14 @@ part() { parts+=("$1"); declare -g "limit_$1=$2" "title_$1=$3" "command_$1=$4"; 
 part machine 120 "The machine" "python bench/machine.py"
 part tests 300 "The tests marked cuda" "python -m pytest -m cuda -rs tests/test_cuda.py tests/test_similarity.py"
 part rollout 300 "Rollouts against generate(), and against the floors" \
-  "python bench/rollout.py $sizes --skip-update --repeats 3"
+  "python bench/rollout.py $sizes --skip-update --repeats 2"
 part similarity 300 "The in-batch similarity" "python bench/similarity.py $similarity"
 part step 420 "A step within the README's memory (there by arithmetic: 21.2 GB)" \
-  "python bench/step.py $sizes --train-roles query,positive --steps 2 --under 24"
+  "python bench/step.py $half --train-roles query,positive --steps 1 --under 24"
 part large 300 "The same step with large micro-batches" \
-  "python bench/step.py $sizes --train-roles query,positive --steps 2 --tokens-per-batch 32768"
+  "python bench/step.py $half --train-roles query,positive --steps 2 --tokens-per-batch 32768"
 part recompute 300 "Large micro-batches and recomputed layers" \
-  "python bench/step.py $sizes --train-roles query,positive --steps 2 --tokens-per-batch 32768 --recompute --under 24"
+  "python bench/step.py $half --train-roles query,positive --steps 2 --tokens-per-batch 32768 --recompute --under 24"
 part profile 240 "What a small step spends its time on" \
   "python bench/step.py $sizes $profiled --steps 1 --tokens-per-batch 32768 --profile"
 part encode 240 "The encoder against generate() and a second pass" "python bench/encode.py $model $lengths $encode"

@@ -16,6 +16,7 @@ are read once. So there are two ways to be fast, to keep less and to move it few
 2. The rationales' keys and values go into a buffer made once, instead of a longer copy for each token.
 3. On CUDA, hundreds of small kernels per token cost more to launch than to run: the step is captured as
    a graph and replayed. Nothing in it depends on a Python number that changes from token to token.
+   Where Triton is installed, 1. is one kernel instead of sixteen (decode_triton.py).
 
 A model whose attention cannot be taken apart like this (sliding windows, soft-capped scores, position
 biases) gets `PlainDecoder`, the library's own cache repeated K times: `Policy` tries which one fits.
@@ -25,6 +26,7 @@ key-value head, d channels per head.
 """
 
 import functools
+import importlib.util
 import warnings
 
 import torch
@@ -33,7 +35,8 @@ from transformers.cache_utils import Cache, DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-BUCKET = 128  # a captured step attends to this many positions of the buffer, or twice, three times as many
+kernel = "auto"  # attention in Triton on CUDA, where it is installed, unless this is "off"
+BUCKET = 128  # without it, a captured step attends to this many positions of the buffer, or twice, three times as many
 
 
 def attend(module, query, key, value, attention_mask, scaling=None, shared_cache=None, **kwargs):
@@ -52,7 +55,13 @@ def attend(module, query, key, value, attention_mask, scaling=None, shared_cache
     layer = shared_cache.layers[module.layer_idx]
     (N, heads, P, d), R = layer.prompt_keys.shape, len(query)
     K, G = R // N, query.shape[1] // heads
-    query = query * (scaling if scaling is not None else d**-0.5)
+    scaling = scaling if scaling is not None else d**-0.5
+    if shared_cache.fused:
+        from speed import decode_triton
+
+        prompt = layer.prompt_keys, layer.prompt_values, attention_mask
+        return decode_triton.attend(query, *prompt, key, value, shared_cache.at, scaling), None
+    query = query * scaling
     # The queries of a prompt's K rollouts stand side by side, so that one product meets its keys for all of them.
     side_by_side = query.view(N, K, heads, G, d).transpose(1, 2).reshape(N, heads, K * G, d)
     on_prompt = side_by_side @ layer.prompt_keys.transpose(2, 3)  # [N, heads, K*G, P]
@@ -107,6 +116,7 @@ class SharedCache(Cache):
         self.at = torch.zeros(1, dtype=torch.long, device=device)  # where the next token's keys go
         self.length = 0  # how much of the buffer a step attends to
         self.filled = None  # `[length]` bool: which of it holds a token; None: all
+        self.fused = False  # whether the attention is Triton's, which reads `at` by itself
         super().__init__(layers=[SharedLayer(layer, K, T, self) for layer in cache.layers])
 
 
@@ -183,18 +193,25 @@ class SharedDecoder(Decoder):
     """Prompts once, rationales in a buffer; on CUDA a captured graph. Gives what PlainDecoder gives.
 
     capture: whether the step is captured; a step that cannot be is run as it is, with a warning.
-    fixed: attend to the buffer by the bucket, with a mask, as a captured step has to.
+    fused: the attention is Triton's. fixed: without that, attend to the buffer by the bucket, with a mask, as a captured
+    step has to.
     """
 
-    def __init__(self, policy, cache, mask, K, capture=None, fixed=None):
+    def __init__(self, policy, cache, mask, K, capture=None, fused=None, fixed=None):
         super().__init__(policy, mask, K)
         self.T = policy.reading.max_new_tokens
         self.capture = mask.is_cuda if capture is None else capture
-        self.fixed = self.capture if fixed is None else fixed
         self.cache = SharedCache(cache, K, self.T, mask.device)
+        self.cache.fused = self._can_fuse(mask) if fused is None else fused
+        self.fixed = not self.cache.fused and (self.capture if fixed is None else fixed)
         self.mask = mask.bool()[:, None, None]  # [N, 1, 1, P]
         self.place = torch.arange(self.T, device=mask.device)
         self.replay = None
+
+    def _can_fuse(self, mask):
+        """Whether the attention can be Triton's here: products of float64 are not."""
+        wide = self.cache.layers[0].keys.dtype == torch.float64
+        return kernel != "off" and mask.is_cuda and not wide and importlib.util.find_spec("triton") is not None
 
     def _forward(self):
         """The step itself, over tensors that stay where they are."""
@@ -204,7 +221,11 @@ class SharedDecoder(Decoder):
 
     def step(self, token):
         """As PlainDecoder.step. What it returns is overwritten by the next step."""
-        length = min(self.T, -(-(self.t + 1) // BUCKET) * BUCKET) if self.fixed else self.t + 1
+        length = self.t + 1
+        if self.fixed:
+            length = min(self.T, -(-length // BUCKET) * BUCKET)
+        if self.cache.fused:
+            length = self.T
         if length != self.cache.length:
             self.cache.length, self.replay = length, None
         if self.replay is None:

@@ -1,21 +1,21 @@
-"""The kernels of similarity.py in Triton: the same four lines, with the tile in registers.
+"""The kernels of similarity.py in Triton: a program owns one tile of the table, and holds it in registers.
 
 A tile is ROWS rows against GROUPS groups of columns, each group padded from K to MEMBERS, the next power of
 two, because a tile's shape must be one; K = 5 computes 8 and ignores 3. The product is accumulated in float32
-over D, `DEPTH` numbers at a time. Products are IEEE float32, not TF32, whose ten bits of mantissa would
-blur cosines in the third digit (`precision`); bfloat16 inputs are widened as they are loaded.
+over D, `DEPTH` numbers at a time, by tensor cores: each float32 is split into two numbers of ten bits and three
+products are summed ("tf32x3"), which is as exact as float32; one product alone would blur cosines in the third digit.
+bfloat16 inputs are widened as they are loaded.
 
     rows     ROWS x D  ──┐                              group 0      group 1
                          ├── dot ──>  s  [ROWS, GROUPS * MEMBERS]  =  | m m m m m . . . | m m m m m . . . | ...
     columns  .. x D    ──┘                              reshaped to [ROWS, GROUPS, MEMBERS], "." being padding
 
-forward     a program owns ROWS rows and walks over all tiles of columns, carrying running sums and, for the two
-            log-sum-exps, a running maximum (online softmax, Milakov & Gimelshein 2018).
-backward    the same walk makes each tile again, turns it into ds, and adds ds @ columns to its own rows of dx;
-            a second kernel owns a tile of columns, walks over the rows and adds ds' @ rows to its own part of dc.
-            dx and dc are too wide for registers (D = 896 and more), so they are added to in memory; a program
-            touches only its own, so no atomics are needed and the sums always run in the same order.
+forward     a program turns its tile into four numbers per row. `forward` adds those of a row's tiles, or, for the two
+            log-sum-exps, takes the log-sum-exp of them: tiles x N numbers are all that leaves the chip.
+backward    a program makes its tile again, turns it into ds, and writes that down, for a band of rows at a time, so
+            small that it stays in the GPU's cache. Two library products give dx = ds @ columns and dc += ds' @ rows.
 
+No program waits for another, nothing is added up in memory by several, so the result is the same each time.
 Every kernel is tested on the CPU by Triton's interpreter (TRITON_INTERPRET=1).
 """
 
@@ -67,12 +67,12 @@ def by_group(s, exists, K, ROWS: tl.constexpr, GROUPS: tl.constexpr, MEMBERS: tl
 
 
 @triton.jit
-def online(peak, total, x, valid):
-    """Take more numbers `x [ROWS, GROUPS]` into a log-sum-exp that stands at peak + log(total) `[ROWS]`."""
+def log_sum_exp(x, valid):
+    """Over a tile's groups, `[ROWS, GROUPS] -> [ROWS]`; -inf where none is valid."""
     x = tl.where(valid, x, float("-inf"))
-    higher = tl.maximum(peak, tl.max(x, 1))
-    base = tl.where(higher == float("-inf"), 0.0, higher)  # nothing yet: -inf - -inf would be NaN
-    return higher, total * tl.exp(peak - base) + tl.sum(tl.exp(x - base[:, None]), 1)
+    peak = tl.max(x, 1)
+    base = tl.where(peak == float("-inf"), 0.0, peak)  # -inf - -inf would be NaN
+    return base + tl.log(tl.sum(tl.exp(x - base[:, None]), 1))
 
 
 @triton.jit
@@ -80,36 +80,29 @@ def forward_kernel(
     rows, columns, barred, out, N, B, K, D, R, inverse_t,
     ROWS: tl.constexpr, GROUPS: tl.constexpr, MEMBERS: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The four numbers of ROWS rows, into out `[4, N]`; barred `[B, B]` uint8; R = N / B rows a group."""
-    n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    """What one tile adds to the four numbers of its rows, into out `[4, tiles, N]`; barred `[B, B]` uint8; R = N / B."""
+    tile, tiles = tl.program_id(1), tl.num_programs(1)
+    n, first = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tile * GROUPS
     has_n = n < N
-    own_sum = tl.zeros((ROWS,), tl.float32)
-    hard_sum, count = own_sum, own_sum
-    mean_peak, near_peak = own_sum - float("inf"), own_sum - float("inf")
-    mean_total, near_total = own_sum, own_sum
-    for first in range(0, B, GROUPS):
-        c, has_c = members(first, B, K, GROUPS, MEMBERS)
-        s = cosines(rows, columns, n, c, has_n, has_c, D, ROWS, GROUPS * MEMBERS, DEPTH, PRECISION)
-        own, other = kinds(barred, n, first, has_n, B, R, GROUPS)
-        _, mean, nearest = by_group(s, has_c, K, ROWS, GROUPS, MEMBERS)
-        own_sum += tl.sum(tl.where(own, mean, 0.0), 1)
-        hard_sum += tl.sum(tl.where(other, nearest, 0.0), 1)
-        count += tl.sum(tl.where(other, 1.0, 0.0), 1)
-        mean_peak, mean_total = online(mean_peak, mean_total, mean * inverse_t, other)
-        near_peak, near_total = online(near_peak, near_total, nearest * inverse_t, other)
-    tl.store(out + n, own_sum, mask=has_n)
-    tl.store(out + N + n, mean_peak + tl.log(mean_total), mask=has_n)
-    tl.store(out + 2 * N + n, near_peak + tl.log(near_total), mask=has_n)
-    tl.store(out + 3 * N + n, hard_sum / tl.maximum(count, 1.0), mask=has_n)
+    c, has_c = members(first, B, K, GROUPS, MEMBERS)
+    s = cosines(rows, columns, n, c, has_n, has_c, D, ROWS, GROUPS * MEMBERS, DEPTH, PRECISION)
+    own, other = kinds(barred, n, first, has_n, B, R, GROUPS)
+    _, mean, nearest = by_group(s, has_c, K, ROWS, GROUPS, MEMBERS)
+    at, step = out + tile * N + n, tiles * N
+    tl.store(at, tl.sum(tl.where(own, mean, 0.0), 1), mask=has_n)
+    tl.store(at + step, log_sum_exp(mean * inverse_t, other), mask=has_n)
+    tl.store(at + 2 * step, log_sum_exp(nearest * inverse_t, other), mask=has_n)
+    tl.store(at + 3 * step, tl.sum(tl.where(other, nearest, 0.0), 1), mask=has_n)
 
 
 @triton.jit
-def tile_gradient(
-    rows, columns, barred, saved, n, first, N, B, K, D, R, inverse_t,
+def backward_kernel(
+    rows, columns, barred, saved, ds_band, start, end, N, B, K, D, R, inverse_t,
     ROWS: tl.constexpr, GROUPS: tl.constexpr, MEMBERS: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """ds of one tile, `[ROWS, GROUPS * MEMBERS]`. saved `[6, N]`: both log-sum-exps, then the four weights."""
-    has_n = n < N
+    """One tile of ds, into ds_band `[end - start, B * K]`. saved `[6, N]`: both log-sum-exps, then the four weights."""
+    n, first = start + tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1) * GROUPS
+    has_n = n < end
     c, has_c = members(first, B, K, GROUPS, MEMBERS)
     s = cosines(rows, columns, n, c, has_n, has_c, D, ROWS, GROUPS * MEMBERS, DEPTH, PRECISION)
     own, other = kinds(barred, n, first, has_n, B, R, GROUPS)
@@ -126,85 +119,52 @@ def tile_gradient(
     most = q * w_near * inverse_t + tl.where(other, w_hard, 0.0)
     top = tl.where((s == nearest[:, :, None]) & (s > float("-inf")), 1.0, 0.0)
     ds = share[:, :, None] + top * (most / tl.maximum(tl.sum(top, 2), 1.0))[:, :, None]
-    ds = tl.where(s == float("-inf"), 0.0, ds)
-    return tl.reshape(ds, (ROWS, GROUPS * MEMBERS))
-
-
-@triton.jit
-def add_product(into, mine, has_mine, weights, others, theirs, has_theirs, D, DEPTH: tl.constexpr, PRECISION: tl.constexpr):
-    """into[mine] += weights @ others[theirs], `DEPTH` of its D columns at a time."""
-    for start in range(0, D, DEPTH):
-        d = start + tl.arange(0, DEPTH)
-        y = tl.load(others + theirs[:, None] * D + d[None, :], mask=has_theirs[:, None] & (d < D)[None, :], other=0.0)
-        at, valid = into + mine[:, None] * D + d[None, :], has_mine[:, None] & (d < D)[None, :]
-        tl.store(at, tl.load(at, mask=valid) + tl.dot(weights, y.to(tl.float32), input_precision=PRECISION), mask=valid)
-    tl.debug_barrier()  # the next tile adds to the same place
-
-
-@triton.jit
-def rows_kernel(
-    rows, columns, barred, saved, d_rows, N, B, K, D, R, inverse_t,
-    ROWS: tl.constexpr, GROUPS: tl.constexpr, MEMBERS: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    for first in range(0, B, GROUPS):
-        ds = tile_gradient(
-            rows, columns, barred, saved, n, first, N, B, K, D, R, inverse_t, ROWS, GROUPS, MEMBERS, DEPTH, PRECISION
-        )  # fmt: skip
-        c, has_c = members(first, B, K, GROUPS, MEMBERS)
-        add_product(d_rows, n, n < N, ds, columns, c, has_c, D, DEPTH, PRECISION)
-
-
-@triton.jit
-def columns_kernel(
-    rows, columns, barred, saved, d_columns, N, B, K, D, R, inverse_t,
-    ROWS: tl.constexpr, GROUPS: tl.constexpr, MEMBERS: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    first = tl.program_id(0) * GROUPS
-    c, has_c = members(first, B, K, GROUPS, MEMBERS)
-    for start in range(0, N, ROWS):
-        n = start + tl.arange(0, ROWS)
-        ds = tile_gradient(
-            rows, columns, barred, saved, n, first, N, B, K, D, R, inverse_t, ROWS, GROUPS, MEMBERS, DEPTH, PRECISION
-        )  # fmt: skip
-        add_product(d_columns, c, has_c, tl.trans(ds), rows, n, n < N, D, DEPTH, PRECISION)
+    ds = tl.reshape(ds, (ROWS, GROUPS * MEMBERS))
+    tl.store(ds_band + (n - start)[:, None] * (B * K) + c[None, :], ds, mask=has_n[:, None] & has_c[None, :])
 
 
 # ---------------------------------------------------------------- what similarity.py calls
 
-# What bench/similarity.py tries on a GPU. Products of float32 are "ieee", "tf32", or "tf32x3": three of tensor cores for one.
-precision = "ieee"
-tile, warps = (32, 64), 4  # the block that a program owns times the block that it walks over
+# What bench/similarity.py tries on a GPU: how float32 is multiplied ("ieee", "tf32x3", or "tf32"), a tile, its warps.
+precision = "tf32x3"
+tile, warps = (64, 128), 4
+BAND = 2**22  # about so many numbers of ds are held at a time: 16 MB, a third of a large GPU's cache
 
 
-def _launch(kernel, rows, columns, tensors, temperature, owns_rows):
-    """One program for each block of rows, or of columns. The block a program owns is the smaller side of its tile.
-
-    32 rows make 128 programs of N = 4,096, about one for each of a large GPU's multiprocessors; tiles of 32 x 64
-    still do 10 operations for each byte they read from the cache.
-    """
+def _launch(kernel, n, rows, columns, tensors, temperature):
+    """One program for each tile of n rows and all columns."""
     (N, D), (B, K, _) = rows.shape, columns.shape
-    ROWS, COLUMNS = tile if owns_rows else tile[::-1]
     MEMBERS = triton.next_power_of_2(K)
-    GROUPS = max(1, COLUMNS // MEMBERS)
-    blocks = triton.cdiv(N, ROWS) if owns_rows else triton.cdiv(B, GROUPS)
-    sizes = dict(ROWS=ROWS, GROUPS=GROUPS, MEMBERS=MEMBERS, DEPTH=32, PRECISION=precision, num_warps=warps)
-    kernel[(blocks,)](rows, columns, *tensors, N, B, K, D, N // B, 1 / temperature, **sizes)
+    GROUPS = max(1, tile[1] // MEMBERS)
+    sizes = dict(ROWS=tile[0], GROUPS=GROUPS, MEMBERS=MEMBERS, DEPTH=32, PRECISION=precision, num_warps=warps)
+    grid = triton.cdiv(n, tile[0]), triton.cdiv(B, GROUPS)
+    kernel[grid](rows, columns, *tensors, N, B, K, D, N // B, 1 / temperature, **sizes)
 
 
 def forward(rows, columns, barred, temperature):
     """The four numbers of each row, `[N]` float32 each."""
-    rows, columns, barred = rows.contiguous(), columns.contiguous(), barred.to(torch.uint8)
-    out = torch.empty(4, len(rows), dtype=torch.float32, device=rows.device)
-    _launch(forward_kernel, rows, columns, (barred, out), temperature, owns_rows=True)
-    return tuple(out)
+    rows, columns, byte = rows.contiguous(), columns.contiguous(), barred.to(torch.uint8)
+    N, (B, K, _) = len(rows), columns.shape
+    tiles = triton.cdiv(B, max(1, tile[1] // triton.next_power_of_2(K)))
+    out = torch.empty(4, tiles, N, dtype=torch.float32, device=rows.device)
+    _launch(forward_kernel, N, rows, columns, (byte, out), temperature)
+    own, mean, nearest, hard = out
+    others = (~barred).sum(1).clamp(min=1).repeat_interleave(N // B)
+    return own.sum(0), mean.logsumexp(0), nearest.logsumexp(0), hard.sum(0) / others
 
 
 def backward(rows, columns, barred, temperature, lse_mean, lse_nearest, w_own, w_mean, w_nearest, w_hard):
     """The gradients at rows and columns, float32, given those of the four numbers."""
     rows, columns, barred = rows.contiguous(), columns.contiguous(), barred.to(torch.uint8)
     saved = torch.stack([x.float() for x in (lse_mean, lse_nearest, w_own, w_mean, w_nearest, w_hard)])
-    d_rows, d_columns = (torch.zeros(x.shape, dtype=torch.float32, device=x.device) for x in (rows, columns))
-    _launch(rows_kernel, rows, columns, (barred, saved, d_rows), temperature, owns_rows=True)
-    _launch(columns_kernel, rows, columns, (barred, saved, d_columns), temperature, owns_rows=False)
-    return d_rows, d_columns
+    wide_rows, wide_columns = rows.float(), columns.flatten(0, 1).float()  # [N, D], [B * K, D]
+    d_rows, d_columns = torch.empty_like(wide_rows), torch.zeros_like(wide_columns)
+    size = max(1, BAND // len(wide_columns))
+    ds = rows.new_empty(min(size, len(rows)), len(wide_columns), dtype=torch.float32)
+    for start in range(0, len(rows), size):
+        end = min(start + size, len(rows))
+        _launch(backward_kernel, end - start, rows, columns, (barred, saved, ds, start, end), temperature)
+        band = ds[: end - start]
+        torch.mm(band, wide_columns, out=d_rows[start:end])
+        d_columns.addmm_(band.T, wide_rows[start:end])
+    return d_rows, d_columns.view(columns.shape)

@@ -21,10 +21,12 @@ def there(policy, dtype="float32"):
     return Policy(copy.deepcopy(policy.model).to(DEVICE), policy.tokenizer, policy.reading, dtype)
 
 
+@pytest.mark.parametrize("kernel", ["auto", "off"])
 @pytest.mark.parametrize("architecture", ["Qwen2", "Llama", "GPT2"])
-def test_a_captured_step_is_the_step(make_policy, architecture, monkeypatch):
+def test_a_captured_step_is_the_step(make_policy, architecture, kernel, monkeypatch):
     """Token by token, over buckets that grow and after rows have left, a replay gives what the library's cache gives."""
     monkeypatch.setattr(decode, "BUCKET", 3)
+    monkeypatch.setattr(decode, "kernel", kernel)
     policy = there(make_policy(architecture, max_new_tokens=9))
     prompts = policy.prompts(TEXTS)
     tokens = torch.randint(6, 150, (9, 9), generator=torch.Generator().manual_seed(0)).to(DEVICE)

@@ -1,5 +1,9 @@
 """speed/: decoding with prompts kept once, and recomputed layers, give the same numbers as the plain ways."""
 
+import importlib.util
+import os
+import subprocess
+import sys
 from contextlib import nullcontext
 from types import SimpleNamespace
 from unittest.mock import Mock
@@ -46,6 +50,35 @@ def test_prompts_once(make_policy, architecture, monkeypatch):
     for plain, shared, fixed in zip(*states):
         torch.testing.assert_close(shared, plain, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(fixed, shared, rtol=1e-9, atol=1e-9)
+
+
+INTERPRETED = """
+from types import SimpleNamespace
+
+import torch
+from speed import decode, decode_triton
+
+for N, K, heads, G, d, P, T, at in ((2, 3, 2, 3, 20, 70, 80, 66), (3, 1, 1, 1, 64, 9, 5, 0), (1, 4, 2, 17, 16, 64, 64, 63)):
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda *shape: torch.randn(*shape, generator=generator)
+    layer = SimpleNamespace(prompt_keys=draw(N, heads, P, d), prompt_values=draw(N, heads, P, d))
+    mask = torch.arange(P) >= torch.tensor([0, P - 1, P // 2])[:N, None]  # padding on the left, whole blocks of it
+    query, keys, values = draw(N * K, heads * G, 1, d), *draw(2, N * K, heads, T, d)
+    results = []
+    for fused in (False, True):
+        cache = SimpleNamespace(layers=[layer], fused=fused, at=torch.tensor([at]), filled=torch.arange(T) <= at)
+        results.append(decode.attend(SimpleNamespace(layer_idx=0), query, keys, values, mask[:, None, None], None, cache)[0])
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
+    print("equal")
+"""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+def test_the_fused_attention_in_the_interpreter():
+    """It is the plain one. In a process of its own, because Triton reads TRITON_INTERPRET when it is imported."""
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": "."}
+    result = subprocess.run([sys.executable, "-c", INTERPRETED], env=environment, capture_output=True, text=True)
+    assert result.stdout.count("equal") == 3, result.stderr
 
 
 def test_attention_that_does_not_come_apart(make_policy):
