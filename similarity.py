@@ -29,8 +29,8 @@ p = exp(mean/t - lse) and p' = exp(max/t - lse') the softmax weights of a group,
 (shared evenly where several members tie), and then dx += ds c and dc += ds' x, again tile by tile.
 
 There are two implementations: in torch, a block of rows at a time (any device, any precision), and in Triton
-(speed/similarity_triton.py), for CUDA, where a tile never leaves the chip. `kernel` chooses; docs/benchmarks.md
-says what each costs.
+(speed/similarity_triton.py), for CUDA, a program per tile. `kernel` chooses; docs/benchmarks.md says what each
+costs.
 
 Shapes: N rows in B blocks of N/B (block i's own group is group i), K columns per group, D hidden size.
 """

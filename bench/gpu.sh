@@ -65,14 +65,14 @@ for name in "${@:-${parts[@]}}"; do
   echo "$(date +%H:%M:%S) $name: $(of title "$name")"
   start=$SECONDS
   timeout -k 10 "$(of limit "$name")" bash -c "$(of command "$name")" > "$folder/$name.txt" 2> "$folder/$name.err"
-  echo "$? $((SECONDS - start))" > "$folder/$name.end"
+  echo "$? $((SECONDS - start)) $(date +%F) $(git rev-parse --short HEAD 2> /dev/null || echo unknown)" > "$folder/$name.end"
 done
 
 # The page: the goals of all parts in one table, then each part with its command and what it printed.
 {
   echo "# Benchmarks on a GPU"
   echo
-  echo "Written by \`bash bench/gpu.sh\` on $(date +%F), at commit $(git rev-parse --short HEAD 2> /dev/null || echo unknown); not to be edited."
+  echo "Written by \`bash bench/gpu.sh\`, not to be edited. Each part says when it was run and at which commit."
   echo "Weights are random, of the shape that a command names. Floors are made from the two rates that \"The machine\" measures:"
   echo "memory by a copy, arithmetic by a matrix product."
   echo
@@ -80,14 +80,15 @@ done
   echo "| --- | ---: | ---: | --- |"
   for name in "${parts[@]}"; do
     [ -f "$folder/$name.end" ] || continue
-    read -r code seconds < "$folder/$name.end"
+    read -r code _ < "$folder/$name.end"
     grep '^goal | ' "$folder/$name.txt" | sed "s/^goal //; s/\$/ $name |/"
     [ "$code" = 0 ] || echo "| $(of title "$name") | - | failed | $name |"
   done
   for name in "${parts[@]}"; do
     [ -f "$folder/$name.end" ] || continue
-    read -r code seconds < "$folder/$name.end"
-    printf '\n## %s\n\n`%s` (%s s)\n\n' "$(of title "$name")" "$(of command "$name" | tr -s ' \n' ' ')" "$seconds"
+    read -r code seconds day commit < "$folder/$name.end"
+    printf '\n## %s\n\n`%s`\n\n' "$(of title "$name")" "$(of command "$name" | tr -s ' \n' ' ')"
+    printf '%s s on %s at %s.\n\n' "$seconds" "$day" "$commit"
     if [ "$code" != 0 ]; then
       [ "$code" = 124 ] && why="it took longer than $(of limit "$name") s" || why="exit code $code"
       printf '**Failed**: %s. %s\n\n' "$why" "$(grep -v '^\s*$' "$folder/$name.err" | tail -1 | cut -c1-300)"

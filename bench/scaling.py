@@ -123,9 +123,9 @@ def updating(model, machine, job, lengths):
 
 
 def rewarding(model, job):
-    """Operations of the reward and its gradient: per trained role a product of B K rows with B K columns, five times over."""
+    """Operations of the reward and its gradient: per trained role a product of B K rows with B K columns, four times over."""
     rows = job.batch * job.rollouts / (job.ranks if job.split_reward else 1)
-    return 5 * job.roles * 2 * rows * job.batch * job.rollouts * model.hidden
+    return 4 * job.roles * 2 * rows * job.batch * job.rollouts * model.hidden
 
 
 def gathered(model, job, longest):

@@ -43,7 +43,7 @@ MUTANTS = [  # task, what is wrong, function, what stands there, what a student 
     ("task2", "the twenty likeliest alone", "draw", "probabilities = tempered(logits, temperature).exp()", "probabilities = tempered(logits, temperature).exp()\n    probabilities = torch.where(probabilities < probabilities.topk(min(20, logits.shape[1])).values[:, -1:], 0, probabilities)"),
     ("task2", "the end token is not counted", "write", "lengths += writing", "lengths += writing.index_fill(0, rows[torch.isin(token, policy.end_ids)], False)"),
     ("task2", "the length from `ids == pad`", "write", "return ids, logprobs, lengths", "lengths = (ids != 0).sum(1)\n    return ids, logprobs, lengths"),
-    ("task2", "only one of the end tokens ends", "write", "~torch.isin(token, policy.end_ids)", "(token != policy.end_ids[0])"),
+    ("task2", "only one of the end tokens ends", "write", "(token[:, None] != policy.end_ids).all(1)", "(token != policy.end_ids[0])"),
     ("task2", "a truncated rationale counts as finished", "write", "lengths, ~writing,", "lengths, torch.ones_like(writing),"),
     ("task2", "what is drawn after the end is pooled", "write", "writing[rows, None]", "torch.ones_like(rows)[:, None]"),
     ("task2", "the end token is not pooled", "write", "writing[rows, None]", "(writing[rows] & ~torch.isin(token, policy.end_ids))[:, None]"),
@@ -123,10 +123,10 @@ MUTANTS = [  # task, what is wrong, function, what stands there, what a student 
     ("task6", "twins not passed on", "judge", ", twins)", ", None)"),
     ("task6", "the penalty is always relative", "judge", ", config.relative_length_penalty)", ", True)"),
     ("task6", "negatives keep their own shape", "judge", "x.flatten(0, -3)", "x"),
-    ("bonus", "own group left among the others", "forward_kernel", "mean_peak, mean_total = online(mean_peak, mean_total, mean * inverse_t, other)", "mean_peak, mean_total = online(mean_peak, mean_total, mean * inverse_t, own | other)"),
+    ("bonus", "own group left among the others", "forward_kernel", "log_sum_exp(mean * inverse_t, other)", "log_sum_exp(mean * inverse_t, own | other)"),
     ("bonus", "temperature forgotten", "forward_kernel", "mean * inverse_t", "mean"),
-    ("bonus", "a sum of exponentials without the running maximum", "forward_kernel", "near_peak, near_total = online(near_peak, near_total, nearest * inverse_t, other)", "near_peak = own_sum * 0; near_total += tl.sum(tl.where(other, tl.exp(nearest * inverse_t), 0.0), 1)"),
-    ("bonus", "the last tile alone", "forward_kernel", "hard_sum += tl.sum", "hard_sum = tl.sum"),
+    ("bonus", "a sum of exponentials without the maximum", "forward_kernel", "log_sum_exp(nearest * inverse_t, other)", "tl.log(tl.sum(tl.where(other, tl.exp(nearest * inverse_t), 0.0), 1))"),
+    ("bonus", "every tile at the place of the first", "forward_kernel", "at, step = out + tile * N + n", "at, step = out + n"),
 ]  # fmt: skip
 ALTERNATIVES = [  # task, how it is written, {function: body}
     (

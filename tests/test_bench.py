@@ -40,7 +40,7 @@ def test_a_step_by_hand(scaling):
     sample = [prefill + step(2, 0), prefill + step(2, 0) + step(2, 1)]
     anchor = prefill + step(1, 0)
     gather = 2 * 3 * (20 * 2 + 4 * 2)
-    reward = 5 * 2 * 4 * 4 * 2
+    reward = 4 * 2 * 4 * 4 * 2
 
     def update(n):  # n tokens per rationale, two of them
         once = 2 * n * (body + 4 * 2 * (4 + n / 2)) + prefill
