@@ -294,6 +294,24 @@ def test_text_term(make_policy):
         assert stats["prompt_loss"][n].tolist() == pytest.approx([-expected] * A.shape[1], rel=1e-5)
 
 
+def test_what_counts_as_clipped_has_no_gradient(make_policy):
+    """Off policy, of each rationale's tokens the share that Eq. 8's gradient does not reach, by autograd."""
+    policy = make_policy("GPT2", double=True)
+    trainer, rollouts, A, g = prepared(policy, clip_eps=0.05)
+    with torch.no_grad():
+        torch.manual_seed(3)
+        for p in policy.model.parameters():
+            p += 0.01 * torch.randn_like(p)
+        clipped = trainer.objective(rollouts, A, g)[1]["clip_fraction"]
+        logprobs = score(policy, rollouts, trainer.config.temperature).logprobs
+    logprobs.requires_grad_()
+    trainer.surrogate(logprobs, rollouts, A).sum().backward()
+    still = (logprobs.grad == 0) & rollouts.mask.bool()
+    moved = ((logprobs.detach() - rollouts.logprobs).exp() - 1).abs() > 0.05
+    assert A.abs().min() > 0 and (moved & rollouts.mask.bool() & ~still).any()  # some moved far, the other way
+    torch.testing.assert_close(clipped, still.sum(-1) / rollouts.mask.sum(-1), rtol=0, atol=1e-6, check_dtype=False)
+
+
 @both_ways
 @pytest.mark.parametrize("minibatches", [1, 3])
 def test_micro_batches_make_one_update(make_policy, minibatches, lora):
