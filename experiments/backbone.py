@@ -187,10 +187,9 @@ def train(data, size, out, minutes=None, steps=None, B=64, seed=0, resume=False,
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.01, betas=(0.9, 0.98))
     if os.path.exists(path):
         state = torch.load(path, map_location=device, weights_only=True)
-        if (state["size"], state["B"], state["seed"]) != (size, B, seed):
-            raise GraceError(
-                f"{path} is of --size {state['size']} --batch {state['B']} --seed {state['seed']}: give these, or another --out"
-            )
+        if (was := (state["size"], state.get("B"), state["seed"])) != (size, B, seed):
+            flags = "--size {} --batch {} --seed {}".format(*was)
+            raise GraceError(f"{path} is of {flags}: give these, or another --out")
         if state.get("vocabulary") != vocabulary:
             raise GraceError(f"{path} is of other texts, groups or triplets: give the same in the same order, or another --out")
         model.load_state_dict(state.pop("model"))

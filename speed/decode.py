@@ -184,6 +184,26 @@ class PlainDecoder(Decoder):
 
 
 @functools.cache
+def can_fuse(H, heads, d, dtype, device):
+    """Whether Triton's attention runs for H queries and so many key-value heads of d channels. Tried once, on one token.
+
+    Where Triton is installed and it does not (no C compiler, or too large for the chip), a warning says why.
+    """
+    if importlib.util.find_spec("triton") is None or dtype == torch.float64:
+        return False
+    from speed import decode_triton
+
+    zeros = lambda *shape: torch.zeros(shape, dtype=dtype, device=device)
+    own, mask, at = zeros(1, heads, 1, d), torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device), zeros(1).long()
+    try:
+        decode_triton.attend(zeros(1, H, 1, d), own, own, mask, own, own, at, 1.0)
+    except Exception as error:  # a compiler's, a driver's, Triton's own: the attention in torch needs none of them
+        warnings.warn(f"Triton's attention cannot be used, so decoding is slower ({error})", stacklevel=2)
+        return False
+    return True
+
+
+@functools.cache
 def side_stream():
     """The one stream that all steps are captured on: each stream keeps some 32 MB of workspace for cuBLAS, for good."""
     return torch.cuda.Stream()
@@ -202,16 +222,14 @@ class SharedDecoder(Decoder):
         self.T = policy.reading.max_new_tokens
         self.capture = mask.is_cuda if capture is None else capture
         self.cache = SharedCache(cache, K, self.T, mask.device)
-        self.cache.fused = self._can_fuse(mask) if fused is None else fused
+        if fused is None:
+            keys, H = self.cache.layers[0].keys, policy.model.config.get_text_config().num_attention_heads
+            fused = kernel != "off" and mask.is_cuda and can_fuse(H, keys.shape[1], keys.shape[3], keys.dtype, mask.device)
+        self.cache.fused = fused
         self.fixed = not self.cache.fused and (self.capture if fixed is None else fixed)
         self.mask = mask.bool()[:, None, None]  # [N, 1, 1, P]
         self.place = torch.arange(self.T, device=mask.device)
         self.replay = None
-
-    def _can_fuse(self, mask):
-        """Whether the attention can be Triton's here: products of float64 are not."""
-        wide = self.cache.layers[0].keys.dtype == torch.float64
-        return kernel != "off" and mask.is_cuda and not wide and importlib.util.find_spec("triton") is not None
 
     def _forward(self):
         """The step itself, over tensors that stay where they are."""

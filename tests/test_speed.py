@@ -70,6 +70,8 @@ for N, K, heads, G, d, P, T, at in ((2, 3, 2, 3, 20, 70, 80, 66), (3, 1, 1, 1, 6
         results.append(decode.attend(SimpleNamespace(layer_idx=0), query, keys, values, mask[:, None, None], None, cache)[0])
     torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
     print("equal")
+assert decode.can_fuse(6, 2, 20, torch.float32, "cpu") and not decode.can_fuse(6, 2, 20, torch.float64, "cpu")
+print("fits")
 """
 
 
@@ -78,7 +80,14 @@ def test_the_fused_attention_in_the_interpreter():
     """It is the plain one. In a process of its own, because Triton reads TRITON_INTERPRET when it is imported."""
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": "."}
     result = subprocess.run([sys.executable, "-c", INTERPRETED], env=environment, capture_output=True, text=True)
-    assert result.stdout.count("equal") == 3, result.stderr
+    assert result.stdout.count("equal") == 3 and "fits" in result.stdout, result.stderr
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+def test_where_triton_cannot_run_it_says_so():
+    """Here: outside its interpreter, on a CPU."""
+    with pytest.warns(UserWarning, match="so decoding is slower"):
+        assert not decode.can_fuse(4, 2, 16, torch.float32, "cpu")
 
 
 def test_attention_that_does_not_come_apart(make_policy):
