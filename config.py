@@ -105,7 +105,9 @@ class Config:
         "float32", "compute type; weights stay float32, rationales are sampled from a copy in it", ("float32", "bfloat16")
     )
     kernel: str = setting(
-        "auto", "similarity and decoding in Triton: on CUDA; the similarity anywhere; or never", ("auto", "on", "off")
+        "auto",
+        "Triton for similarity and decoding. auto: on CUDA; on: the similarity anywhere; off: never",
+        ("auto", "on", "off"),
     )
     device: str = setting(None, "default: cuda where there is one, else cpu")
 

@@ -82,7 +82,6 @@ from plumbing.run import Run
 from plumbing.status import status
 from policy import load_policies
 from rollout import describe, make_batch, roll_out, score
-from speed import decode
 from speed.shard import newest, prepare
 
 # ---------------------------------------------------------------- advantage and objective
@@ -182,7 +181,7 @@ class Trainer:
         self.step_number = 0
         # Token budgets; halved when the device runs out of memory.
         self.sample_tokens, self.tokens_per_batch = config.sample_tokens, config.tokens_per_batch
-        similarity.kernel = decode.kernel = config.kernel
+        similarity.kernel = config.kernel
 
     def next_rows(self):
         """The next B rows of a stream of shuffled passes over the data, a function of seed and step."""

@@ -25,7 +25,7 @@ import torch
 from plumbing import ranks
 from plumbing.errors import GraceError, first_line
 from prompt import PromptBuilder, Reading
-from speed import lora
+from speed import decode, lora
 from speed.decode import PlainDecoder, SharedDecoder
 
 SETTINGS = "grace_config.json"
@@ -264,6 +264,7 @@ def load_policies(config, checkpoint=None):
 
     With adapters (`--lora`) both are one model: that of `--model`, with its adapters on and off.
     """
+    decode.kernel = config.kernel
     load = lambda source: Policy.load(source, config.device, config.dtype, **config.reading)
     if config.lora:
         policy = load(config.model)

@@ -35,11 +35,13 @@ costs.
 Shapes: N rows in B blocks of N/B (block i's own group is group i), K columns per group, D hidden size.
 """
 
-import importlib.util
+import functools
 from typing import NamedTuple
 
 import torch
 from torch.autograd.function import once_differentiable
+
+from speed import runs
 
 kernel = "auto"  # "auto": Triton on CUDA where it is installed; "on": always (on a CPU, TRITON_INTERPRET=1); "off": never
 TABLE = 2**21  # torch: about so many cosines are held at a time, 8 MB in float32
@@ -69,7 +71,7 @@ def plain_similarity(rows, columns, temperature, barred):
 
 
 def group_similarity(rows, columns, temperature, twins=None):
-    """`plain_similarity` in tiles: nothing larger than a tile is held. `[N, D], [B, K, D] -> Similarity` of `[N]`.
+    """`plain_similarity` in tiles, of which few are held at a time. `[N, D], [B, K, D] -> Similarity` of `[N]`.
 
     rows         unit length; N is a multiple of B, and row n belongs to group n // (N / B)
     columns      unit length; any B, K, D
@@ -91,8 +93,15 @@ def group_similarity(rows, columns, temperature, twins=None):
 def use_kernel(rows):
     """Whether `kernel` says that the Triton kernel computes this."""
     if kernel == "auto":
-        return rows.is_cuda and rows.dtype != torch.float64 and importlib.util.find_spec("triton") is not None
+        return rows.is_cuda and rows.dtype != torch.float64 and _triton_runs(rows.device)
     return kernel == "on"
+
+
+@functools.cache
+def _triton_runs(device):
+    """Whether the kernel runs on a device; tried once, on two rows."""
+    ones = torch.ones(2, 1, 16, device=device)
+    return runs("the in-batch similarity", lambda: _triton().forward(ones[:, 0], ones, torch.eye(2, device=device).bool(), 1.0))
 
 
 class _GroupSimilarity(torch.autograd.Function):

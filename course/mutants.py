@@ -126,6 +126,7 @@ MUTANTS = [  # task, what is wrong, function, what stands there, what a student 
     ("bonus", "own group left among the others", "forward_kernel", "log_sum_exp(mean * inverse_t, other)", "log_sum_exp(mean * inverse_t, own | other)"),
     ("bonus", "temperature forgotten", "forward_kernel", "mean * inverse_t", "mean"),
     ("bonus", "a sum of exponentials without the maximum", "forward_kernel", "log_sum_exp(nearest * inverse_t, other)", "tl.log(tl.sum(tl.where(other, tl.exp(nearest * inverse_t), 0.0), 1))"),
+    ("bonus", "every block of rows is the first", "forward_kernel", "tl.program_id(0) * ROWS + tl.arange(0, ROWS)", "tl.arange(0, ROWS)"),
     ("bonus", "every tile at the place of the first", "forward_kernel", "at, step = out + tile * N + n", "at, step = out + n"),
 ]  # fmt: skip
 ALTERNATIVES = [  # task, how it is written, {function: body}

@@ -7,7 +7,7 @@ First language modelling on plain texts, then chats, with a tenth of plain texts
 from groups, whose texts mean the same (a jsonl row with a list), and from triplets, whose positive follows from the query
 (chats.py has the instructions); only the answers are learned. Held-out loss is measured for each kind. The folder keeps
 the weights that were best on the chats, and three evaluations in a row that are worse end the run: before it memorises.
-On a GPU batches are made by processes of their own while it computes, and --batch 256 costs hardly more than 64.
+On a GPU batches are made by processes of their own while it computes; a larger --batch keeps it busy.
 
 --out becomes an ordinary checkpoint folder, with the first instruction in grace_config.json, so that grace.py trains from
 it; log.jsonl and samples.md are written beside. What a step reads is a function of seed and step: `--resume` continues
@@ -115,6 +115,12 @@ def rate(step, steps, D):
     return 3e-3 * 256 / D * min(1, (step + 1) / (0.02 * steps + 1), 2 * (1 - step / steps))
 
 
+def spare_cores():
+    """How many processes can make batches beside this one, at most 12."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return min(12, cores - 1)
+
+
 class Batches:
     """What each step reads, by its number: a map-style dataset, so that a `DataLoader` can make them ahead."""
 
@@ -126,8 +132,9 @@ class Batches:
         return self.data.batch(rng, self.tokenizer, self.B, plain_share(step, self.steps))
 
     def after(self, step, device):
-        """The batches from a step on; for a GPU by as many processes as there are cores to spare, at most 12."""
-        ahead = min(12, os.cpu_count() - 1) if device == "cuda" else 0
+        """The batches from a step on; for a GPU made ahead, by processes of their own."""
+        ahead = spare_cores() if device == "cuda" else 0
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # in one of several processes it would not help
         return iter(DataLoader(self, batch_size=None, sampler=range(step, self.steps), num_workers=ahead))
 
 
@@ -143,7 +150,9 @@ def one_step(model, optimizer, ids, labels, dtype):
 
 def measure(model, data, tokenizer, B, minutes):
     """Times steps in both compute types, at a rate of 0. `-> (the faster type, steps in so many minutes)`."""
+    start = time.perf_counter()
     batches = [data.batch(random.Random(0), tokenizer, B, share) for share in (1.0, KEPT, KEPT)]
+    making = time.perf_counter() - start
     seconds, tokens = {}, sum(ids.numel() for ids, _ in batches)
     still = torch.optim.AdamW(model.parameters(), lr=0.0)
     for dtype in ("float32", "bfloat16"):
@@ -154,7 +163,9 @@ def measure(model, data, tokenizer, B, minutes):
             seconds[dtype] = min(seconds.get(dtype, math.inf), time.perf_counter() - start)
         print(f"{dtype}: {tokens / seconds[dtype]:,.0f} tokens per second", flush=True)
     dtype = min(seconds, key=seconds.get)
-    return dtype, max(1, int(minutes * 60 / (seconds[dtype] / len(batches))))
+    ahead = spare_cores() if model.device.type == "cuda" else 0
+    each = max(seconds[dtype], making / ahead) if ahead else seconds[dtype] + making
+    return dtype, max(1, int(minutes * 60 / (each / len(batches))))
 
 
 @torch.no_grad()
@@ -187,7 +198,7 @@ def train(data, size, out, minutes=None, steps=None, B=64, seed=0, resume=False,
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.01, betas=(0.9, 0.98))
     if os.path.exists(path):
         state = torch.load(path, map_location=device, weights_only=True)
-        if (was := (state["size"], state.get("B"), state["seed"])) != (size, B, seed):
+        if (was := (state["size"], state.get("B", 64), state["seed"])) != (size, B, seed):
             flags = "--size {} --batch {} --seed {}".format(*was)
             raise GraceError(f"{path} is of {flags}: give these, or another --out")
         if state.get("vocabulary") != vocabulary:

@@ -16,7 +16,8 @@ are read once. So there are two ways to be fast, to keep less and to move it few
 2. The rationales' keys and values go into a buffer made once, instead of a longer copy for each token.
 3. On CUDA, hundreds of small kernels per token cost more to launch than to run: the step is captured as
    a graph and replayed. Nothing in it depends on a Python number that changes from token to token.
-   Where Triton is installed, 1. is one kernel instead of sixteen (decode_triton.py).
+   Where Triton is installed, the whole attention is one kernel instead of sixteen (decode_triton.py). There a rollout reads
+   its prompt's keys by itself, from the GPU's cache; kept they are once.
 
 A model whose attention cannot be taken apart like this (sliding windows, soft-capped scores, position
 biases) gets `PlainDecoder`, the library's own cache repeated K times: `Policy` tries which one fits.
@@ -26,7 +27,6 @@ key-value head, d channels per head.
 """
 
 import functools
-import importlib.util
 import warnings
 
 import torch
@@ -35,8 +35,10 @@ from transformers.cache_utils import Cache, DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from speed import runs
+
 kernel = "auto"  # attention in Triton on CUDA, where it is installed, unless this is "off"
-BUCKET = 128  # without it, a captured step attends to this many positions of the buffer, or twice, three times as many
+BUCKET = 128  # without Triton's, a captured step attends to this many positions of the buffer, or twice, three times as many
 
 
 def attend(module, query, key, value, attention_mask, scaling=None, shared_cache=None, **kwargs):
@@ -185,22 +187,18 @@ class PlainDecoder(Decoder):
 
 @functools.cache
 def can_fuse(H, heads, d, dtype, device):
-    """Whether Triton's attention runs for H queries and so many key-value heads of d channels. Tried once, on one token.
-
-    Where Triton is installed and it does not (no C compiler, or too large for the chip), a warning says why.
-    """
-    if importlib.util.find_spec("triton") is None or dtype == torch.float64:
+    """Whether Triton's attention runs for H query heads and so many key-value heads of d channels; tried once."""
+    if dtype == torch.float64:
         return False
-    from speed import decode_triton
-
     zeros = lambda *shape: torch.zeros(shape, dtype=dtype, device=device)
     own, mask, at = zeros(1, heads, 1, d), torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device), zeros(1).long()
-    try:
+
+    def trial():
+        from speed import decode_triton
+
         decode_triton.attend(zeros(1, H, 1, d), own, own, mask, own, own, at, 1.0)
-    except Exception as error:  # a compiler's, a driver's, Triton's own: the attention in torch needs none of them
-        warnings.warn(f"Triton's attention cannot be used, so decoding is slower ({error})", stacklevel=2)
-        return False
-    return True
+
+    return runs("the decoding's attention", trial)
 
 
 @functools.cache
@@ -223,8 +221,10 @@ class SharedDecoder(Decoder):
         self.capture = mask.is_cuda if capture is None else capture
         self.cache = SharedCache(cache, K, self.T, mask.device)
         if fused is None:
+            fused = mask.is_cuda and kernel != "off"
+        if fused and mask.is_cuda:
             keys, H = self.cache.layers[0].keys, policy.model.config.get_text_config().num_attention_heads
-            fused = kernel != "off" and mask.is_cuda and can_fuse(H, keys.shape[1], keys.shape[3], keys.dtype, mask.device)
+            fused = can_fuse(H, keys.shape[1], keys.shape[3], keys.dtype, mask.device)
         self.cache.fused = fused
         self.fixed = not self.cache.fused and (self.capture if fixed is None else fixed)
         self.mask = mask.bool()[:, None, None]  # [N, 1, 1, P]

@@ -8,15 +8,13 @@
 
 The softmax over both stretches is taken block by block: when a block has a higher score than all before it, what was summed
 so far is scaled down (online softmax, Milakov & Gimelshein 2018; flash attention, Dao et al. 2022). In plain torch the same
-takes sixteen kernels a layer, and their tables of scores. How many tokens a rationale has is read on the device, so one
+takes sixteen kernels a layer, and tables of scores in memory. How many tokens a rationale has is read on the device, so one
 captured graph serves every length. Products of float32 are IEEE; tested on the CPU by Triton's interpreter.
 """
 
 import torch
 import triton
 import triton.language as tl
-
-BLOCK = 64  # positions read at a time
 
 
 @triton.jit
@@ -34,7 +32,7 @@ def one_block(q, keys, values, place, exists, d, scale, peak, total, mixed, CHAN
     return higher, total * kept + tl.sum(p, 1), mixed
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["K", "P", "T"])  # they change while texts are written: compile once
 def attend_kernel(
     query, prompt_keys, prompt_values, mask, keys, values, at, out, K, P, T, d, G, scale,
     QUERIES: tl.constexpr, CHANNELS: tl.constexpr, BLOCK: tl.constexpr,
@@ -72,7 +70,9 @@ def attend(query, prompt_keys, prompt_values, mask, keys, values, at, scale):
     query, G = query.contiguous(), H // heads
     prompt_keys, prompt_values, mask = (x.contiguous() for x in (prompt_keys, prompt_values, mask))
     out = torch.empty(R, 1, H, d, dtype=query.dtype, device=query.device)
-    sizes = dict(QUERIES=max(16, triton.next_power_of_2(G)), CHANNELS=max(16, triton.next_power_of_2(d)), BLOCK=BLOCK)
+    sizes = dict(QUERIES=max(16, triton.next_power_of_2(G)), CHANNELS=max(16, triton.next_power_of_2(d)))
+    wide = d * query.element_size()  # blocks that are read ahead have to fit on the chip, 99 KB on small ones
+    sizes |= dict(BLOCK=64 if wide <= 512 else 32, num_stages=3 if wide <= 256 else 2)
     prompt = prompt_keys, prompt_values, mask.view(torch.uint8)
     attend_kernel[(R, heads)](query, *prompt, keys, values, at, out, R // N, P, keys.shape[2], d, G, scale, **sizes)
     return out

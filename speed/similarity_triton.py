@@ -3,8 +3,8 @@
 A tile is ROWS rows against GROUPS groups of columns, each group padded from K to MEMBERS, the next power of
 two, because a tile's shape must be one; K = 5 computes 8 and ignores 3. The product is accumulated in float32
 over D, `DEPTH` numbers at a time, by tensor cores: each float32 is split into two numbers of ten bits and three
-products are summed ("tf32x3"), which is as exact as float32; one product alone would blur cosines in the third digit.
-bfloat16 inputs are widened as they are loaded.
+products are summed ("tf32x3"), which is nearly as exact as float32; one product alone would blur cosines in the third
+digit. bfloat16 inputs are widened as they are loaded.
 
     rows     ROWS x D  ──┐                              group 0      group 1
                          ├── dot ──>  s  [ROWS, GROUPS * MEMBERS]  =  | m m m m m . . . | m m m m m . . . | ...
@@ -15,8 +15,8 @@ forward     a program turns its tile into four numbers per row. `forward` adds t
 backward    a program makes its tile again, turns it into ds, and writes that down, for a band of rows at a time, so
             small that it stays in the GPU's cache. Two library products give dx = ds @ columns and dc += ds' @ rows.
 
-No program waits for another, nothing is added up in memory by several, so the result is the same each time.
-Every kernel is tested on the CPU by Triton's interpreter (TRITON_INTERPRET=1).
+No two programs add to the same number, so the result is the same each time. Every kernel is tested on the CPU by Triton's
+interpreter (TRITON_INTERPRET=1), whose products are plain float32.
 """
 
 import torch
@@ -95,7 +95,7 @@ def forward_kernel(
     tl.store(at + 3 * step, tl.sum(tl.where(other, nearest, 0.0), 1), mask=has_n)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["start", "end"])
 def backward_kernel(
     rows, columns, barred, saved, ds_band, start, end, N, B, K, D, R, inverse_t,
     ROWS: tl.constexpr, GROUPS: tl.constexpr, MEMBERS: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr,
@@ -126,13 +126,13 @@ def backward_kernel(
 # ---------------------------------------------------------------- what similarity.py calls
 
 # What bench/similarity.py tries on a GPU: how float32 is multiplied ("ieee", "tf32x3", or "tf32"), a tile, its warps.
-precision = "tf32x3"
+precision = "ieee" if torch.version.hip else "tf32x3"
 tile, warps = (64, 128), 4
-BAND = 2**22  # about so many numbers of ds are held at a time: 16 MB, a third of a large GPU's cache
+BAND, LEAST = 2**22, 512  # so many numbers of ds are held at a time, 16 MB, a third of a large GPU's cache; but so many rows
 
 
 def _launch(kernel, n, rows, columns, tensors, temperature):
-    """One program for each tile of n rows and all columns."""
+    """One program per tile; the tiles cover n rows and all columns."""
     (N, D), (B, K, _) = rows.shape, columns.shape
     MEMBERS = triton.next_power_of_2(K)
     GROUPS = max(1, tile[1] // MEMBERS)
@@ -159,7 +159,7 @@ def backward(rows, columns, barred, temperature, lse_mean, lse_nearest, w_own, w
     saved = torch.stack([x.float() for x in (lse_mean, lse_nearest, w_own, w_mean, w_nearest, w_hard)])
     wide_rows, wide_columns = rows.float(), columns.flatten(0, 1).float()  # [N, D], [B * K, D]
     d_rows, d_columns = torch.empty_like(wide_rows), torch.zeros_like(wide_columns)
-    size = max(1, BAND // len(wide_columns))
+    size = max(LEAST, BAND // len(wide_columns))
     ds = rows.new_empty(min(size, len(rows)), len(wide_columns), dtype=torch.float32)
     for start in range(0, len(rows), size):
         end = min(start + size, len(rows))

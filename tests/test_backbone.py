@@ -136,7 +136,7 @@ def test_a_resumed_run_is_the_run_never_stopped(data, tmp_path, monkeypatch):
     monkeypatch.setattr(backbone, "evaluate", evaluate)
     with pytest.raises(GraceError, match="--resume"):
         train(data, "4m", str(tmp_path / "parts"), steps=8)
-    with pytest.raises(GraceError, match="--seed 0"):
+    with pytest.raises(GraceError, match="--batch 8 --seed 0"):
         train(data, "4m", str(tmp_path / "parts"), steps=8, seed=1, resume=True)
     fewer = copy.copy(data)
     fewer.kinds = data.kinds[:1]

@@ -86,7 +86,7 @@ def test_the_fused_attention_in_the_interpreter():
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 def test_where_triton_cannot_run_it_says_so():
     """Here: outside its interpreter, on a CPU."""
-    with pytest.warns(UserWarning, match="so decoding is slower"):
+    with pytest.warns(UserWarning, match="attention is done in torch, which is slower"):
         assert not decode.can_fuse(4, 2, 16, torch.float32, "cpu")
 
 
