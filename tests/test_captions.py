@@ -226,12 +226,13 @@ def test_the_sizes_show_each_row_by_its_better_way():
 
     by_label = {f"{REASONING}, {size}": [record(0.3, 0.0)] * 3 for size in SIZES}
     by_label |= {f"{TEXT_TERM}, {size}": [record(0.1, 0.4 + i), record(0.1, 0.6 + i)] for i, size in enumerate(SIZES)}
-    by_label[f"{BEST}, 1.3 M"] = [record(0.5, 0.2)]  # not yet measured at the other size
+    by_label[f"{BEST}, 1.3 M"] = [record(0.5, 0.2)]  # not yet measured at the other sizes
     figure = EXPERIMENTS["captions_sizes"].figure(by_label)
     for axis, scale in zip(figure.axes, (1, 0.5)):
         lines = {bar.get_label(): bar.lines[0] for bar in axis.containers}
         points = {label: found.get_xydata().flatten().tolist() for label, found in lines.items()}
-        expected = {REASONING: [1.3, 0.3 * scale, 4.2, 0.3 * scale], TEXT_TERM: [1.3, 0.5 * scale, 4.2, 1.5 * scale]}
+        scores = {REASONING: (0.3, 0.3, 0.3), TEXT_TERM: (0.5, 1.5, 2.5)}
+        expected = {row: [x for n, y in zip((1.3, 4.2, 15.5), ys) for x in (n, y * scale)] for row, ys in scores.items()}
         assert points.keys() == expected.keys() and all(points[x] == pytest.approx(expected[x]) for x in expected)
         assert lines[TEXT_TERM].get_mfc() == "white" != lines[REASONING].get_mfc()
 
