@@ -16,8 +16,8 @@ are read once. So there are two ways to be fast, to keep less and to move it few
 2. The rationales' keys and values go into a buffer made once, instead of a longer copy for each token.
 3. On CUDA, hundreds of small kernels per token cost more to launch than to run: the step is captured as
    a graph and replayed. Nothing in it depends on a Python number that changes from token to token.
-   Where Triton is installed, the whole attention is one kernel instead of sixteen (decode_triton.py). There a rollout reads
-   its prompt's keys by itself, from the GPU's cache; kept they are once.
+   Where Triton is installed, the whole attention is one kernel instead of sixteen (decode_triton.py). There every
+   rollout reads its prompt's keys for itself, but from the GPU's cache, since they are kept once.
 
 A model whose attention cannot be taken apart like this (sliding windows, soft-capped scores, position
 biases) gets `PlainDecoder`, the library's own cache repeated K times: `Policy` tries which one fits.
