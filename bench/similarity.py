@@ -88,12 +88,10 @@ def variants(args):
     from speed import similarity_triton as kernel
 
     print(f"{'products':10}{'inputs':10}{'tile':>9}{'warps':>7}{'forward, ms':>13}{'both, ms':>10}{'of the floor':>14}")
-    before, library = (kernel.precision, kernel.tile, kernel.warps), matmul_rate(args.device)
+    before = kernel.precision, kernel.tile, kernel.warps
     for precision, dtype in (("ieee", "float32"), ("tf32x3", "float32"), ("tf32", "float32"), ("tf32", "bfloat16")):
         rows, columns = (x.detach().to(getattr(torch, dtype)).requires_grad_() for x in example(*sizes(args)))
-        count = 3 if precision == "tf32x3" else 1  # products of tensor cores for one of float32
-        of_tiles = matmul_rate(args.device, {"ieee": "float32"}.get(precision, "tf32")) / count
-        least, best = 2 * products(args) * (1 / of_tiles + 1 / library), 0  # the table twice; dx and dc are the library's
+        least, best = floor(args, precision), 0
         for tile, warps in (((64, 64), 4), ((64, 128), 4), ((64, 128), 8)):
             kernel.precision, kernel.tile, kernel.warps = precision, tile, warps
             try:
@@ -116,6 +114,13 @@ def sizes(args):
 def products(args):
     """The operations of one matrix product, rows by columns."""
     return 2 * args.rows**2 * args.dim
+
+
+def floor(args, precision):
+    """Seconds that the four products take at least: the table, twice, in this precision; a library's at rows and columns."""
+    count = 3 if precision == "tf32x3" else 1  # products of tensor cores for one of float32
+    of_tiles = matmul_rate(args.device, "float32" if precision == "ieee" else "tf32") / count
+    return 2 * products(args) * (1 / of_tiles + 1 / matmul_rate(args.device))
 
 
 def main():
@@ -148,9 +153,7 @@ def main():
     for name in forms:
         print(f"{name:8}{times[name]:24.4f}{peaks[name] / 2**20:40.1f}")
     print(f"ratio   {times['fused'] / times['plain']:24.2f}{peaks['fused'] / peaks['plain']:40.3f}")
-    rate, library = 4 * products(args) / times["fused"], matmul_rate(args.device)
-    of_tiles = matmul_rate(args.device, "tf32") / 3 if how == "Triton" else library  # three products for one of float32
-    least = 2 * products(args) * (1 / of_tiles + 1 / library)  # the table, twice; the gradients at rows and columns
+    rate, least = 4 * products(args) / times["fused"], floor(args, "tf32x3" if how == "Triton" else "ieee")
     print(f"{products(args) / 1e9:.1f} Gflop per product, four of them: {rate / 1e9:.0f} Gflop/s, floor {least:.4f} s")
     goal("the kernel as it is, against the plain form", "no slower", f"{times['plain'] / times['fused']:.2f} times as fast")
     goal("the same: share of its arithmetic floor", "50 %", f"{least / times['fused']:.0%}")

@@ -115,8 +115,10 @@ def rate(step, steps, D):
     return 3e-3 * 256 / D * min(1, (step + 1) / (0.02 * steps + 1), 2 * (1 - step / steps))
 
 
-def spare_cores():
-    """How many processes can make batches beside this one, at most 12."""
+def makers(device):
+    """How many processes make batches beside this one: for a GPU as many as there are spare cores, at most 12."""
+    if device != "cuda":
+        return 0
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return min(12, cores - 1)
 
@@ -133,9 +135,8 @@ class Batches:
 
     def after(self, step, device):
         """The batches from a step on; for a GPU made ahead, by processes of their own."""
-        ahead = spare_cores() if device == "cuda" else 0
         os.environ["TOKENIZERS_PARALLELISM"] = "false"  # in one of several processes it would not help
-        return iter(DataLoader(self, batch_size=None, sampler=range(step, self.steps), num_workers=ahead))
+        return iter(DataLoader(self, batch_size=None, sampler=range(step, self.steps), num_workers=makers(device)))
 
 
 def one_step(model, optimizer, ids, labels, dtype):
@@ -163,7 +164,7 @@ def measure(model, data, tokenizer, B, minutes):
             seconds[dtype] = min(seconds.get(dtype, math.inf), time.perf_counter() - start)
         print(f"{dtype}: {tokens / seconds[dtype]:,.0f} tokens per second", flush=True)
     dtype = min(seconds, key=seconds.get)
-    ahead = spare_cores() if model.device.type == "cuda" else 0
+    ahead = makers(model.device.type)
     each = max(seconds[dtype], making / ahead) if ahead else seconds[dtype] + making
     return dtype, max(1, int(minutes * 60 / (each / len(batches))))
 

@@ -243,14 +243,14 @@ EXPERIMENTS = {
     "captions_sizes": Experiment(
         "Captions: three sizes of the backbone", "On every backbone: base < base with reasoning < contrastive fine-tuning < GRACE.",
         BY_SIZE, (*SCORE_COLUMNS, "plain loss", "true", "distinct"),
-        tuple(
-            Claim(f"{text} at {size}, {name}", [(f"{above}, {size}", f"{below}, {size}")], column, way=way)
+        tuple(claims(
+            (f"{text} at {size}", f"{above}, {size}", f"{below}, {size}", way)
             for text, above, below, way in (
                 ("reasoning helps the untrained policy", REASONING, BASE, None),
                 ("GRACE in full, with its rationale, is above the loss with the text term", BEST, TEXT_TERM, "after"),
             )
-            for name, column in BY.items() for size in SIZES
-        ),
+            for size in SIZES
+        )),
         note="The start has no seed. All backbones are of one architecture and were made from captions, Tatoeba's sentences and paraphrases, children's books, "
         "TinyStories and Wikipedia, but not in one way: 1.3 M by `experiments/backbone.py --size 1m --minutes 25` on one core (16 million tokens; it cannot repeat a "
         "sentence yet, and its instruction is worded a little otherwise); 15.5 M by `--size 16m --batch 256 --minutes 2` on an H200 (88 million tokens, MSVD's "

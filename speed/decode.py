@@ -220,9 +220,7 @@ class SharedDecoder(Decoder):
         self.T = policy.reading.max_new_tokens
         self.capture = mask.is_cuda if capture is None else capture
         self.cache = SharedCache(cache, K, self.T, mask.device)
-        if fused is None:
-            fused = mask.is_cuda and kernel != "off"
-        if fused and mask.is_cuda:
+        if fused is None and (fused := mask.is_cuda and kernel != "off"):
             keys, H = self.cache.layers[0].keys, policy.model.config.get_text_config().num_attention_heads
             fused = can_fuse(H, keys.shape[1], keys.shape[3], keys.dtype, mask.device)
         self.cache.fused = fused
@@ -239,11 +237,12 @@ class SharedDecoder(Decoder):
 
     def step(self, token):
         """As PlainDecoder.step. What it returns is overwritten by the next step."""
-        length = self.t + 1
-        if self.fixed:
-            length = min(self.T, -(-length // BUCKET) * BUCKET)
         if self.cache.fused:
             length = self.T
+        elif self.fixed:
+            length = min(self.T, -(-(self.t + 1) // BUCKET) * BUCKET)
+        else:
+            length = self.t + 1
         if length != self.cache.length:
             self.cache.length, self.replay = length, None
         if self.replay is None:

@@ -131,11 +131,16 @@ tile, warps = (64, 128), 4
 BAND, LEAST = 2**22, 512  # so many numbers of ds are held at a time, 16 MB, a third of a large GPU's cache; but so many rows
 
 
+def _padded(K):
+    """MEMBERS and GROUPS of a tile, for groups of K."""
+    members = triton.next_power_of_2(K)
+    return members, max(1, tile[1] // members)
+
+
 def _launch(kernel, n, rows, columns, tensors, temperature):
     """One program per tile; the tiles cover n rows and all columns."""
     (N, D), (B, K, _) = rows.shape, columns.shape
-    MEMBERS = triton.next_power_of_2(K)
-    GROUPS = max(1, tile[1] // MEMBERS)
+    MEMBERS, GROUPS = _padded(K)
     sizes = dict(ROWS=tile[0], GROUPS=GROUPS, MEMBERS=MEMBERS, DEPTH=32, PRECISION=precision, num_warps=warps)
     grid = triton.cdiv(n, tile[0]), triton.cdiv(B, GROUPS)
     kernel[grid](rows, columns, *tensors, N, B, K, D, N // B, 1 / temperature, **sizes)
@@ -145,8 +150,7 @@ def forward(rows, columns, barred, temperature):
     """The four numbers of each row, `[N]` float32 each."""
     rows, columns, byte = rows.contiguous(), columns.contiguous(), barred.to(torch.uint8)
     N, (B, K, _) = len(rows), columns.shape
-    tiles = triton.cdiv(B, max(1, tile[1] // triton.next_power_of_2(K)))
-    out = torch.empty(4, tiles, N, dtype=torch.float32, device=rows.device)
+    out = torch.empty(4, triton.cdiv(B, _padded(K)[1]), N, dtype=torch.float32, device=rows.device)
     _launch(forward_kernel, N, rows, columns, (byte, out), temperature)
     own, mean, nearest, hard = out
     others = (~barred).sum(1).clamp(min=1).repeat_interleave(N // B)
