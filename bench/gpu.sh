@@ -19,9 +19,10 @@ folder=runs/gpu page=docs/benchmarks-gpu.md
 lengths="--prompt-tokens 128 --max-new-tokens 256"
 model="--shape qwen2.5-0.5b"
 sizes="$model --batch 64 --rollouts 8 $lengths" half="$model --batch 32 --rollouts 8 $lengths"
-similarity="--rows 4096 --group 8 --dim 896" encode="--n 512 --batch 256 --tokens-per-batch 131072 --repeats 2"
+similarity="--rows 4096 --group 8 --dim 896" encode="--n 256 --batch 256 --tokens-per-batch 131072 --repeats 1"
+peer="$model --batch 16 --rollouts 8 $lengths --micro-batch 32 --steps 1"
 world="OUT=$folder/town bash train.sh"
-grown="--max-new-tokens 64 --points 3" profiled="--batch 8" micro=32
+grown="--max-new-tokens 64 --points 3" profiled="--batch 8"
 if [ -n "${TINY:-}" ]; then
   folder=${FOLDER:-runs/gpu-tiny}
   page=$folder/page.md
@@ -32,7 +33,8 @@ if [ -n "${TINY:-}" ]; then
   world="python toy.py --out $folder/world --world events --steps 20"
   world+=" && python grace.py --model $folder/world/model --data $folder/world/data/train.jsonl --out $folder/town"
   world+=" --batch 4 --rollouts 2 --steps 2 --eval-every 0 --overwrite --device cpu"
-  grown="--max-new-tokens 8 --points 2 --device cpu" profiled="--batch 2" micro=2
+  peer="$sizes --micro-batch 2 --steps 1"
+  grown="--max-new-tokens 8 --points 2 --device cpu" profiled="--batch 2"
 fi
 mkdir -p "$folder"
 
@@ -47,7 +49,7 @@ part similarity 300 "The in-batch similarity" "python bench/similarity.py $simil
 part step 420 "A step within the README's memory (there by arithmetic: 21.2 GB)" \
   "python bench/step.py $half --train-roles query,positive --steps 1 --under 24"
 part large 300 "The same step with large micro-batches" \
-  "python bench/step.py $half --train-roles query,positive --steps 2 --tokens-per-batch 32768"
+  "python bench/step.py $half --train-roles query,positive --steps 1 --tokens-per-batch 32768"
 part recompute 300 "Large micro-batches and recomputed layers" \
   "python bench/step.py $half --train-roles query,positive --steps 2 --tokens-per-batch 32768 --recompute --under 24"
 part profile 240 "What a small step spends its time on" \
@@ -55,7 +57,7 @@ part profile 240 "What a small step spends its time on" \
 part encode 240 "The encoder against generate() and a second pass" "python bench/encode.py $model $lengths $encode"
 part memory_B 240 "How cost grows with B" "python bench/memory.py --only B $model $grown"
 part memory_T 240 "How cost grows with T" "python bench/memory.py --only T $model ${grown#--max-new-tokens * }"
-part trl 420 "TRL's GRPOTrainer on the same work" "python bench/trl_peer.py $sizes --micro-batch $micro"
+part trl 420 "TRL's GRPOTrainer on the same work" "python bench/trl_peer.py $peer"
 part world 600 "The default world" "$world"
 
 of() { local name="$1_$2"; printf '%s' "${!name}"; }

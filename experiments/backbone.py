@@ -255,12 +255,14 @@ def main(arguments):
     parser.add_argument("--minutes", type=float, default=60, help="how long to train [60]")
     parser.add_argument("--size", choices=tuple(SIZES), default="4m", help="parameters, about [4m]")
     parser.add_argument("--batch", type=int, default=64, help="rows per step [64]")
+    parser.add_argument("--evaluations", type=int, default=20, help="how often losses are measured and the run is kept [20]")
     parser.add_argument("--seed", type=int, default=0, help="of the first weights and of all that is drawn [0]")
     parser.add_argument("--resume", action="store_true", help="continue the run under --out")
     parser.add_argument("--out", required=True, help="folder to write into")
     args = parser.parse_args(arguments)
     data = Data(args.texts, args.groups, args.triplets, args.seed)
-    print(train(data, args.size, args.out, args.minutes, B=args.batch, seed=args.seed, resume=args.resume))
+    how = dict(B=args.batch, seed=args.seed, resume=args.resume, evaluations=args.evaluations)
+    print(train(data, args.size, args.out, args.minutes, **how))
 
 
 if __name__ == "__main__":
