@@ -98,7 +98,9 @@ class Config:
     sample_tokens: int = setting(
         131072, "token budget of the sampler's key-value cache; lower it when memory is short", least=1
     )
-    tokens_per_batch: int = setting(4096, "token budget of a micro-batch; lower it when memory is short", least=1)
+    tokens_per_batch: int = setting(
+        None, "token budget of a micro-batch; lower it when memory is short [16384 on CUDA, else 4096]", least=1
+    )
     recompute: bool = setting(False, "keep no activations inside layers: less memory, the update a fifth longer")
     shard: bool = setting(False, "under torchrun: each rank holds its share of weights, gradients and moments (FSDP2)")
     dtype: str = setting(
@@ -128,6 +130,8 @@ class Config:
             if limits["above"] is not None and value <= limits["above"]:
                 raise GraceError(f"{flag} {value}: must be above {limits['above']}")
         self.device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        # A micro-batch launches thousands of kernels whatever its size: a GPU that gets small ones waits for the host.
+        self.tokens_per_batch = self.tokens_per_batch or (16384 if self.device.startswith("cuda") else 4096)
         if self.device.startswith("cuda") and not torch.cuda.is_available():
             raise GraceError(f"--device {self.device}: torch finds no CUDA device here")
         if self.mode == "supervised" and not (self.roles and set(self.roles) <= {"query", "positive", "negative"}):

@@ -47,7 +47,7 @@ part rollout 300 "Rollouts against generate(), and against the floors" \
   "python bench/rollout.py $sizes --skip-update --repeats 2"
 part similarity 300 "The in-batch similarity" "python bench/similarity.py $similarity"
 part step 420 "A step within the README's memory (there by arithmetic: 21.2 GB)" \
-  "python bench/step.py $half --train-roles query,positive --steps 1 --under 24"
+  "python bench/step.py $half --train-roles query,positive --steps 1 --tokens-per-batch 4096 --under 24"
 part large 300 "The same step with large micro-batches" \
   "python bench/step.py $half --train-roles query,positive --steps 1 --tokens-per-batch 32768"
 part recompute 300 "Large micro-batches and recomputed layers" \

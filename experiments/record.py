@@ -146,8 +146,9 @@ class Place:
 
     def key(self, run):
         """The name of a run's record: a digest of whatever could change it, defaults aside."""
-        defaults = {f.name: f.default for f in dataclasses.fields(Config)} | {"device": None}
-        unread = {"device"} | (set(RECIPES["full"]) - {"text_weight"} if run["trainer"] in UNREWARDED else set())
+        defaults = {f.name: f.default for f in dataclasses.fields(Config)}
+        unread = {"device", "tokens_per_batch"}
+        unread |= set(RECIPES["full"]) - {"text_weight"} if run["trainer"] in UNREWARDED else set()
         settings = {k: v for k, v in dataclasses.asdict(self.config(run)).items() if v != defaults[k] and k not in unread}
         about = {k: run.get(k) for k in ("trainer", "world", "probe", "backbone")}
         about |= {"settings": settings, "quick": self.quick}
