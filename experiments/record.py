@@ -360,7 +360,7 @@ def make(run, place):
         world = toy.WORLDS[run.get("world") or "events"] if on_toy and not place.data else None
         for moment, which in (("before", start), ("after", policy)):
             record[moment] = record[moment] | measure(which, start, texts, world, plain, instructed=not on_toy)
-        if run.get("probe") in ("captions", "search"):
+        if run.get("probe") in ("captions", "captions tasks", "search"):
             record["rationales"] = []  # the texts' licence forbids handing them on
         if run.get("probe") == "captions":
             from truth import add_captions  # it stands on this file
@@ -373,7 +373,7 @@ def make(run, place):
             record["ladder"] = {way: ladder(policy, folder, way == "after") for way in WAYS}
         if hasattr(world, "thinks") and run["trainer"] in UNREWARDED:
             record["after"]["forced"] = forced(policy, start, folder)
-        if run.get("probe") == "tasks":
+        if run.get("probe") in ("tasks", "captions tasks"):
             with_and_without = (GraceEncoder(policy, rationale=rationale).encode for rationale in (True, False))
             record["tasks"], record["tasks_alone"] = (real_tasks(embed, place) for embed in with_and_without)
             record["tasks_words"] = real_tasks(hashed_words, place) if run["trainer"] == "none" else None
