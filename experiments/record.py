@@ -377,6 +377,11 @@ def make(run, place):
             with_and_without = (GraceEncoder(policy, rationale=rationale).encode for rationale in (True, False))
             record["tasks"], record["tasks_alone"] = (real_tasks(embed, place) for embed in with_and_without)
             record["tasks_words"] = real_tasks(hashed_words, place) if run["trainer"] == "none" else None
+        if run.get("probe") == "captions tasks":
+            from truth import longer
+
+            rows = read_triplets(config.heldout)
+            record["longer"] = {way: longer(GraceEncoder(policy, rationale=way == "after").encode, rows) for way in WAYS}
     record |= {"train_seconds": summary["seconds"], "seconds": time.time() - began, "revision": revision()}
     record["versions"] = versions()
     place.write(run, rounded(record))

@@ -26,6 +26,7 @@ SHOWN = (  # our own, so a record may hold them
     "Three children build a sand castle while their mother reads under an umbrella.",
     "A boy throws a ball to a girl in a blue dress.",
 )
+PAIR = ("query", "positive")
 OTHERS = {  # instructions that no reward touched: does an answer to a text do what it says, as a share
     "shorter": lambda text, answer: len(answer.split()) < len(text.split()),
     "main words": lambda text, answer: not FUNCTION_WORDS & set(answer.lower().split()),
@@ -102,6 +103,20 @@ def follow_others(start, policy, texts):
         losses.append(-answers_logprob(writer, reader, texts, 1.0))
         right += [obeys(*pair) for pair in zip(texts, encode_texts(reader, texts).rationales)]
     return {"other_loss": float(np.mean(losses)), "other_right": float(np.mean(right))}
+
+
+def longer(encode, rows, numbers=(1, 2, 4)):
+    """Retrieval by the number of captions, of different pictures, that make up a text. `-> {number: nDCG@10}`.
+
+    A text finds the one made of other captions of the same pictures, among as many for every number.
+    """
+    n, scores = len(rows) // max(numbers), {}
+    for size in numbers:
+        groups = [rows[i : i + size] for i in range(0, n * size, size)]
+        asked, documents = ({str(i): " ".join(r[role] for r in group) for i, group in enumerate(groups)} for role in PAIR)
+        ranked = search(encode, documents, asked, {i: {i: 1} for i in asked})
+        scores[str(size)] = float(np.mean([ndcg(gains, [1]) for gains in ranked.values()]))
+    return scores
 
 
 def averaged(policy, rows, temperature, numbers=(1, 2, 4, 8)):

@@ -11,7 +11,7 @@ import truth
 from captions import content_words
 from conftest import TEXTS
 from page import Claim, Experiment, section
-from real import BEST, EXPERIMENTS, IN_TIME, KINDS, REASONING, SEARCH, SIZES, TABLE, TEXT_TERM, TRIED
+from real import BEST, EXPERIMENTS, IN_TIME, KINDS, OTHER_TASKS, REASONING, SEARCH, SIZES, TABLE, TEXT_TERM, TRIED
 from record import Place, read_records
 from scores import WAYS
 from synthetic_tasks import write_all
@@ -93,6 +93,21 @@ def test_a_hard_negative_is_told_apart_where_the_positive_is_nearer():
     assert truth.told_apart(encode, rows) == 0.5
 
 
+def test_texts_of_several_captions_find_each_other():
+    """Against the rank of the right text, found in a loop; and with an encoder that knows every caption."""
+    rows = [{"query": f"q{i}", "positive": f"p{i}"} for i in range(23)]
+    vectors = {row[role]: np.random.default_rng(i).normal(size=16) for i, row in enumerate(rows) for role in row}
+    noise = np.random.default_rng(0).normal(size=(2, 5, 16)).astype(np.float32)
+    assert truth.longer(lambda texts: np.float32([sum(vectors[w] for w in t.split()) for t in texts]), rows, (1, 2, 4)) == {
+        "1": 1, "2": 1, "4": 1,
+    }  # fmt: skip
+    seen = []
+    score = truth.longer(lambda texts: seen.append(texts) or noise.reshape(10, 16), rows, (4,))["4"]
+    assert seen == [[" ".join(f"{x}{i}" for i in range(j, j + 4)) for x in "qp" for j in range(0, 20, 4)]]
+    near = [[a @ b / np.linalg.norm(b) for b in noise[1]] for a in noise[0]]
+    assert score == pytest.approx(np.mean([1 / np.log2(2 + sum(x > row[i] for x in row)) for i, row in enumerate(near)]))
+
+
 def test_what_an_answer_to_each_instruction_must_do():
     shorter, words, repeat = truth.OTHERS.values()
     assert shorter("a dog runs", "a dog") and not shorter("a dog", "a dog runs")
@@ -168,10 +183,11 @@ def test_rows_that_are_compared_are_searched_with_the_same_budget():
 
 
 def test_one_command_makes_the_tables(tiny_world, tmp_path, monkeypatch):
-    """Two rows of Table 1 and of Table 5 and one run of the search, from files; the rest is left for later."""
+    """Two rows of Table 1, of Table 5 and of the further tasks, from files; the rest is left for later."""
     write_all(tmp_path / "tasks")
     for name, rows in (("captions", [REASONING, IN_TIME]), ("captions_retention", [REASONING, IN_TIME])):
         monkeypatch.setattr(ALL[name], "rows", {label: TABLE[label] for label in rows})
+    monkeypatch.setattr(ALL["captions_tasks"], "rows", {label: OTHER_TASKS[label] for label in (REASONING, TEXT_TERM)})
     with open(f"{tiny_world}/data/heldout.jsonl") as file:
         heldout = [json.loads(line) | {"support": [json.loads(line)["query"]]} for line in file]
     files = dict(model=f"{tiny_world}/model", data=f"{tiny_world}/data/train.jsonl", plain=tmp_path / "plain.txt")
@@ -183,21 +199,18 @@ def test_one_command_makes_the_tables(tiny_world, tmp_path, monkeypatch):
     )
     flags = [text for name, path in files.items() for text in (f"--{name}", str(path))]
     more = ["--data-dir", f"{tmp_path}/tasks", "--quick", "--jobs", "1", "--out", str(tmp_path / "out")]
-    run.main(["captions", "captions_retention", *flags, *more])
+    run.main(["captions", "captions_retention", "captions_tasks", *flags, *more])
     page = (tmp_path / "out" / "results.md").read_text()
     assert all(f"*{text}*\n" in page for text in truth.SHOWN)
     assert "## Captions: Table 1\n" in page and "## Captions: Table 5" in page and "nan" not in page
+    assert "## Captions: SICK-R" in page and "| hashed words, no model |" in page and "of 253 has" in page
     assert f"| {IN_TIME} |" in page and "several sampled rationales averaged" in page and "not measured yet" in page
     records = read_records(str(tmp_path / "out" / "results" / "real.jsonl"))
-    assert len(records) == 2
+    assert len(records) == 4
     for record in records.values():
-        assert record["rationales"] == [] and set(record["after"]) >= {
-            "true",
-            "other_loss",
-            "plain_loss",
-            "STS17",
-            "mean of tasks",
-        }
+        measured = {"true", "other_loss", "plain_loss", "STS17", "mean of tasks"}
+        assert record["rationales"] == []
+        assert set(record["after"]) >= measured or record["run"]["probe"] == "captions tasks"
         assert not any(row["query"] in json.dumps(record) for row in heldout)
     samples = list((tmp_path / "out" / "worlds" / "samples").iterdir())
     assert len(samples) == 2 and heldout[0]["query"] in samples[0].read_text()
