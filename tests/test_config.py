@@ -66,3 +66,14 @@ def test_help_shows_defaults(capsys):
     assert "--pathwise PATHWISE" in printed and "[full: 0.3, paper: 0.0]" in printed
     assert "--pooling {mean,penultimate,eos,max}" in printed and "[mean]" in printed
     assert "--batch BATCH instances per step, B [64]" in printed
+
+
+def test_micro_batches_are_larger_on_a_gpu_unless_given(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    given = dict(model="m", data="d", out="o")
+    budget = lambda **more: Config(**given, **more).tokens_per_batch
+    assert budget() == budget(device="cuda:1") == 16384 and budget(device="cpu") == 4096
+    assert budget(tokens_per_batch=7) == 7
+    with pytest.raises(GraceError, match="--tokens-per-batch 0: must be at least 1"):
+        budget(tokens_per_batch=0)

@@ -334,6 +334,7 @@ def test_a_run_is_found_by_its_settings():
     place = Place()
     base = dict(trainer="GRACE", recipe="full", seed=0)
     assert place.key(base) == place.key({**base, "clip_eps": 0.2, "world": None})  # a default is no difference
+    assert place.key(base) == place.key(base | dict(tokens_per_batch=7, device="cpu"))  # nor is where it fits
     others = [dict(seed=1), dict(steps=7), dict(trainer="GRPO"), dict(recipe="paper"), dict(world="meals"), dict(probe="tasks")]
     assert len({place.key(base), *(place.key(base | other) for other in others)}) == 7
     assert place.key(base) != Place(quick=True).key(base) != Place(data="x").key(base)
