@@ -2,6 +2,7 @@
 machine can do at most: the two rates by which a measured time is judged.
 """
 
+import functools
 import os
 import platform
 import random
@@ -127,8 +128,9 @@ def copy_rate(device="cpu", n=None):
     return 2 * x.nbytes / seconds(lambda: y.copy_(x), device)
 
 
+@functools.cache
 def matmul_rate(device="cpu", precision="float32", n=None):
-    """Operations per second, measured by a product of n x n matrices: "float32" (IEEE), "tf32" or "bfloat16"."""
+    """Operations per second, measured by a product of n x n matrices, once: "float32" (IEEE), "tf32" or "bfloat16"."""
     n = n or (8192 if str(device).startswith("cuda") else 1024)
     x = torch.randn(n, n, device=device, dtype=torch.bfloat16 if precision == "bfloat16" else torch.float32)
     before = torch.get_float32_matmul_precision()

@@ -241,12 +241,9 @@ def search_lines(by_label):
         score = f"**{scores['ndcg_at_10']:.3f}**" if label in chosen.values() else f"{scores['ndcg_at_10']:.3f}"
         spearman = f" {scores['spearman']:.3f} |" if graded else ""
         lines.append(f"| {label} | {score} |{spearman} {step} | {by_label[label][0]['config']['steps']} | {WAYS[way]} |")
-    starts = {record["backbone"]: record["before"] for (record, *_) in by_label.values()}
-    for name, before in starts.items():
-        which = f" ({name})" if len(starts) > 1 else ""
-        spearman = f", Spearman {before['spearman']:.3f}" if graded else ""
-        lines += ["", f"The start{which}: nDCG@10 {before['ndcg_at_10']:.3f}{spearman}."]
-    return [*lines, ""]
+    before = next(iter(by_label.values()))[0]["before"]
+    spearman = f", Spearman {before['spearman']:.3f}" if graded else ""
+    return [*lines, "", f"The start: nDCG@10 {before['ndcg_at_10']:.3f}{spearman}.\n"]
 
 
 def best_evaluation(record):

@@ -15,9 +15,8 @@ compares (two for the reward alone). No task is looked at. Rows stand on the pag
 
 import functools
 
-import page
 import pictures
-from page import COLUMNS, Claim, Experiment, cell, mean_and_range, search_lines
+from page import COLUMNS, Claim, Experiment, cell, mean_and_range, search_lines, task_lines
 from scores import GENRES, TASKS, WAYS, better_way, ways
 
 # ---------------------------------------------------------------- what a row is, before any setting is chosen
@@ -74,17 +73,15 @@ def words(changes):
     return ", ".join(f"{name} {value:g}" for name, value in changes.items())
 
 
-SEARCH = {
-    f"{label}: {words(changes)}": kind | changes | dict(probe="search")
-    for label, kind in KINDS.items()
-    for changes in TRIED[label]
-}
+def search(tried, **where):
+    """What is tried of some rows, `{label: [changes]}`, as the rows of a search."""
+    runs = [(label, changes) for label, each in tried.items() for changes in each]
+    return {f"{label}: {words(changes)}": KINDS[label] | changes | dict(probe="search") | where for label, changes in runs}
 
-SEARCH_LARGE = {  # does a larger backbone want another rate?
-    f"{label}: {words(changes)}": KINDS[label] | changes | dict(probe="search", backbone="captions60m")
-    for label in (TEXT_TERM, BEST)
-    for changes in (dict(steps=200, lr=3e-4), dict(steps=200, lr=1e-3))
-}
+
+SEARCH = search(TRIED)
+RATES = [dict(steps=200, lr=rate) for rate in (3e-4, 1e-3)]  # does a larger backbone want another one?
+SEARCH_LARGE = search({TEXT_TERM: RATES, BEST: RATES}, backbone="captions60m")
 
 # ---------------------------------------------------------------- the tables
 
@@ -102,11 +99,11 @@ FRONTIER = {  # one knob at a time, of the two rows that take equally long
 }
 OTHER_TASKS = {label: TABLE[label] | dict(probe="captions tasks") for label in (REASONING, TEXT_TERM, BEST)}
 SIZES = {"1.3 M": dict(backbone="captions1m"), "4.2 M": {}, "15.5 M": dict(backbone="captions16m")}  # folders beside --model
-COMPARED = (BASE, REASONING, TEXT_TERM, BEST)  # with the settings that were found for the larger
+COMPARED = (BASE, REASONING, TEXT_TERM, BEST)  # with the settings that were found at 4.2 M
 BY_SIZE = {f"{label}, {size}": TABLE[label] | other for size, other in SIZES.items() for label in COMPARED}
-SLOWER = dict(lr=3e-4)  # what the search at 60 M prefers, for both rows
 BY_SIZE |= {f"{label}, 60 M": TABLE[label] | dict(backbone="captions60m") for label in (BASE, REASONING)}
-BY_SIZE |= {f"{label}, 15.5 M, lr 0.0003": TABLE[label] | SIZES["15.5 M"] | SLOWER for label in (TEXT_TERM, BEST)}
+SLOWER = SIZES["15.5 M"] | dict(lr=3e-4)  # the rate that the search at 60 M prefers, for both rows
+BY_SIZE |= {f"{label}, 15.5 M, lr 0.0003": TABLE[label] | SLOWER for label in (TEXT_TERM, BEST)}
 SCORE_COLUMNS = ("ndcg_at_10", "told_apart", "mean of tasks")
 KEPT = ("text loss", "plain loss", "answers loss", "start_logprob", "other loss", "other_right")
 SAID = ("true", "copied", "by_chance", "distinct", "words", "finished")
@@ -142,7 +139,7 @@ def settings_lines(by_label):
         "Settings, otherwise those of the recipe (B = 32, K = 4, T = 24, the rate falls to 0):\n",
         *lines,
         "",
-        *task_lines(by_label),
+        *similarity_lines(by_label),
         *genre_lines(by_label),
         *averaged_lines(by_label),
     ]
@@ -154,7 +151,7 @@ def embedded_lines(title, names, rows):
     return [*lines, *(f"| {label} | {WAYS[way]} | {' | '.join(cells)} |" for label, way, cells in rows), ""]
 
 
-def task_lines(by_label):
+def similarity_lines(by_label):
     """The tasks one by one, each row by the way that is better on their mean."""
     way = {label: better_way(records, label, "mean of tasks") for label, records in by_label.items()}
     rows = [
@@ -186,7 +183,7 @@ def other_lines(by_label):
         for way in WAYS
     ]
     title = "nDCG@10 by the number of captions, of different pictures, in a text: which of 253 has other captions of the same pictures?"
-    return [*page.task_lines(by_label), "", *embedded_lines(title, numbers, rows)]
+    return [*task_lines(by_label), "", *embedded_lines(title, numbers, rows)]
 
 
 def averaged_lines(by_label):

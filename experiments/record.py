@@ -374,14 +374,13 @@ def make(run, place):
         if hasattr(world, "thinks") and run["trainer"] in UNREWARDED:
             record["after"]["forced"] = forced(policy, start, folder)
         if run.get("probe") in ("tasks", "captions tasks"):
-            with_and_without = (GraceEncoder(policy, rationale=rationale).encode for rationale in (True, False))
-            record["tasks"], record["tasks_alone"] = (real_tasks(embed, place) for embed in with_and_without)
+            encode = {way: GraceEncoder(policy, rationale=way == "after").encode for way in WAYS}
+            record["tasks"], record["tasks_alone"] = (real_tasks(encode[way], place) for way in WAYS)
             record["tasks_words"] = real_tasks(hashed_words, place) if run["trainer"] == "none" else None
         if run.get("probe") == "captions tasks":
             from truth import longer
 
-            rows = read_triplets(config.heldout)
-            record["longer"] = {way: longer(GraceEncoder(policy, rationale=way == "after").encode, rows) for way in WAYS}
+            record["longer"] = {way: longer(encode[way], heldout) for way in WAYS}
     record |= {"train_seconds": summary["seconds"], "seconds": time.time() - began, "revision": revision()}
     record["versions"] = versions()
     place.write(run, rounded(record))

@@ -26,7 +26,6 @@ SHOWN = (  # our own, so a record may hold them
     "Three children build a sand castle while their mother reads under an umbrella.",
     "A boy throws a ball to a girl in a blue dress.",
 )
-PAIR = ("query", "positive")
 OTHERS = {  # instructions that no reward touched: does an answer to a text do what it says, as a share
     "shorter": lambda text, answer: len(answer.split()) < len(text.split()),
     "main words": lambda text, answer: not FUNCTION_WORDS & set(answer.lower().split()),
@@ -105,6 +104,11 @@ def follow_others(start, policy, texts):
     return {"other_loss": float(np.mean(losses)), "other_right": float(np.mean(right))}
 
 
+def retrieval(encode, documents, asked, relevant):
+    """nDCG@10 where each query has one right document; arguments as those of `search`."""
+    return float(np.mean([ndcg(gains, [1]) for gains in search(encode, documents, asked, relevant).values()]))
+
+
 def longer(encode, rows, numbers=(1, 2, 4)):
     """Retrieval by the number of captions, of different pictures, that make up a text. `-> {number: nDCG@10}`.
 
@@ -113,9 +117,9 @@ def longer(encode, rows, numbers=(1, 2, 4)):
     n, scores = len(rows) // max(numbers), {}
     for size in numbers:
         groups = [rows[i : i + size] for i in range(0, n * size, size)]
-        asked, documents = ({str(i): " ".join(r[role] for r in group) for i, group in enumerate(groups)} for role in PAIR)
-        ranked = search(encode, documents, asked, {i: {i: 1} for i in asked})
-        scores[str(size)] = float(np.mean([ndcg(gains, [1]) for gains in ranked.values()]))
+        joined = lambda role: {str(i): " ".join(row[role] for row in group) for i, group in enumerate(groups)}  # noqa: B023
+        asked = joined("query")
+        scores[str(size)] = retrieval(encode, joined("positive"), asked, {i: {i: 1} for i in asked})
     return scores
 
 
@@ -126,8 +130,4 @@ def averaged(policy, rows, temperature, numbers=(1, 2, 4, 8)):
     encoders = {0: greedy} | {n: MeanEncoder(drawn[:n]) for n in numbers}
     asked, documents = {row["query"]: row["query"] for row in rows}, {row["positive"]: row["positive"] for row in rows}
     relevant = {row["query"]: {row["positive"]: 1} for row in rows}
-    scores = {}
-    for n, encoder in encoders.items():
-        ranked = search(encoder.encode, documents, asked, relevant)
-        scores[str(n)] = float(np.mean([ndcg(gains, [1]) for gains in ranked.values()]))
-    return scores
+    return {str(n): retrieval(encoder.encode, documents, asked, relevant) for n, encoder in encoders.items()}
