@@ -16,6 +16,7 @@ compares (two for the reward alone). No task is looked at. Rows stand on the pag
 import functools
 
 import pictures
+from chats import INSTRUCTIONS
 from page import COLUMNS, Claim, Experiment, cell, mean_and_range, search_lines, task_lines
 from scores import GENRES, TASKS, WAYS, better_way, ways
 
@@ -104,6 +105,23 @@ BY_SIZE = {f"{label}, {size}": TABLE[label] | other for size, other in SIZES.ite
 BY_SIZE |= {f"{label}, 60 M": TABLE[label] | dict(backbone="captions60m") for label in (BASE, REASONING)}
 SLOWER = SIZES["15.5 M"] | dict(lr=3e-4)  # the rate that the search at 60 M prefers, for both rows
 BY_SIZE |= {f"{label}, 15.5 M, lr 0.0003": TABLE[label] | SLOWER for label in (TEXT_TERM, BEST)}
+
+# ---------------------------------------------------------------- what the policy is asked for
+
+ASKED = {kind: {} if kind == "other words" else dict(instruction=text) for kind, (text, _) in INSTRUCTIONS.items()}
+MAIN_WORDS = ASKED["main words"]  # what the search prefers at both sizes
+BACKBONES = {size: SIZES[size] for size in ("4.2 M", "15.5 M")}
+SEARCH_ASKED = {
+    f"untrained, {size}: {kind}": START | other | asked | dict(probe="search")
+    for size, other in BACKBONES.items()
+    for kind, asked in ASKED.items()
+}
+SEARCH_ASKED |= search({TEXT_TERM: RATES, BEST: RATES}, **MAIN_WORDS)
+BY_MAIN_WORDS = {
+    f"{label}, {size}": TABLE[label] | other | (dict(lr=3e-4) if label in (TEXT_TERM, BEST) else {}) | MAIN_WORDS
+    for size, other in BACKBONES.items()
+    for label in COMPARED
+}
 SCORE_COLUMNS = ("ndcg_at_10", "told_apart", "mean of tasks")
 KEPT = ("text loss", "plain loss", "answers loss", "start_logprob", "other loss", "other_right")
 SAID = ("true", "copied", "by_chance", "distinct", "words", "finished")
@@ -295,6 +313,23 @@ EXPERIMENTS = {
         lines=genre_lines,
         figure=functools.partial(pictures.by_size, rows=COMPARED, sizes={size: float(size.split()[0]) for size in SIZES}),
         whole=False,
+    ),
+    "captions_asked_search": Experiment(
+        "Captions: which instruction", "One instruction, written for chat models.",
+        SEARCH_ASKED, (), lines=search_lines, seeds=(10,), whole=False,
+        note="",
+    ),
+    "captions_asked": Experiment(
+        "Captions: asked for the main words", "On every backbone: base < base with reasoning < contrastive fine-tuning < GRACE.",
+        BY_MAIN_WORDS, (*SCORE_COLUMNS, "plain loss", "other loss", "true", "distinct"),
+        tuple(claims([
+            *((f"reasoning helps the untrained policy at {size}", f"{REASONING}, {size}", f"{BASE}, {size}", None) for size in BACKBONES),
+            *(
+                (f"GRACE in full, with its rationale, is above the loss with the text term at {size}", f"{BEST}, {size}", f"{TEXT_TERM}, {size}", "after")
+                for size in BACKBONES
+            ),
+        ])),
+        lines=settings_lines, note="", whole=False,
     ),
     "captions_frontier": Experiment(
         "Captions: the frontier of retrieval against retention", "(Ours.) One knob at a time.",

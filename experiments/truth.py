@@ -97,7 +97,8 @@ def truth(rationales, texts, support):
 def follow_others(start, policy, texts):
     """The other instructions: nats per token of the start's own answers, drawn, and how far the policy's greedy ones obey."""
     losses, right = [], []
-    for kind, obeys in OTHERS.items():
+    others = {kind: obeys for kind, obeys in OTHERS.items() if INSTRUCTIONS[kind][0] != policy.reading.instruction}
+    for kind, obeys in others.items():
         writer, reader = (reading_otherwise(x, instruction=INSTRUCTIONS[kind][0]) for x in (start, policy))
         losses.append(-answers_logprob(writer, reader, texts, 1.0))
         right += [obeys(*pair) for pair in zip(texts, encode_texts(reader, texts).rationales)]
