@@ -200,7 +200,7 @@ def other_lines(by_label):
         for label, records in by_label.items()
         for way in WAYS
     ]
-    title = "nDCG@10 by the number of captions, of different pictures, in a text: which of 253 has other captions of the same pictures?"
+    title = "nDCG@10 by the number of captions, of different pictures, in a text: which one, of as many for every number, has other captions of the same pictures?"
     return [*task_lines(by_label), "", *embedded_lines(title, numbers, rows)]
 
 
@@ -265,7 +265,7 @@ EXPERIMENTS = {
         "Captions: SICK-R and Banking77", "56 MTEB tasks; here the four of *Real text*, after training on captions.",
         OTHER_TASKS, (), lines=other_lines, seeds=(0,), whole=False,
         note="Rows of Table 1 once more. SICK-R's sentences come from captions: there GRACE, with its rationale, is level with the loss. Banking77 sorts questions "
-        "to a bank by what they want, and this backbone has no words for them: the loss is ahead, and counting words beats both. Of longer texts a rationale has to "
+        "to a bank by what they want, and this backbone has no words for them: the loss is ahead, and counting words beats both. Of longer texts (253 of each length) a rationale has to "
         "choose what it says, in 24 tokens; GRACE stays ahead of the loss, by 0.034 at two captions and by 0.026 at four.",
     ),
     "captions_unlabelled": Experiment(
@@ -314,7 +314,7 @@ EXPERIMENTS = {
         figure=functools.partial(pictures.by_size, rows=COMPARED, sizes={size: float(size.split()[0]) for size in SIZES}),
         whole=False,
     ),
-    "captions_asked_search": Experiment(
+    "captions_search_asked": Experiment(
         "Captions: which instruction", "One instruction, written for chat models.",
         SEARCH_ASKED, (), lines=search_lines, seeds=(10,), whole=False,
         note="",
