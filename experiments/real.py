@@ -110,7 +110,7 @@ BY_SIZE |= {f"{label}, 15.5 M, lr 0.0003": TABLE[label] | SLOWER for label in (T
 
 ASKED = {kind: {} if kind == "other words" else dict(instruction=text) for kind, (text, _) in INSTRUCTIONS.items()}
 MAIN_WORDS = ASKED["main words"]  # what the search prefers at both sizes
-BACKBONES = {size: SIZES[size] for size in ("4.2 M", "15.5 M")}
+BACKBONES = {"4.2 M": {}, "15.5 M": SLOWER}
 SEARCH_ASKED = {
     f"untrained, {size}: {kind}": START | other | asked | dict(probe="search")
     for size, other in BACKBONES.items()
@@ -118,7 +118,7 @@ SEARCH_ASKED = {
 }
 SEARCH_ASKED |= search({TEXT_TERM: RATES, BEST: RATES}, **MAIN_WORDS)
 BY_MAIN_WORDS = {
-    f"{label}, {size}": TABLE[label] | other | (dict(lr=3e-4) if label in (TEXT_TERM, BEST) else {}) | MAIN_WORDS
+    f"{label}, {size}": TABLE[label] | other | MAIN_WORDS
     for size, other in BACKBONES.items()
     for label in COMPARED
 }
