@@ -33,7 +33,8 @@ COLUMNS = {  # a figure's name in a record: its heading, and digits
     "recall": ("facts rightly named", 2), "precision": ("names that are true", 2), "distinct": ("distinct", 2),
     "answers loss": ("loss on the start's own answers, rise", 2), "start_logprob": ("log p of its answers under the start", 2),
     "other loss": ("loss on another instruction, rise", 2), "other_right": ("another instruction, answered rightly", 2),
-    "plain loss": ("loss on another kind of texts, rise", 2), "well_formed": ("well formed", 2),
+    "plain loss": ("loss on another kind of texts, rise", 2), "plain_loss": ("loss on another kind of texts", 2),
+    "well_formed": ("well formed", 2),
     "told_apart": ("hard negatives told apart", 3),
     **{name: (name, 3) for name in (*TASKS, "mean of tasks", *GENRES)},
     "true": ("words that are true", 3), "copied": ("words of the text", 3), "by_chance": ("true of the next text", 3),
@@ -240,15 +241,23 @@ def search_lines(by_label):
     for label, (scores, step, way) in tried.items():
         score = f"**{scores['ndcg_at_10']:.3f}**" if label in chosen.values() else f"{scores['ndcg_at_10']:.3f}"
         spearman = f" {scores['spearman']:.3f} |" if graded else ""
-        lines.append(f"| {label} | {score} |{spearman} {step} | {by_label[label][0]['config']['steps']} | {WAYS[way]} |")
-    before = next(iter(by_label.values()))[0]["before"]
+        lines.append(f"| {label} | {score} |{spearman} {step} | {steps(by_label[label][0])} | {WAYS[way]} |")
+    first = next(iter(by_label.values()))[0]
+    if not steps(first):
+        return [*lines, ""]
+    before = first["before"]
     spearman = f", Spearman {before['spearman']:.3f}" if graded else ""
     return [*lines, "", f"The start: nDCG@10 {before['ndcg_at_10']:.3f}{spearman}.\n"]
 
 
+def steps(record):
+    """How long a record's run was trained."""
+    return 0 if record["run"]["trainer"] == "none" else record["config"]["steps"]
+
+
 def best_evaluation(record):
-    """Of all evaluations after some training the one with the best nDCG@10: `(scores, step, way)`."""
-    evaluations = [(record[way], record["config"]["steps"], way) for way in WAYS]
+    """Of all evaluations after the training, or after some of it, the one with the best nDCG@10: `(scores, step, way)`."""
+    evaluations = [(record[way], steps(record), way) for way in WAYS]
     evaluations += [(scores, int(scores["step"]), "after") for scores in record["curve"]]
     return max(evaluations, key=lambda evaluation: (evaluation[0]["ndcg_at_10"], *evaluation[1:]))
 
