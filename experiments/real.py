@@ -305,7 +305,7 @@ EXPERIMENTS = {
         "GRACE retrieves better than the loss at every size and rate. On similarity it is behind: at the rate 1e-3 by 0.057, 0.034 and 0.014, but that is because this rate is too high "
         "for the loss at 15.5 M. At 3e-4 (one seed there) the loss gains on similarity and GRACE on retrieval and on what it keeps: it is ahead by 0.027 on retrieval and behind by 0.046 "
         "on similarity, takes half as much from other texts, and its rationales are truer than before training. So the gap on similarity does not close with size. It is not in STSBenchmark, "
-        "where the two are level at that rate, but in STS12 and STS13: news, parliament and glosses, about which these models write captions all the same.",
+        "where the two are level at that rate, but in STS12 and STS13: news, parliament and glosses, about which these models write captions all the same: see *asked for the main words*.",
         lines=genre_lines,
         figure=functools.partial(pictures.by_size, rows=COMPARED, sizes={size: float(size.split()[0]) for size in SIZES}),
         whole=False,
@@ -313,7 +313,10 @@ EXPERIMENTS = {
     "captions_search_asked": Experiment(
         "Captions: what is asked for", "One instruction for everything.",
         SEARCH_ASKED, (), lines=search_lines, seeds=(10,), whole=False,
-        note="",
+        note="Rows held back from training, as in *how settings were chosen*. *other words* is the instruction that each folder has by itself. What is asked for "
+        "matters more at 15.5 M. Trained rows: 4.2 M, asked for the main words. There GRACE is ahead of the loss at both rates, and at the smaller one forgets half "
+        "as much for the same retrieval; in other words it has 0.748. (Before this search, the untrained models were tried by each instruction on 400 pairs of STSBenchmark, "
+        "STS12 and STS13 each, which gave the idea: the main words were ahead there too, 0.459 against 0.399 at 4.2 M, 0.516 against 0.441 at 15.5 M.)",
     ),
     "captions_asked": Experiment(
         "Captions: asked for the main words", "On every backbone: base < base with reasoning < contrastive fine-tuning < GRACE.",
@@ -324,7 +327,11 @@ EXPERIMENTS = {
             ("and above the loss that is asked for other words", BEST, f"{TEXT_TERM}, asked for other words", "after"),
         ])),
         lines=lambda by_label: [*similarity_lines(by_label), *genre_lines(by_label), *said_lines(by_label)],
-        note="", whole=False,
+        note="15.5 M parameters, the rate 3e-4 and 200 steps for both. What GRACE lacked on similarity was in what it was asked for: in other words it is behind by 0.046, "
+        "all of it in STS12 and STS13; asked for the main words, by 0.004, in STS12 alone, and it stays ahead on retrieval, on three seeds of three. The reason: when the untrained model says "
+        "news in other words, 7 % of the content words that it writes stand in the text, and 21 % when it lists the main words (captions: 66 and 77 %, forums: 55 and 52 %; 150 "
+        "sentences of STSBenchmark each). Before training a rationale adds 0.080 to retrieval and 0.068 to similarity (other words, 15.5 M: 0.099 and 0.038). The loss gains too, and its rationales, though no term asks for them, come to help retrieval. The words of both become less true, by 0.05 and 0.14. *loss on another kind of texts* is "
+        "not a rise here, because the start's own depends on the instruction: 5.98 behind this one, 5.18 behind the other. GRACE ends below the loss.", whole=False,
     ),
     "captions_frontier": Experiment(
         "Captions: the frontier of retrieval against retention", "(Ours.) One knob at a time.",
