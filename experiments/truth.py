@@ -95,7 +95,10 @@ def truth(rationales, texts, support):
 
 
 def follow_others(start, policy, texts):
-    """The other instructions: nats per token of the start's own answers, drawn, and how far the policy's greedy ones obey."""
+    """The other instructions: nats per token of the start's own answers, drawn, and how far the policy's greedy ones obey.
+
+    The mean over all in OTHERS but the one that the policy was trained with.
+    """
     losses, right = [], []
     others = {kind: obeys for kind, obeys in OTHERS.items() if INSTRUCTIONS[kind][0] != policy.reading.instruction}
     for kind, obeys in others.items():

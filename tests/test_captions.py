@@ -9,10 +9,11 @@ import pytest
 import run
 import truth
 from captions import content_words
+from chats import INSTRUCTIONS
 from conftest import TEXTS
-from page import Claim, Experiment, section
+from page import Claim, Experiment, search_lines, section
 from real import BEST, EXPERIMENTS, IN_TIME, KINDS, OTHER_TASKS, REASONING, SEARCH, SIZES, TABLE, TEXT_TERM, TRIED
-from record import Place, read_records
+from record import Place, read_records, reading_otherwise
 from scores import WAYS
 from synthetic_tasks import write_all
 from tables import EXPERIMENTS as ALL
@@ -124,6 +125,8 @@ def test_what_is_still_followed(make_policy, monkeypatch):
     monkeypatch.setattr(truth, "OTHERS", obeyed)
     n = len(TEXTS)
     assert truth.follow_others(start, start, TEXTS)["other_right"] == pytest.approx((1 + 0.5 * n) / (2 * n))
+    trained = reading_otherwise(start, instruction=INSTRUCTIONS["repeat"][0])  # an instruction that was trained is no other
+    assert truth.follow_others(start, trained, TEXTS)["other_right"] == pytest.approx(1 / n)
 
 
 def test_retrieval_by_averaged_rationales_row_by_row(make_policy):
@@ -172,6 +175,18 @@ def test_a_claim_may_fix_the_way_of_its_first_row():
     assert "agrees" in Claim("", [("a", "b")]).verdict(by_label)
     assert "disagrees" in Claim("", [("a", "b")], way="after").verdict(by_label)
     assert Claim("", [("a", "c")]).verdict(by_label) == "not measured yet"
+
+
+def test_a_search_may_have_rows_without_training():
+    record = lambda trainer, score: {
+        "run": {"trainer": trainer}, "config": {"steps": 1000}, "curve": [],
+        "before": {"ndcg_at_10": 0.1}, "after": {"ndcg_at_10": score}, "after_without_rationale": {"ndcg_at_10": 0.1},
+    }  # fmt: skip
+    untrained, trained = [record("none", 0.3)], [record("GRACE", 0.5)]
+    lines = search_lines({"untrained: repeat": untrained, "GRACE: lr 1": trained})
+    assert "| untrained: repeat | **0.300** | 0 | 0 | with rationale |" in lines
+    assert "| GRACE: lr 1 | **0.500** | 1000 | 1000 | with rationale |" in lines and not any("The start" in x for x in lines)
+    assert "The start: nDCG@10 0.100" in search_lines({"GRACE: lr 1": trained})[-1]
 
 
 def test_rows_that_are_compared_are_searched_with_the_same_budget():
