@@ -14,6 +14,7 @@ A rank that is gone shows as a broken connection when the others next exchange s
 Control goes over gloo, on the CPU, whatever the device; gradients take the device's own way, NCCL on CUDA.
 """
 
+import atexit
 import contextlib
 import datetime
 import functools
@@ -49,11 +50,18 @@ def start():
         # Long enough for the slowest disk that the others wait for. A rank that is gone shows at once, in another way.
         patience = datetime.timedelta(hours=2)
         dist.init_process_group(backend, store=_store, rank=_rank, world_size=_size, timeout=patience)
+        atexit.register(end)
     except (ValueError, RuntimeError) as error:
         raise GraceError(f"the ranks cannot find one another ({first_line(error)}): start them by torchrun") from error
     if not first():  # all say the same: one of them says it
         sys.stdout = open(os.devnull, "w")
         warnings.simplefilter("ignore")
+
+
+def end():
+    """Close the connections while Python still runs: gloo's threads, left to its shutdown, now and then abort the process."""
+    if not _alone:  # of a rank that is lost there is nothing to be waited for
+        dist.destroy_process_group()
 
 
 def size():

@@ -17,6 +17,7 @@ from plumbing import ranks
 from plumbing.errors import GraceError
 
 PROGRAM = os.path.join(os.path.dirname(os.path.abspath(__file__)), "two_ranks.py")
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 NOISE = 2e-5  # float noise, as a share of how far the weights moved; a sum that is off by one group is off by a tenth
 ADAMS = 5e-3  # the same, as a share of norms, after AdamW, which makes a step of the noise where there is no gradient
@@ -88,14 +89,26 @@ def test_torchrun(tiny_world, tmp_path):
     """The command line of always, behind torchrun."""
     more = "--steps 2 --batch 5 --minibatches 2 --device cpu --eval-every 0 --save-every 0"
     grace.main(command(tiny_world, tmp_path / "one", more))
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     run = subprocess.run(
-        [*launch, "grace.py", *command(tiny_world, tmp_path / "two", more)], env=ENVIRONMENT, capture_output=True
+        [*TORCHRUN, "grace.py", *command(tiny_world, tmp_path / "two", more)], env=ENVIRONMENT, capture_output=True
     )
     assert run.returncode == 0, run.stderr[-3000:]
     off = weights_off(tmp_path / "one", tmp_path / "two", tiny_world / "model")
     assert off["moved"] > 0.1 and off["off"] < ADAMS * off["moved"]
     assert run.stdout.count(b"64 training rows") == 1
+
+
+def test_connections_are_closed_before_python_ends(tmp_path):
+    """What is registered before `start` runs after what that registers. Left open, gloo's threads abort a rank now and then."""
+    (tmp_path / "program.py").write_text(
+        "import atexit\nimport torch.distributed as dist\nfrom plumbing import ranks\n"
+        "atexit.register(lambda: print('open' if dist.is_initialized() else 'closed', flush=True))\n"
+        "ranks.start()\nprint(ranks.exchange(ranks.first()))\n"
+    )
+    root = os.path.dirname(os.path.dirname(PROGRAM))
+    run = subprocess.run([*TORCHRUN, str(tmp_path / "program.py")], env=ENVIRONMENT | {"PYTHONPATH": root}, capture_output=True)
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert run.stdout.split(b"\n")[:2] == [b"[True, False]", b"closed"]
 
 
 def test_one_process_shares_nothing():
