@@ -332,8 +332,9 @@ EXPERIMENTS = {
         note="15.5 M parameters, the rate 3e-4 and 200 steps for both. What GRACE lacked on similarity was in what it was asked for: in other words it is behind by 0.046, "
         "all of it in STS12 and STS13; asked for the main words, by 0.005, most of it in STS12, and it stays ahead on retrieval, on three seeds of three. The reason: when the untrained model says "
         "news in other words, 7 % of the content words that it writes stand in the text, and 21 % when it lists the main words (captions: 66 and 77 %, forums: 55 and 52 %; 150 "
-        "sentences of STSBenchmark each). Before training a rationale adds 0.080 to retrieval and 0.068 to similarity (other words, 15.5 M: 0.099 and 0.038). The loss gains too, and its rationales, though no term asks for them, come to help retrieval. The words of both become less true, by 0.05 and 0.13. *loss on another kind of texts* is "
-        "not a rise here, because the start's own depends on the instruction: 5.98 behind this one, 5.18 behind the other. GRACE ends below the loss.", whole=False,
+        "sentences of STSBenchmark each). Before training a rationale adds 0.080 to retrieval and 0.068 to similarity (other words, 15.5 M: 0.099 and 0.038). The loss "
+        "gains too, and its rationales, though no term asks for them, come to help retrieval. The words of both become less true, by 0.05 and 0.13. *loss on another "
+        "kind of texts* is not a rise here, because the start's own depends on the instruction: 5.98 behind this one, 5.18 behind the other. GRACE ends below the loss.", whole=False,
     ),
     "captions_frontier": Experiment(
         "Captions: the frontier of retrieval against retention", "(Ours.) One knob at a time.",
