@@ -34,6 +34,7 @@ COLUMNS = {  # a figure's name in a record: its heading, and digits
     "answers loss": ("loss on the start's own answers, rise", 2), "start_logprob": ("log p of its answers under the start", 2),
     "other loss": ("loss on another instruction, rise", 2), "other_right": ("another instruction, answered rightly", 2),
     "plain loss": ("loss on another kind of texts, rise", 2), "plain_loss": ("loss on another kind of texts", 2),
+    "bare loss": ("loss on another kind of texts, without a prompt, rise", 2),
     "well_formed": ("well formed", 2),
     "told_apart": ("hard negatives told apart", 3),
     **{name: (name, 3) for name in (*TASKS, "mean of tasks", *GENRES)},

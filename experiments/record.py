@@ -45,7 +45,7 @@ from plumbing.data import load_rows, read_texts, read_triplets  # noqa: E402
 from plumbing.report import read_metrics, versions  # noqa: E402
 from policy import Policy  # noqa: E402
 from pool import length_mask  # noqa: E402
-from rollout import Rollouts, sample, score, uniforms  # noqa: E402
+from rollout import Rollouts, sample, score, token_logprobs, uniforms  # noqa: E402
 
 TRAINERS = {
     "contrastive": Contrastive, "forced": ForcedContrastive, "simcse": SimCSE, "pathwise": PathwiseAlone, **ALGORITHMS,
@@ -213,11 +213,25 @@ def measure(policy, start, texts, world, plain=(), instructed=False):
         stats |= follow_other(policy, world, len(texts))
     if plain:
         stats["plain_loss"] = text_loss(policy, plain)
+        stats["bare_loss"] = bare_loss(policy, plain)
     if instructed:
         helpful = reading_otherwise(policy, instruction="You are a helpful assistant.", max_new_tokens=32)
         answers = encode_texts(helpful, list(FOLLOW)).rationales
         stats["follows"] = np.mean([check(answer) for check, answer in zip(FOLLOW.values(), answers)])
     return {name: x if x is None else float(x) for name, x in stats.items()}
+
+
+@torch.no_grad()
+def bare_loss(policy, texts):
+    """Nats per token of texts that stand alone, without a prompt: what was forgotten, whatever P(x) asks for."""
+    nats = count = 0
+    for text in texts:  # the first token has nothing before it that it could be predicted from
+        ids = policy.tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"].to(policy.device)
+        ids = ids[:, : policy.reading.max_prompt_tokens]
+        hidden, _, _ = policy.prefill(ids, torch.ones_like(ids), 0)
+        nats -= float(token_logprobs(policy, hidden[0, :-1], ids[0, 1:]).sum())
+        count += ids.shape[1] - 1
+    return nats / count
 
 
 def reading_otherwise(policy, **reading):

@@ -12,6 +12,7 @@ GENRES = ("captions", "news", "forums")  # the kinds of pairs in STSBenchmark
 SCORES = ("ndcg_at_10", "spearman", "told_apart", *TASKS, "mean of tasks", *GENRES)  # what is measured in both ways
 RISES = {  # by how much a loss rose from the start to the end: its name in a table, and the loss in a record
     "text loss": "text_loss", "answers loss": "answers_loss", "other loss": "other_loss", "plain loss": "plain_loss",
+    "bare loss": "bare_loss",
 }  # fmt: skip
 
 

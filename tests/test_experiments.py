@@ -17,7 +17,7 @@ from algorithms import ALGORITHMS, DAPO, GRPO, DrGRPO, ReinforcePlusPlus, ReMax
 from baselines import Contrastive, ForcedContrastive, PathwiseAlone, SimCSE, longest
 from conftest import ROWS, TEXTS, by_full_forward, config, rolled
 from page import COLUMNS, Claim, table, whole_page
-from record import Place, answers_logprob, follow_other, measure, read_records, rounded, write_record
+from record import Place, answers_logprob, bare_loss, follow_other, measure, read_records, rounded, write_record
 from scores import value
 from synthetic_tasks import write_all
 from tables import EXPERIMENTS, REAL
@@ -25,6 +25,7 @@ from town import WALKING
 
 import grace
 from config import Config, parse, setting
+from evaluation.encoder import text_loss
 from plumbing.errors import GraceError
 from rollout import make_batch, roll_out, sample
 from worlds import WORLDS
@@ -418,6 +419,22 @@ def test_one_policys_answers_as_another_finds_them(make_policy, temperature):
     assert -stats["answers_loss"] == (expected if temperature else pytest.approx(answers_logprob(writer, reader, TEXTS, 1.0)))
     if temperature:
         assert stats["answers_loss"] > measure(writer, writer, TEXTS, None)["answers_loss"]  # their difference is a KL
+
+
+def test_texts_that_stand_alone_need_no_prompt(make_policy):
+    """The library's own loss, text by text and weighted by tokens; the instruction does not reach it."""
+    policy = make_policy()
+    other = policy.__class__(
+        make_policy().model, policy.tokenizer, dataclasses.replace(policy.reading, instruction="say where")
+    )
+    nats = count = 0
+    for text in TEXTS:
+        ids = policy.tokenizer(text, return_tensors="pt")["input_ids"]
+        nats += policy.model(input_ids=ids, labels=ids).loss.item() * (ids.shape[1] - 1)
+        count += ids.shape[1] - 1
+    expected = pytest.approx(nats / count, rel=1e-5)
+    assert measure(policy, policy, TEXTS[:2], None, TEXTS)["bare_loss"] == expected == bare_loss(other, TEXTS)
+    assert text_loss(policy, TEXTS) != text_loss(other, TEXTS)
 
 
 class Other(Numbers):
