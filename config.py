@@ -43,7 +43,9 @@ def setting(default, help, choices=None, least=None, above=None):
 class Config:
     """Every setting of a run. Impossible combinations fail here, before anything is loaded."""
 
-    model: str = setting(None, "checkpoint folder or hub id to start from")
+    model: str = setting(
+        None, "checkpoint folder or hub id to start from; its grace_config.json, if any, sets what is marked (reading)"
+    )
     data: str = setting(None, "training rows: jsonl, csv, parquet or txt file, folder, or hub id")
     out: str = setting(None, "folder for the checkpoint, metrics.jsonl, summary.json, rationales.md")
     mode: str = setting("supervised", "triplets, or plain texts", ("supervised", "unsupervised"))

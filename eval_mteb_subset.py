@@ -87,7 +87,7 @@ def main(arguments):
     add("--cache", default="runs/cache", help="folder of the vectors read so far; --cache '' for none [runs/cache]")
     add("--no-rationale", action="store_true", help="embed the prompt alone")
     add("--temperature", type=float, default=0.0, help="sample rationales instead of decoding greedily [0]")
-    add("--seed", type=int, default=0, help="of the sampling [0]")
+    add("--seed", type=int, default=0, help="seed of the sampling [0]")
     add("--samples", type=int, default=1, help="mean of this many sampled embeddings per text [1]")
     add("--instruction", help="the system message")
     add("--max-prompt-tokens", type=int, help="longer texts lose their end")

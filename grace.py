@@ -48,10 +48,10 @@ optimizer steps per batch, `--minibatches 4`. Instances that share a text stay o
    every length, and a c below 1 makes the policy rely on what it writes.
 5. Two terms keep the policy close to where it started. The text term is plain language-model training on the training
    texts, whose hidden states the update computes anyway (like the pre-training text mixed in by Ouyang et al. 2022). A
-   light KL term on the rationales' tokens keeps their words to the old meanings.
+   light KL term on the rationales' tokens keeps words to their old meanings.
 6. Rollouts are drawn, and scored, at temperature 0.7 instead of 1, closer to the greedy rationale that is used in the
-   end. A name that is right when greedy but often wrong when sampled is punished for the samples, and the policy then
-   stops naming things.
+   end. A word that is right when greedy but often wrong when sampled is punished for the samples, and the policy then
+   stops writing such words.
 7. The length penalty is relative (reward.py).
 
 Shapes: B instances, K rollouts per group, M hard negatives, N groups (B per trained role), T tokens,
@@ -107,8 +107,8 @@ def masked_mean(x, mask):
 def clipped_objective(logprobs, old_logprobs, advantage, mask, clip_eps, length_normalize=True, clip_high=None):
     """Eq. 8, to be maximised. `[N, K, T], [N, K, T], [N, K], [N, K, T] -> [N, K]`.
 
-    With one update per batch the ratio is 1 everywhere, nothing is clipped, and the gradient is
-    Eq. 19's. From the second update on, `min` takes a token out of the gradient once its ratio has
+    With one optimizer step per batch the ratio is 1 everywhere, nothing is clipped, and the gradient is
+    Eq. 19's. From the second step on, `min` takes a token out of the gradient once its ratio has
     moved past 1 +- eps in the direction the advantage wants; a move the other way is never clipped.
     clip_high: another eps upwards. length_normalize=False: the sum over tokens, not their mean.
     """
@@ -165,7 +165,7 @@ def judge(embeddings, finished, twins, config):
     components = {name: torch.cat([c[name] for c in by_role]) for name in by_role[0]}
     R = rewards.scaled(rewards.total(components, config.lambda_consistency, config.lambda_hard), config.tau)
     R = rewards.length_penalty(R, finished, config.gamma, config.relative_length_penalty)
-    # The sum, not the mean: a rollout's g also says how it moves the rewards of the others it stands beside.
+    # Of the sum, not of each rollout's own reward: an embedding also moves the rewards of the others it stands beside.
     g = torch.autograd.grad(R.sum(), [leaves[role] for role in config.roles])
     g = torch.cat([x.flatten(0, -3) for x in g])
     return R.detach(), {name: x.detach() for name, x in components.items()}, g

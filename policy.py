@@ -60,10 +60,10 @@ class Policy:
         window = "sliding" if getattr(text_config, "sliding_window", None) else "full"
         layers = getattr(text_config, "layer_types", None) or [window]
         self.can_share = not any("sliding" in layer or "chunked" in layer for layer in layers)
-        self.prompts_once = model.config._attn_implementation in ("sdpa", "grace")  # grace: in another Policy already
+        self.prompts_once = model.config._attn_implementation in ("sdpa", "grace")  # grace: as another Policy left it
         if self.prompts_once:
             model.set_attn_implementation("grace")
-        self._check()  # of structure, so not in a type whose rounding could hide it
+        self._check()  # in float32: rounding could hide an error of structure
         self.dtype = dtype
         self.prompts = PromptBuilder(tokenizer, self.reading, self.device, self.can_share)
 
@@ -131,7 +131,7 @@ class Policy:
         return other
 
     def frozen_copy(self, dtype=None):
-        """A copy to sample from. In bfloat16 each token reads half the bytes; this policy's weights do not change."""
+        """A copy to sample from. In bfloat16 each decoding step reads half the bytes; this policy's weights do not change."""
         other = copy.copy(self)
         whole = copy.deepcopy(self.adapters).merge_and_unload() if self.adapters else copy.deepcopy(self.model)
         other.model, other.adapters, other.dtype = whole.requires_grad_(False), None, "as the weights"
@@ -146,7 +146,7 @@ class Policy:
             if not policy.adapters:
                 for mine, theirs in zip(self.model.parameters(), policy.model.parameters()):
                     mine.copy_(ranks.whole(theirs))
-            else:  # the others have not moved
+            else:  # the other weights have not changed
                 for name, weight in lora.merged_weights(policy.adapters):
                     self.model.get_parameter(name).copy_(weight)
 

@@ -1,8 +1,9 @@
 """From hidden states to one unit vector per text: Eq. 11, and the alternatives of Sec. 5.4.
 
-The embedding of a text is the mean of the hidden states of the text's own tokens and of its
-rationale's tokens, scaled to unit length so that a dot product is a cosine. What does not count:
-padding, and everything before the text (the instruction, which is the same for every text).
+The embedding of a text is the mean of the hidden states of its tokens, of the few that the chat
+template puts behind them, and of its rationale's tokens, scaled to unit length so that a dot product
+is a cosine. What does not count: padding, and everything before the text (the instruction, which is
+the same for every text).
 
 Two ideas carry this file:
 

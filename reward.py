@@ -8,7 +8,7 @@ What is rewarded is a *component*; Eq. 16 weights three of them: contrastive, co
 Two families fill these places:
 
     component     --reward paper              --reward infonce
-    contrastive   Eq. 13 (21 without labels)  log-softmax of the own pair over the batch
+    contrastive   Eq. 13 (21 without labels)  log-softmax of a rollout's own pair over the batch
     consistency   Eq. 14                      Eq. 14
     hard          Eq. 15                      the same log-softmax, every other group represented
                                               by the one rollout that comes nearest
@@ -76,13 +76,13 @@ def hard_negative(query, positive, twins=None):
 
 
 def infonce(rows, columns, temperature, negatives=None, twins=None, mined=False, leave_one_out=False):
-    """The log-probability of the own pair in a softmax over the batch, in nats. At most 0; `-> [B, Kr]`.
+    """The log-probability of each rollout's own pair in a softmax over the batch, in nats. At most 0; `-> [B, Kr]`.
 
     rows       `[B, Kr, D]` what is rewarded; group i's own pair is group i of the columns
     columns    `[B, Kc, D]` each group is a candidate, at the mean cosine to its rollouts
     negatives  `[B, M, Kn, D]` or None: hard negatives, candidates only for the rows of their own instance
     twins      `[B, B]` or None: True where two instances share a text; not candidates for each other
-    mined      every candidate but the own pair at the cosine to its *nearest* rollout instead
+    mined      every candidate but its own pair at the cosine to its *nearest* rollout instead
     leave_one_out  rows and columns are the same rollouts, and none is its own pair (unsupervised)
 
         R(i,k) = s_own / t - log sum over candidates c of exp(s_c / t)
@@ -107,9 +107,9 @@ def infonce_by_mean_and_mined(rows, columns, temperature, negatives=None, twins=
 
 
 def confidence(own, others, near, temperature):
-    """The log-softmax of the own pair among all candidates. `[B, K], [B, K], [B, K, M] -> [B, K]`, in nats.
+    """The log-softmax of each rollout's own pair among all candidates. `[B, K], [B, K], [B, K, M] -> [B, K]`, in nats.
 
-    own     cosine of the own pair
+    own     cosine of its own pair
     others  log sum over the other candidates c of exp(s_c / t), from the fused similarity; -inf where there is none
     near    cosines to M more candidates: the row's own hard negatives
     """
@@ -173,8 +173,8 @@ def infonce_components(roles, role, temperature, twins=None):
     """The InfoNCE components of one role, `{component: [groups, K]}`.
 
     Supervised: a query's candidates are the batch's positives and its own hard negatives, a
-    positive's are the batch's queries; a negative is rewarded by `outranked`. Unsupervised: the other
-    rollouts of the same text are the own pair, other texts' rollouts the candidates.
+    positive's are the batch's queries; a negative is rewarded by `outranked`. Unsupervised: a
+    rollout's own pair are the other rollouts of its text, its candidates those of other texts.
     """
     x = roles[role]
     if role == "text":

@@ -10,7 +10,8 @@ turned into text and back, and the model is never run a second time over what it
 counts it, so the loop here feeds every token it samples, the end token included.
 
 Shapes: N prompts (one group of rollouts each), P prompt positions, K rollouts per prompt, T new tokens
-(right-padded), D hidden size, V vocabulary; B instances, M hard negatives per instance.
+(right-padded), n = N * K rollouts, R of them still decoding, D hidden size, V vocabulary; B instances, M hard
+negatives per instance.
 """
 
 from dataclasses import dataclass
@@ -86,7 +87,7 @@ def draw(logits, temperature, uniform=None):
 
 
 def invert(weights, share):
-    """The place where a share of a row's weight is reached. `[R, V], [R, 1] -> [R, 1]`. Never a place without weight.
+    """The index at which a row's running sum passes a share of its total. `[R, V], [R, 1] -> [R, 1]`. Never one of weight 0.
 
     A running sum over all of V = 152,000 takes sixteen times as long, and a GPU computes it in float32, where a
     probability below 6e-8 vanishes next to 1. So the sums of the blocks are searched first, and then one block, from 0.
@@ -103,7 +104,7 @@ def invert(weights, share):
 
 
 def locate(weights, share):
-    """`invert` by one running sum, and how much of that place's weight it covers. `[R, n], [R, 1] -> [R, 1] x 2`."""
+    """`invert` by one running sum, and what part of that weight lies below. `[R, n], [R, 1] -> [R, 1] x 2`."""
     below = weights.cumsum(-1)
     total = below[:, -1:]
     at = torch.minimum(share.to(below.dtype) * total, torch.nextafter(total, torch.zeros_like(total)))  # rounding may reach it
@@ -314,9 +315,10 @@ def token_logprobs(policy, hidden, ids, temperature=1.0, chunk=None):
 def text_logprobs(policy, hidden, ids, counted):
     """Mean log-probability of a prompt's own tokens, from a prefill's states. `[N, L, D], [N, L] x 2 -> [N]`.
 
-    Covers the tokens that count, text and template, except the first: the token before it may have been read elsewhere.
+    Covers the tokens that count, text and template, except the first: it is predicted by the instruction, which may have
+    been read elsewhere.
     """
-    known = (counted[:, :-1] * counted[:, 1:]).bool()  # states that count, of the token before one that counts
+    known = (counted[:, :-1] * counted[:, 1:]).bool()  # the token that predicts and the one predicted both count
     logprobs = token_logprobs(policy, hidden[:, :-1][known], ids[:, 1:][known])
     return logprobs.new_zeros(known.shape).masked_scatter(known, logprobs).sum(1) / known.sum(1).clamp(min=1)
 
@@ -372,7 +374,7 @@ def describe(rollouts, R, components):
                    the text and the end token.
     """
     lengths, first = rollouts.mask.sum(-1).float(), rollouts.embeddings[:, 0]  # [N, K]; one rollout per text [N, D]
-    ids = [tuple(row) for row in rollouts.ids.flatten(0, 1).tolist()]  # padding makes no two equal: their end tokens differ
+    ids = [tuple(row) for row in rollouts.ids.flatten(0, 1).tolist()]  # each row ends, or is full
     N, K = lengths.shape
     stats = {"reward": R.mean(), "reward_std": R.std(1).mean()}
     for name, x in components.items():  # the spread within a group is all that an advantage depends on

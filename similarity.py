@@ -44,7 +44,7 @@ from torch.autograd.function import once_differentiable
 from speed import runs
 
 kernel = "auto"  # "auto": Triton on CUDA where it is installed; "on": always (on a CPU, TRITON_INTERPRET=1); "off": never
-TABLE = 2**21  # torch: about so many cosines are held at a time, 8 MB in float32
+TABLE = 2**21  # torch: about this many cosines are held at a time, 8 MB in float32
 
 
 class Similarity(NamedTuple):
@@ -82,7 +82,8 @@ def group_similarity(rows, columns, temperature, twins=None):
     """
     B = len(columns)
     if rows.shape[1] != columns.shape[2] or len(rows) % B:
-        raise ValueError(f"rows {tuple(rows.shape)} cannot be told apart into the groups of columns {tuple(columns.shape)}")
+        shapes = f"rows {tuple(rows.shape)}, columns {tuple(columns.shape)}"
+        raise ValueError(f"{shapes}: they need the same D, and a multiple of B rows")
     barred = torch.eye(B, dtype=torch.bool, device=rows.device)
     barred = barred if twins is None else barred | twins
     if not (fused := use_kernel(rows)):  # the kernel widens what it loads

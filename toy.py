@@ -1,8 +1,8 @@
-"""The embedded default: a synthetic world, a tokenizer, and a tiny language model that can be taught.
+"""The small worlds: texts, a tokenizer, and a tiny language model that can be taught.
 
-    python toy.py --out runs/toy            # two minutes on two cores
+    python toy.py --out runs/town           # two minutes on two cores
 
-writes `runs/toy/model` (an ordinary checkpoint folder) and `runs/toy/data` (ordinary jsonl files);
+writes `runs/town/model` (an ordinary checkpoint folder) and `runs/town/data` (ordinary jsonl files);
 the method sees nothing else of a world. What the texts are about is in worlds/: the town, in which
 only a policy that thinks knows what a text means, and worlds in which naming what happened is enough.
 
@@ -92,7 +92,7 @@ def warm_up(model, tokenizer, world, rng, steps, B=96, lr=3e-3):
         optimizer.zero_grad()
         ids = sorted(tokenizer(chats, add_special_tokens=False)["input_ids"], key=len)
         n, total = sum(len(row) - 1 for row in ids), 0.0
-        for part in (ids[i : i + B // 3] for i in range(0, B, B // 3)):  # by length: a third of the time would go into padding
+        for part in (ids[i : i + B // 3] for i in range(0, B, B // 3)):  # by length, or a third of the time goes into padding
             labels = pad_sequence([torch.tensor(row) for row in part], True, -100)  # [b, L]
             logits = model(input_ids=labels.clamp(min=0), attention_mask=(labels >= 0).long()).logits
             loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum") / n
@@ -158,9 +158,9 @@ def build(out, seed=0, train=4096, heldout=256, steps=None, world=EVENTS):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", default="runs/toy", help="folder to write model/ and data/ into")
-    parser.add_argument("--seed", type=int, default=0, help="of the world's data and of the warm start")
-    parser.add_argument("--steps", type=int, help="of the warm start (default: the world's own; fewer: a worse start)")
+    parser.add_argument("--out", default="runs/town", help="folder to write model/ and data/ into")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the data and of the warm start")
+    parser.add_argument("--steps", type=int, help="steps of the warm start (default: the world's own; fewer: a worse start)")
     parser.add_argument("--world", default="town", choices=tuple(WORLDS), help="what the texts are about")
     args = parser.parse_args()
     start = time.time()

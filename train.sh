@@ -69,15 +69,15 @@ case "$what" in
 esac
 "$PYTHON" grace.py "${files[@]}" --out "$out" --batch 32 --rollouts 4 "${settings[@]}" "$@"
 
-# 5. What does all this buy? In the town: the InfoNCE loss beside it, which reads and writes nothing,
-#    and both by the number of steps that a walk has. In the events world: the trained folder through
+# 5. What does all this buy? In the town: the same pairs with InfoNCE as a loss, which writes nothing
+#    while it learns, and both scored by the number of steps in a walk. In the events world: the trained folder through
 #    the evaluator that runs the paper's 16 MTEB tasks.
 echo
 if [ "$what" = town ]; then
   echo "The same data with InfoNCE as a loss:"
   "$PYTHON" experiments/peer.py contrastive "${files[@]}" --out "$out-loss" --batch 64 --lr 1e-3 --lr-decay --steps 150 --eval-every 0
   echo
-  echo "Held-out nDCG@10 by the number of steps (rewarded were one to four):"
+  echo "Held-out nDCG@10 by the number of steps in each walk (one to four were rewarded):"
   "$PYTHON" experiments/ladder.py --world "$folder" --grace "$out" --loss "$out-loss" --out "$out/ladder.png"
 else
   "$PYTHON" eval_mteb_subset.py --model "$out" --tasks ToyRetrieval,ToyPairs --data-dir "$folder/tasks" --out "$out/evaluation.json"

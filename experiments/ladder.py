@@ -3,7 +3,7 @@
     python experiments/ladder.py --world runs/town-world-0 --grace runs/toy --loss runs/toy-loss --out runs/toy/ladder.png
 
 Where the loss's curve falls, one pass of the network no longer suffices; where GRACE's stays up, the written walk does the
-work. Of GRACE there are two curves: with the rationale, and the same checkpoint with nothing written. (`run.py ladder` draws
+work. Of GRACE there are two curves: with the rationale, and the same checkpoint without it. (`run.py ladder` draws
 five seeds in one picture.)
 """
 
@@ -19,7 +19,7 @@ from policy import Policy
 
 CURVES = {  # its name: which checkpoint, and whether it writes a rationale
     "GRACE": ("grace", True),
-    "GRACE, nothing written": ("grace", False),
+    "GRACE, without rationale": ("grace", False),
     "InfoNCE as a loss": ("loss", True),
 }
 

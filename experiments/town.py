@@ -42,7 +42,7 @@ UNSUPERVISED = {
 }
 CURVES = {
     "GRACE": (FULL, "after"),
-    "GRACE, nothing written": (FULL, "after_without_rationale"),
+    "GRACE, without rationale": (FULL, "after_without_rationale"),
     "InfoNCE as a loss": (LOSSES, "after"),
     "before training": ("Base with reasoning", "after"),
 }
