@@ -146,18 +146,11 @@ class Config:
             raise GraceError("--reward paper is defined for the positive's rollouts (Eq. 13); use --train-roles positive")
         if self.reward == "infonce" and self.batch == 1:
             raise GraceError("--batch 1: InfoNCE tells an instance from others of its batch; use 2 or more")
-        groups, n = self.batch * len(self.roles), ranks.size()
-        if self.minibatches * n > groups or n > self.batch:
-            shared = f", and each of {n} ranks needs an instance, and a group of every minibatch" if n > 1 else ""
-            raise GraceError(f"--minibatches {self.minibatches}: a batch has only {groups} groups{shared}")
-        if self.shard and n == 1:
+        self.check_groups(1)
+        if self.shard and ranks.size() == 1:
             raise GraceError("--shard shares the weights out over ranks: torchrun --standalone --nproc-per-node N grace.py ...")
         if self.shard and self.lora:
             raise GraceError("--shard with --lora: adapters are small enough for every rank; leave out --shard")
-        if self.shard and groups % (n * self.minibatches):
-            raise GraceError(
-                f"--shard: {n} ranks x --minibatches {self.minibatches} must divide {groups} groups; change --batch"
-            )
         if self.device == "cuda" and ranks.local_rank() >= torch.cuda.device_count():
             raise GraceError(f"a rank needs a GPU: give --nproc-per-node {torch.cuda.device_count()} at most")
         if self.resume and self.overwrite:
@@ -166,6 +159,19 @@ class Config:
             raise GraceError(f"--may-change {','.join(sorted(unknown))}: there is no such setting")
         if self.dtype == "bfloat16" and not self.device.startswith("cuda"):
             raise GraceError("--dtype bfloat16 is a compute type for CUDA; use float32 here")
+
+    def check_groups(self, M):
+        """Raises GraceError if the groups of a batch, whose instances have M negatives, cannot be shared out."""
+        if "negative" in self.roles and M == 0:
+            raise GraceError(f"--train-roles {self.train_roles}: the rows have no negatives")
+        groups, n = self.batch * sum(M if role == "negative" else 1 for role in self.roles), ranks.size()
+        if self.minibatches * n > groups or n > self.batch:
+            shared = f", and each of {n} ranks needs an instance, and a group of every minibatch" if n > 1 else ""
+            raise GraceError(f"--minibatches {self.minibatches}: a batch has only {groups} groups{shared}")
+        if self.shard and groups % (n * self.minibatches):
+            raise GraceError(
+                f"--shard: {n} ranks x --minibatches {self.minibatches} must divide {groups} groups; change --batch"
+            )
 
     def must_match(self, other, where):
         """Raises GraceError, naming them, if settings differ from those of the run being resumed.

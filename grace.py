@@ -341,6 +341,7 @@ def train(config, make_trainer=Trainer):
         return summary
     run = Run(config)
     rows, heldout, graded = load_rows(config, run.skipped)
+    config.check_groups(len(rows[0].get("negative", [])))
     run.check(rows)
     policy, reference = load_policies(config, run.checkpoint)
     trainer = make_trainer(policy, reference, rows, config)

@@ -75,11 +75,12 @@ class Policy:
         Raises GraceError if there is no such model, or if it cannot be used (see `_check`).
         """
         from transformers import AutoTokenizer
+        from transformers.utils import cached_file
 
-        settings, path = {}, os.path.join(source, SETTINGS)
+        settings = {}
         try:
             tokenizer, model = AutoTokenizer.from_pretrained(source, **SAFE), _model(source)
-            if os.path.isfile(path):
+            if path := cached_file(source, SETTINGS, _raise_exceptions_for_missing_entries=False):
                 with open(path) as file:
                     settings = dict(json.load(file))
         except GraceError:

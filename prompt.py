@@ -73,7 +73,8 @@ class PromptBuilder:
     """P: turns texts into `Prompts`, with a tokenizer's chat template and a reading's instruction and limit.
 
     can_share: whether padding may stand between the instruction and the text, so that the instruction is read once.
-    Raises GraceError if the template does not write the instruction first and then the text.
+    Raises GraceError if the template does not write the instruction first and then the text, or if the tokenizer cannot
+    say which characters a token covers.
     """
 
     def __init__(self, tokenizer, reading, device, can_share):
@@ -87,6 +88,8 @@ class PromptBuilder:
                 "the chat template does not write instruction, then text: the system prefix that "
                 "Eq. 11 leaves out cannot be located. Use another template (tokenizer.chat_template)."
             )
+        if not getattr(tokenizer, "is_fast", False):
+            raise GraceError(f"{type(tokenizer).__name__} does not say which characters a token covers: use a fast tokenizer")
 
     def render(self, text):
         """The prompt as a string: instruction as the system message, text as the user's (Eq. 9).

@@ -138,9 +138,13 @@ def text_loss(policy, texts, tokens_per_batch=8192):
 # ---------------------------------------------------------------- with a memory on disk
 
 
+UNREAD = "_name_or_path", "architectures", "dtype", "transformers_version"  # of a model's configuration: they change no number
+
+
 def fingerprint(model):
-    """A hash of every weight: two models with the same one embed alike."""
-    digest = hashlib.sha256()
+    """A hash of the configuration and of every weight: two models with the same one embed alike."""
+    about = {k: v for k, v in model.config.to_dict().items() if k not in UNREAD}
+    digest = hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode())
     for name, weight in sorted(model.state_dict().items()):
         digest.update(name.encode() + str(tuple(weight.shape)).encode())
         digest.update(weight.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
@@ -241,11 +245,14 @@ class GraceEncoder:
             known |= batch
             if not ranks.first():
                 continue
-            with self.memory:  # one transaction: all of the batch or none of it
-                self.memory.executemany(
-                    "INSERT OR REPLACE INTO texts VALUES (?, ?, ?, ?, ?)",
-                    ((_key(text), vector.tobytes(), *more) for text, (vector, *more) in batch.items()),
-                )
+            rows = ((_key(text), vector.tobytes(), *more) for text, (vector, *more) in batch.items())
+            try:
+                with self.memory:  # one transaction: all of the batch or none of it
+                    self.memory.executemany("INSERT OR REPLACE INTO texts VALUES (?, ?, ?, ?, ?)", rows)
+            except sqlite3.OperationalError as error:
+                raise GraceError(
+                    f"{self.path}: cannot be written ({error}); make room, or give another cache folder"
+                ) from error
             bar.update(len(batch))
         bar.close()
         self.n_read += len(new)

@@ -197,7 +197,7 @@ def model_folder(source):
 
 def load_newest(source, device=None, dtype="float32", **reading):
     """The policy of a folder or hub id, or of the run that is training in that folder; says which on stderr."""
-    if dtype == "bfloat16" and not (device or "cuda").startswith("cuda"):
+    if dtype == "bfloat16" and not (device or ("cuda" if torch.cuda.is_available() else "cpu")).startswith("cuda"):
         raise GraceError("--dtype bfloat16 is a compute type for CUDA; use float32 here")
     for attempt in range(3):
         try:

@@ -325,8 +325,9 @@ def reread(out):
     """Record anew what the page shows of held-out rows, with the starting model and the newest one of the run."""
     settings = read_run(out)["config"]
     known = {name: value for name, value in settings.items() if name in Config.__dataclass_fields__}
-    config = Config(**{**known, "resume": False, "overwrite": False, "shard": False})
-    _, heldout, _ = load_rows(config)
+    here = dict(resume=False, overwrite=False, shard=False, device="cpu", dtype="float32")
+    config = Config(**known | here)
+    _, heldout, _ = load_rows(config, [] if config.on_bad_row == "skip" else None)
     steps = read_run(out)["steps"]
     record(out, 0, Policy.load(config.model, "cpu", **config.reading), heldout)
     record(out, int(steps[-1]["step"]) if steps else 1, load_newest(out, "cpu"), heldout)

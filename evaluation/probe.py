@@ -14,13 +14,18 @@ from evaluation.explain import compare, split
 from plumbing.checkpoint import write_atomically
 
 ROWS, ANSWERS = 24, 3  # held-out rows that are recorded; answers per query
+ROLES = "query", "positive", "text"
 
 
 def record(out, step, policy, heldout):
-    """Write what the policy makes of the first held-out rows: at step 0 as `before`, later as `after`."""
-    if heldout:
+    """Write what the policy makes of the first held-out rows: at step 0 as `before`, later as `after`.
+
+    Rows whose positive is the query itself, and a single text, have nothing to find and are left out.
+    """
+    rows = [row for row in heldout if "text" in row or row["query"] != row["positive"]][:ROWS]
+    if len({row[role] for row in rows for role in ROLES if role in row}) > 1:
         moments = _read(out) if step else {}
-        moments["after" if step else "before"] = {"step": step, **probe(policy, heldout[:ROWS])}
+        moments["after" if step else "before"] = {"step": step, **probe(policy, rows)}
         write_atomically(os.path.join(out, "probe.json"), json.dumps(moments))
 
 
@@ -50,7 +55,7 @@ def probe(policy, rows):
         documents = list(dict.fromkeys(text for row in rows for text in (row["positive"], *row["negative"][:1])))
     texts = list(dict.fromkeys(queries + documents))
     splits = dict(zip(texts, split(policy, texts)))
-    on_map = [(i, role, row[role]) for i, row in enumerate(rows) for role in ("query", "positive", "text") if role in row]
+    on_map = [(i, role, row[role]) for i, row in enumerate(rows) for role in ROLES if role in row]
     places, variance = two_components(np.stack([splits[text].embedding for _, _, text in on_map]))
     points = [{"row": i, "role": role, "x": x, "y": y} for (i, role, _), (x, y) in zip(on_map, places.tolist())]
     answers = [_query(splits, text, documents, right.get(text)) for text in queries]

@@ -59,22 +59,34 @@ def stem(word):
 
 
 def read_rows(path):
-    """The rows of a jsonl file."""
+    """The rows of a jsonl file; empty lines are none. Raises GraceError for a line that is no JSON object."""
+    return [row for _, row in numbered(path)]
+
+
+def numbered(path):
+    """The rows of a jsonl file with the numbers of their lines."""
+    rows = []
     with open(path, encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
+        for number, line in enumerate(file, 1):
+            try:
+                rows += [(number, json.loads(line))] if line.strip() else []
+            except ValueError as error:
+                raise GraceError(f"{path}: line {number} is not JSON ({error})") from error
+    if bad := [number for number, row in rows if not isinstance(row, dict)]:
+        raise GraceError(f"{path}: line {bad[0]} is no JSON object")
+    return rows
 
 
 def read_groups(path):
     """The groups of a jsonl file: lists of at least two different texts. Raises GraceError for a row without one list."""
     groups = []
-    with open(path, encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            lists = [x for x in json.loads(line).values() if isinstance(x, list)]
-            if len(lists) != 1:
-                raise GraceError(f"{path}: line {number}: {len(lists)} lists in a row; a group is one list of texts")
-            group = list(dict.fromkeys(text.strip() for text in lists[0] if text.strip()))
-            if len(group) > 1:
-                groups.append(group)
+    for number, row in numbered(path):
+        lists = [x for x in row.values() if isinstance(x, list)]
+        if len(lists) != 1:
+            raise GraceError(f"{path}: line {number}: {len(lists)} lists in a row; a group is one list of texts")
+        group = list(dict.fromkeys(text.strip() for text in lists[0] if text.strip()))
+        if len(group) > 1:
+            groups.append(group)
     return groups
 
 

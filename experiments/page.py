@@ -233,7 +233,7 @@ def budget_lines(by_label):
 
 def search_lines(by_label):
     """What was tried, each run at its best evaluation, by the better way; per family of rows, the best of all in bold."""
-    tried = {label: best_evaluation(*records) for label, records in by_label.items()}
+    tried = {label: best_evaluation(records) for label, records in by_label.items()}
     graded = all("spearman" in scores for scores, _, _ in tried.values())
     lines = [f"| tried | best nDCG@10 |{' Spearman there |' * graded} at step | of | embedded |"]
     lines.append("| --- " + "| ---: " * (3 + graded) + "| --- |")
@@ -256,11 +256,19 @@ def steps(record):
     return 0 if record["run"]["trainer"] == "none" else record["config"]["steps"]
 
 
-def best_evaluation(record):
-    """Of all evaluations after the training, or after some of it, the one with the best nDCG@10: `(scores, step, way)`."""
-    evaluations = [(record[way], steps(record), way) for way in WAYS]
-    evaluations += [(scores, int(scores["step"]), "after") for scores in record["curve"]]
-    return max(evaluations, key=lambda evaluation: (evaluation[0]["ndcg_at_10"], *evaluation[1:]))
+def best_evaluation(records):
+    """Of all evaluations after the training, or after some of it, the one with the best nDCG@10: `(scores, step, way)`.
+
+    Scores are means over the records, one per seed.
+    """
+    evaluations = [[(record[way], steps(record), way) for way in WAYS] for record in records]
+    for each, record in zip(evaluations, records):
+        each += [(scores, int(scores["step"]), "after") for scores in record["curve"]]
+    means = []
+    for same in zip(*evaluations):
+        names = [name for name in ("ndcg_at_10", "spearman") if name in same[0][0]]
+        means.append(({name: np.mean([scores[name] for scores, *_ in same]) for name in names}, *same[0][1:]))
+    return max(means, key=lambda evaluation: (evaluation[0]["ndcg_at_10"], *evaluation[1:]))
 
 
 def task_lines(by_label):

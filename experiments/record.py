@@ -6,8 +6,8 @@ Its record holds all of it, the evaluations before and after (and after without 
 like, the course of the training, versions, wall time and the git revision. Weights are not kept.
 
 Records are lines of `results/WORLD.jsonl`, and of `results/real.jsonl` where the texts are real: one line per record,
-in the order of their keys. A key is made from whatever can change a run; settings at their defaults are left out of
-it, so a record stays valid when config.py gains a setting.
+in the order of their keys. A key is made from a run's settings; those at their defaults are left out of it, so a record
+stays valid when config.py gains a setting. A record also has a digest of each file that was given (`Place.contents`).
 """
 
 import contextlib
@@ -145,7 +145,7 @@ class Place:
         return Config(**(given | QUICK if self.quick else given))
 
     def key(self, run):
-        """The name of a run's record: a digest of whatever could change it, defaults aside."""
+        """The name of a run's record: a digest of its settings, defaults aside."""
         defaults = {f.name: f.default for f in dataclasses.fields(Config)}
         unread = {"device", "tokens_per_batch"}
         unread |= set(RECIPES["full"]) - {"text_weight"} if run["trainer"] in UNREWARDED else set()
@@ -163,10 +163,19 @@ class Place:
         real = self.model or self.data or "backbone" in run
         return os.path.join(self.results, f"{'real' if real else run.get('world') or 'events'}.jsonl")
 
+    def contents(self):
+        """A digest of each given file, `{"data": digest, ...}`; where it is no file, its name."""
+        given = {name: getattr(self, name) for name in ("data", "heldout", "graded", "plain") if getattr(self, name)}
+        about = lambda path: (path, os.path.getsize(path), os.path.getmtime(path))
+        return {name: file_digest(*about(path)) if os.path.isfile(path) else path for name, path in given.items()}
+
     def read(self, run):
-        """The record of a run, or None if there is none yet."""
+        """The record of a run, or None if there is none yet, or if it is of another model or of files that have changed."""
         record = read_records(self.file(run)).get(self.key(run))
-        return record if record and (self.on_toy(run) or record["backbone"] == backbone(self.start(run))) else None
+        if not record or not self.on_toy(run) and record["backbone"] != backbone(self.start(run)):
+            return None
+        files = record.get("files", {})  # older records do not have them
+        return record if all(files.get(name, now) == now for name, now in self.contents().items()) else None
 
     def write(self, run, record):
         """Keep the record of a run."""
@@ -180,6 +189,13 @@ class Place:
         if not os.path.isfile(os.path.join(out, "model", "grace_config.json")):
             toy.build(out, run["seed"], world=toy.WORLDS[world], **(QUICK_WORLD if self.quick else {}))
         return out
+
+
+@functools.lru_cache
+def file_digest(path, size, changed):
+    """A digest of a file's content, read once as long as its size and time stay the same."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:10]
 
 
 def backbone(model):
@@ -365,6 +381,7 @@ def make(run, place):
         record = {
             "run": run,
             "backbone": "toy" if on_toy else backbone(model),
+            "files": place.contents(),
             "config": {k: v for k, v in dataclasses.asdict(config).items() if k not in (*files, "out")},
             **{name: summary[name] for name in ("before", "after", "after_without_rationale")},
             **course(config),

@@ -36,8 +36,9 @@ OTHERS = {  # instructions that no reward touched: does an answer to a text do w
 def add_captions(record, start, policy, place):
     """Add to a record whatever this file measures."""
     rows = read_rows(place.heldout)
-    triplets = read_rows(os.path.join(os.path.dirname(place.heldout), "triplets.jsonl"))
-    texts, support = [row["query"] for row in rows], {row["query"]: row["support"] for row in rows}
+    beside = os.path.join(os.path.dirname(place.heldout), "triplets.jsonl")
+    triplets = read_rows(beside) if os.path.isfile(beside) else []
+    texts, support = [row["query"] for row in rows], {row["query"]: row.get("support", []) for row in rows}
     run = record["run"]
     tasks = ["STSBenchmark", "STS17"] if place.quick else TASKS
     for way, rationale in (("after", True), ("after_without_rationale", False)):

@@ -73,10 +73,10 @@ def append(path, text):
 
 
 def _flush_folder(folder):
-    for name in os.listdir(folder):
-        path = os.path.join(folder, name)
-        _flush_folder(path) if os.path.isdir(path) else _flush(path)
-    _flush(folder)
+    for inside, _, names in os.walk(folder):
+        for name in names:
+            _flush(os.path.join(inside, name))
+        _flush(inside)
 
 
 def _sha256(path):
@@ -105,8 +105,8 @@ def _write_checkpoint(state, policy, weights, out):
         _empty(beside)
         policy.save(beside, weights)
         torch.save(state, os.path.join(beside, "trainer.pt"))
-        files = {name: os.path.join(beside, name) for name in sorted(os.listdir(beside))}
-        manifest = {name: {"size": os.path.getsize(path), "sha256": _sha256(path)} for name, path in files.items()}
+        files = sorted(os.path.join(inside, name) for inside, _, names in os.walk(beside) for name in names)
+        manifest = {os.path.relpath(f, beside): {"size": os.path.getsize(f), "sha256": _sha256(f)} for f in files}
         with open(os.path.join(beside, "manifest.json"), "w") as file:
             json.dump(manifest, file, indent=1)
         _flush_folder(beside)
@@ -135,8 +135,9 @@ def _write_model(policy, weights, out):
         _empty(beside)
         policy.save_result(beside, weights)
         _flush_folder(beside)
-        shutil.rmtree(os.path.join(out, "adapter"), ignore_errors=True)  # a folder replaces only an empty one
         for name in sorted(os.listdir(beside)):
+            if os.path.isdir(os.path.join(out, name)):  # a folder replaces only an empty one
+                shutil.rmtree(os.path.join(out, name))
             os.replace(os.path.join(beside, name), os.path.join(out, name))
         os.rmdir(beside)
         _flush(out)

@@ -44,7 +44,7 @@ def show_rationales(history, texts):
     lines = ["# Rationales along the training\n"]
     for i, text in enumerate(texts):
         lines += [f"**{text}**\n", "| step | rationale |", "| ---: | --- |"]
-        cells = ((step, rationales[i].replace("|", " ").replace("\n", " ")) for step, rationales in history)
+        cells = ((step, " ".join(rationales[i].replace("|", " ").split())) for step, rationales in history)
         lines += [*(f"| {step} | {cell} |" for step, cell in cells), ""]
     return "\n".join(lines)
 

@@ -96,7 +96,7 @@ def health(steps, run):
     if window < 2:
         return ["too few steps to tell how it is doing"]
     lines, T = [f"{'sign':<24}{'start':>10}{'now':>10}"], run["max_new_tokens"]
-    shared = steps[0].keys() & steps[-1].keys()
+    shared = set.intersection(*(set(m) for m in (*steps[:window], *steps[-window:])))
     a, b = ({name: statistics.fmean(m[name] for m in part) for name in shared} for part in (steps[:window], steps[-window:]))
     for name, metric, bad, advice in SIGNS:
         if metric in shared:

@@ -40,10 +40,9 @@ def prepare(policy, reference, config):
 
 
 def newest(policy, sampler):
-    """A policy that reads texts with the newest weights: itself or, where it is sharded, the copy to sample from."""
-    if not hasattr(policy.model, "one_forward"):
-        return policy
-    sampler.copy_weights(policy)
+    """What reads texts, with the newest weights: the copy to sample from, where there is one, else the policy itself."""
+    if sampler is not policy:
+        sampler.copy_weights(policy)
     return sampler
 
 

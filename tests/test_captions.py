@@ -71,6 +71,12 @@ def test_no_group_to_search_by_is_trained_on(rows):
 
 
 def test_a_row_with_two_lists_or_too_few_groups_is_refused(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"a": 1}\n\n{"b": 2}\n')
+    assert captions.read_rows(tmp_path / "rows.jsonl") == [{"a": 1}, {"b": 2}]
+    for text, why in (("{}\n{", "line 2 is not JSON"), ("{}\n3\n", "line 2 is no JSON object")):
+        (tmp_path / "rows.jsonl").write_text(text)
+        with pytest.raises(GraceError, match=why):
+            captions.read_rows(tmp_path / "rows.jsonl")
     with pytest.raises(GraceError, match="line 1: 2 lists"):
         captions.read_groups(write(tmp_path / "a.jsonl", [{"a": ["x"], "b": ["y"]}]))
     with pytest.raises(GraceError, match="lower --search"):
@@ -197,6 +203,15 @@ def test_rows_that_are_compared_are_searched_with_the_same_budget():
     assert not searched & set().union(*seeds.values())
 
 
+def test_a_search_with_several_seeds_shows_their_means():
+    scores = lambda final, early: {
+        "run": {"trainer": "GRACE"}, "config": {"steps": 9}, "curve": [{"step": 5, "ndcg_at_10": early}],
+        "before": {"ndcg_at_10": 0.1}, "after": {"ndcg_at_10": final}, "after_without_rationale": {"ndcg_at_10": 0.2},
+    }  # fmt: skip
+    lines = search_lines({"GRACE: lr 1": [scores(0.9, 0.6), scores(0.1, 0.6)]})  # 0.5 at the end, 0.6 before
+    assert "| GRACE: lr 1 | **0.600** | 5 | 9 | with rationale |" in lines
+
+
 def test_one_command_makes_the_tables(tiny_world, tmp_path, monkeypatch):
     """Two rows of Table 1, of Table 5 and of the further tasks, from files; the rest is left for later."""
     write_all(tmp_path / "tasks")
@@ -205,6 +220,7 @@ def test_one_command_makes_the_tables(tiny_world, tmp_path, monkeypatch):
     monkeypatch.setattr(ALL["captions_tasks"], "rows", {label: OTHER_TASKS[label] for label in (REASONING, TEXT_TERM)})
     with open(f"{tiny_world}/data/heldout.jsonl") as file:
         heldout = [json.loads(line) | {"support": [json.loads(line)["query"]]} for line in file]
+    del heldout[0]["support"]  # no other text of its meaning is known
     files = dict(model=f"{tiny_world}/model", data=f"{tiny_world}/data/train.jsonl", plain=tmp_path / "plain.txt")
     files["plain"].write_text("the nurse fixed a lamp\n")
     files["heldout"] = write(tmp_path / "heldout.jsonl", heldout)

@@ -11,6 +11,7 @@ import torch
 from conftest import ROWS, command, config
 
 import grace
+from grace import Trainer
 from plumbing import checkpoint
 from plumbing.checkpoint import checkpoints, damage, newest_whole
 from plumbing.errors import GraceError
@@ -26,6 +27,22 @@ def test_files(finished_run):
         assert sorted(os.listdir(folder)) == sorted(FILES)
         with open(os.path.join(folder, "manifest.json")) as file:
             assert json.load(file).keys() == set(FILES) - {"manifest.json"}
+
+
+def test_a_tokenizer_with_several_templates(make_policy, tmp_path):
+    """They are saved as a folder in the folder; its files are in the manifest, and a second result replaces the first."""
+    policy = make_policy()
+    template = policy.tokenizer.chat_template
+    policy.tokenizer.chat_template = {"default": template, "tool_use": template + " "}
+    trainer = Trainer(policy, None, ROWS, config())
+    for step in (1, 2):
+        trainer.step_number = step
+        checkpoint.save_checkpoint(trainer, str(tmp_path))
+        checkpoint.save_model(policy, str(tmp_path))
+    (folder, newest), inside = checkpoints(tmp_path), "additional_chat_templates/tool_use.jinja"
+    assert damage(folder) is None and (tmp_path / inside).read_text() == template + " "
+    os.remove(os.path.join(newest, inside))
+    assert damage(newest) == f"{inside}: missing"
 
 
 def test_random_states_are_restored(make_policy, tmp_path):

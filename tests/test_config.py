@@ -37,6 +37,7 @@ CUDA = torch.cuda.is_available()
         ("--max-new-tokens 400", "fills the model's context"),
         ("--lora 0", "--lora 0: must be at least 1"),
         ("--lora 96", "--lora 96: adapters are smaller than the layers: give a rank below the model's width, 96"),
+        ("--train-roles positive,negative --negatives 0", "the rows have no negatives"),
         ("--out /dev/null/x", "--out /dev/null/x: cannot be written to"),
     ],
 )
@@ -51,6 +52,15 @@ def test_unknown_flags_and_values(flags, capsys):
     with pytest.raises(SystemExit):
         parse(flags.split(), "")
     assert "error" in capsys.readouterr().err
+
+
+def test_groups_are_counted_with_the_negatives_that_there_are(monkeypatch):
+    """4 instances with 2 negatives are 16 groups, which 3 ranks cannot share out; with one they are 12."""
+    monkeypatch.setattr("plumbing.ranks.size", lambda: 3)
+    config = Config(batch=4, shard=True, train_roles="query,positive,negative")
+    config.check_groups(1)
+    with pytest.raises(GraceError, match="must divide 16 groups"):
+        config.check_groups(2)
 
 
 def test_config_made_in_python():

@@ -26,6 +26,7 @@ from evaluation.encoder import (
     token_batches,
 )
 from plumbing.errors import GraceError
+from policy import Policy
 from pool import unit
 
 # ---------------------------------------------------------------- in batches
@@ -162,6 +163,17 @@ def test_another_reading_is_another_memory(make_policy, read, tmp_path):
     assert len(read) == 7 and len(os.listdir(tmp_path)) == 7
 
 
+def test_models_with_other_settings_have_another_fingerprint(make_policy, tmp_path):
+    """The same weights under another configuration embed otherwise; saved and loaded they are the same model."""
+    policy = make_policy()
+    policy.save(tmp_path)
+    first = fingerprint(policy.model)
+    assert fingerprint(Policy.load(str(tmp_path)).model) == first == fingerprint(policy.frozen_copy().model)
+    about = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(about | {"rms_norm_eps": 0.1}))
+    assert fingerprint(Policy.load(str(tmp_path)).model) != first
+
+
 def test_sampling_repeats_by_seed(make_policy):
     policy = make_policy()
     one, same, other = (GraceEncoder(policy, temperature=1.0, seed=s).encode(TEXTS) for s in (0, 0, 1))
@@ -183,6 +195,10 @@ def test_bad_texts_vectors_and_files(make_policy, tmp_path, monkeypatch):
         file.write(b"garbage" * 20)
     with pytest.raises(GraceError, match="damaged cache .*Delete the file"):
         GraceEncoder(policy, cache=tmp_path).encode(TEXTS)
+    encoder = GraceEncoder(policy, cache=tmp_path / "full")
+    encoder.memory.execute("PRAGMA query_only = ON")
+    with pytest.raises(GraceError, match="sqlite: cannot be written .attempt to write a readonly database.; make room"):
+        encoder.encode(TEXTS)
     flags = np.zeros(1, bool)
     broken = lambda policy, texts, *more: Encoded(np.full((1, 4), np.nan, np.float32), [""], flags, flags)
     monkeypatch.setattr(encoder_module, "encode_batch", broken)

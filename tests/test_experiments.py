@@ -341,6 +341,20 @@ def test_a_run_is_found_by_its_settings():
     assert place.key(base) != Place(quick=True).key(base) != Place(data="x").key(base)
 
 
+def test_a_record_is_of_the_files_that_it_was_made_from(tmp_path):
+    run, path = dict(trainer="none", seed=0, backbone="given", probe="captions"), tmp_path / "rows.jsonl"
+    path.write_text("one")
+    place = Place(results=str(tmp_path / "results"), model="models/mine", data=str(path), heldout="hub/name")
+    place.write(run, {"backbone": "mine", "files": place.contents()})
+    assert place.read(run) and dataclasses.replace(place, data=None, heldout=None).read(run)
+    assert not dataclasses.replace(place, heldout="hub/other").read(run)
+    assert not dataclasses.replace(place, model="models/other").read(run)
+    path.write_text("two")
+    assert not place.read(run)
+    place.write(run, {"backbone": "mine"})  # an older record, which does not say
+    assert place.read(run)
+
+
 def test_a_setting_that_config_gains_later_leaves_every_key_as_it_is(monkeypatch):
     run, place = dict(trainer="GRACE", recipe="full", seed=0), Place()
     key = place.key(run)

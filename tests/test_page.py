@@ -11,10 +11,11 @@ from chromium import BROWSER, WHY, Chromium
 
 import grace
 from evaluation.encoder import encode_texts
-from evaluation.page import build_page, changes, finish_page, write_page
+from evaluation.page import build_page, changes, finish_page, rationales, write_page
 from evaluation.probe import probe, record, two_components
 from plumbing.data import read_triplets
 from plumbing.errors import GraceError
+from plumbing.report import show_rationales
 from policy import Policy
 
 SCRIPT = "<script>document.title = 'a text ran'</script>"
@@ -81,6 +82,18 @@ def test_probe_without_labels(make_policy):
         assert query["text"] not in [a["text"] for a in query["answers"]]
 
 
+def test_what_has_nothing_to_find_is_not_recorded(make_policy, tmp_path):
+    """A positive that is the query itself, and a single text; the other rows are shown all the same."""
+    same, other = "the doctor bought the lamp", "somebody sold the boat"
+    row = lambda query, positive: {"query": query, "positive": positive, "negative": []}
+    for rows in ([{"text": same}], [{"text": same}] * 2, [row(same, same)]):
+        record(tmp_path, 0, make_policy(), rows)
+        assert not (tmp_path / "probe.json").exists()
+    record(tmp_path, 0, make_policy(), [row(same, same), row(same, other)])
+    (query,) = json.loads((tmp_path / "probe.json").read_text())["before"]["queries"]
+    assert (query["text"], query["rank"], query["answers"][0]["text"]) == (same, 1, other)
+
+
 def test_the_start_stays_recorded(make_policy, tmp_path):
     rows = [{"text": "the doctor bought the lamp"}, {"text": "somebody sold the boat"}]
     record(tmp_path, 0, make_policy(), rows)
@@ -102,6 +115,17 @@ def test_two_components_keep_a_flat_cloud():
     apart = lambda x: np.linalg.norm(x[:, None] - x[None], axis=-1)
     assert np.allclose(apart(places), apart(flat)) and variance == pytest.approx(1)
     assert two_components(np.random.default_rng(0).normal(size=(50, 9)))[1] < 0.6
+
+
+def test_a_rationale_stays_in_its_row(folder):
+    """Whatever separates lines somewhere, in what a model wrote, is a space in rationales.md."""
+    history = [(0, ["one\rtwo\u2028three\n\nfour | five\x0bsix"]), (5, ["seven"])]
+    (folder / "rationales.md").write_text(show_rationales(history, ["a text"]))
+    (shown,) = rationales({"out": str(folder)})
+    assert [(step, [word for word, _ in words]) for step, words in shown["rows"]] == [
+        (0, ["one", "two", "three", "four", "five", "six"]), (5, ["seven"]),
+    ]  # fmt: skip
+    assert len((folder / "rationales.md").read_text().splitlines()) == 8
 
 
 def test_changed_words():
@@ -213,8 +237,12 @@ def test_without_matplotlib(whole_run, monkeypatch, capsys):
 
 
 def test_reread(finished_run, tmp_path):
-    """A run that has no record gets one: from the model that it started from, and its newest."""
+    """A run that has no record gets one: from the model that it started from, and its newest; on the CPU, wherever it ran."""
     out = shutil.copytree(finished_run, tmp_path / "run")
+    for name in ("run.json", "summary.json"):
+        about = json.loads((out / name).read_text())
+        about["config"] |= {"device": "cuda", "dtype": "bfloat16"}
+        (out / name).write_text(json.dumps(about))
     (out / "probe.json").unlink(missing_ok=True)
     grace.main(["report", str(out), "--reread"])
     moments = json.loads((out / "probe.json").read_text())

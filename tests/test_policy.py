@@ -77,6 +77,23 @@ def test_saved_and_loaded(make_policy, tmp_path):
     assert Policy.load(str(tmp_path), max_new_tokens=3).reading.max_new_tokens == 3
 
 
+def test_a_hub_id_brings_its_reading(make_policy, tmp_path, monkeypatch):
+    """From the library's cache of what was downloaded, as it is without a network; a model that has none gets the default."""
+    for name, settings in (("mine", True), ("theirs", False)):
+        repository = tmp_path / f"models--user--{name}"
+        (repository / "refs").mkdir(parents=True)
+        (repository / "refs" / "main").write_text("0" * 40)
+        policy = make_policy(pooling="max")
+        policy.save(str(repository / "snapshots" / ("0" * 40)))
+        if not settings:
+            (repository / "snapshots" / ("0" * 40) / "grace_config.json").unlink()
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert Policy.load("user/mine").reading == policy.reading
+    limits = dict(max_prompt_tokens=64, max_new_tokens=6)
+    assert Policy.load("user/theirs", **limits).reading == Reading(**limits)
+
+
 def test_unknown_reading(make_policy, tmp_path):
     make_policy().save(tmp_path)
     (tmp_path / "grace_config.json").write_text('{"instruction": "x", "speed": 3}')

@@ -127,6 +127,15 @@ def test_template_that_drops_the_instruction(byte_tokenizer):
         byte_policy(byte_tokenizer, template)
 
 
+def test_tokenizer_without_offsets(make_policy):
+    from transformers import ByT5Tokenizer
+
+    tokenizer = ByT5Tokenizer()
+    tokenizer.chat_template = BYTES
+    with pytest.raises(GraceError, match="ByT5Tokenizer does not say which characters"):
+        Policy(make_policy().model, tokenizer, Reading("Say what it means.", 100, 4))
+
+
 def test_template_that_depends_on_the_text(byte_tokenizer):
     """Where what stands around a text is another for this one, it is unknown where the text starts."""
     policy = byte_policy(byte_tokenizer, BYTES.replace("<|im_end|>\n", "<|im_end|>{{ '!' if 'cat' in m.content else '\n' }}"))

@@ -52,6 +52,15 @@ def test_each_sign_alone(end, sign):
     assert judged(**end) == [sign] and judged() == []
 
 
+def test_a_sign_that_is_not_in_every_line_is_left_out():
+    """As held-out scores are not, where a run is resumed with another --eval-every."""
+    steps = [HEALTHY | {"step": i + 1} for i in range(100)]
+    for metrics in steps[61:99]:
+        del metrics["kl_start"]
+    signs = [line[:24].strip() for line in health(steps, {"max_new_tokens": 20, "before": {}})[1:]]
+    assert "reward" in signs and "KL to the start" not in signs
+
+
 def test_agreement_within_groups_is_a_sign_only_with_sameness_between_texts():
     """All rollouts of a text agree once all are right; all texts' rationales agree in a collapse."""
     agreed = dict(reward_std=0.01, no_spread=0.9, distinct=0.25)
