@@ -311,12 +311,13 @@ class Trainer:
 
     def micro_batches(self, groups, rollouts, budget):
         """A rank's groups by length, in micro-batches whose padded tokens stay within the budget; at least one group each."""
-        cost = self.cost(rollouts)
+        cost, order = self.cost(rollouts)[groups].sort(stable=True)
         # A row holds groups of similar cost, one per rank: so the ranks' micro-batches are alike, and equally many.
-        rows = groups[cost[groups].argsort(stable=True)].split(ranks.size())
+        rows = groups[order].split(ranks.size())
+        most = [int(row[-1]) for row in cost.cpu().split(ranks.size())]  # read here, not while a GPU works on a micro-batch
         first = 0
         for last in range(1, len(rows) + 1):
-            if last == len(rows) or (last + 1 - first) * int(cost[rows[last][-1]]) > budget:
+            if last == len(rows) or (last + 1 - first) * most[last] > budget:
                 yield torch.cat(rows[first:last])[ranks.mine()]
                 first = last
 
