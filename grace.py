@@ -37,9 +37,10 @@ is (K-1)/K times the gradient: a group mean that includes the rollout itself shr
 queries and positives do here, an advantage credits a rollout with its own reward only, while g covers all of them;
 there, c only weights the two terms against each other.
 
-Departures from the paper's equations, each a setting, all undone by `--recipe paper`. (Four differences from the
-released run remain. Three have flags: its limit, `--max-new-tokens 2048`; its wording, `--instruction`; its four
-optimizer steps per batch, `--minibatches 4`. Instances that share a text stay out of each other's negatives always.)
+Departures from the paper's equations, each a setting, all undone by `--recipe paper`. (Five differences from the
+released run remain. Four have flags: its limit, `--max-new-tokens 2048`; its wording, `--instruction`; its four optimizer
+steps per batch, `--minibatches 4`; its sampled rationales when texts are embedded, the evaluator's `--temperature 1`.
+Instances that share a text stay out of each other's negatives always.)
 
 1. The reward is InfoNCE instead of Eq. 13 and 15, which cancel in the advantage (reward.py).
 2. The pathwise term.

@@ -88,7 +88,7 @@ def infonce(rows, columns, temperature, negatives=None, twins=None, mined=False,
         R(i,k) = s_own / t - log sum over candidates c of exp(s_c / t)
 
     Oord et al. 2018 use its negative as a loss. Adding one number to all similarities changes
-    nothing, so unlike Eq. 13 it does not pay for an embedding space that shrinks to a cone.
+    nothing, so unlike Eq. 13's first term it does not pay for an embedding space that shrinks to a cone.
     """
     return infonce_by_mean_and_mined(rows, columns, temperature, negatives, twins, leave_one_out)[mined]
 

@@ -70,10 +70,11 @@ esac
 "$PYTHON" grace.py "${files[@]}" --out "$out" --batch 32 --rollouts 4 "${settings[@]}" "$@"
 
 # 5. What does all this buy? In the town: the same pairs with InfoNCE as a loss, which writes nothing
-#    while it learns, and both scored by the number of steps in a walk. In the events world: the trained folder through
-#    the evaluator that runs the paper's 16 MTEB tasks.
+#    while it learns, and both scored by the number of steps in a walk. Otherwise (also in the students'
+#    starter, which has no experiments/): the trained folder through the evaluator that runs the paper's
+#    16 MTEB tasks.
 echo
-if [ "$what" = town ]; then
+if [ "$what" = town ] && [ -d experiments ]; then
   echo "The same data with InfoNCE as a loss:"
   "$PYTHON" experiments/peer.py contrastive "${files[@]}" --out "$out-loss" --batch 64 --lr 1e-3 --lr-decay --steps 150 --eval-every 0
   echo

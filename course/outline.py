@@ -4,9 +4,11 @@ import ast
 
 
 def outline(source):
-    """The names that a file defines: functions with their arguments, and whether their body shares the line of `def`."""
+    """What a file defines: functions with their arguments and whether their body shares their line; imports and constants."""
     names = {}
     for node in ast.parse(source).body:
+        if isinstance(node, (ast.Import, ast.ImportFrom, ast.Assign)):
+            names[ast.unparse(node)] = "outside of every body"
         for part in (node, *(node.body if isinstance(node, ast.ClassDef) else ())):
             if isinstance(part, (ast.FunctionDef, ast.ClassDef)):
                 names[part.name] = ast.unparse(part.args) if isinstance(part, ast.FunctionDef) else "a class"

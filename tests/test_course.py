@@ -15,6 +15,7 @@ sys.path.insert(0, COURSE)
 
 from make_starter import FOLDERS, GIVEN, ROOT, TASKS, body, build, handout, put, questions, read, take, write  # noqa: E402
 from mutants import ALTERNATIVES, MUTANTS, code_lines, mutated  # noqa: E402
+from outline import outline  # noqa: E402
 
 
 def run(*command, cwd=ROOT):
@@ -59,6 +60,25 @@ def test_every_task_of_a_starter_is_to_do_and_all_else_works(tmp_path):
     assert len(re.findall("## Question", read(starter, "answers.md"))) == 6
     assert run("course/make_starter.py", starter).returncode == 1  # not into a folder that holds something
     assert "no such task" in run("course/make_starter.py", tmp_path / "other", "--tasks", "7").stderr
+
+
+@pytest.mark.parametrize("world", ["town", "paper", "events"])
+def test_train_sh_of_a_starter_asks_only_for_files_that_it_holds(tmp_path, world):
+    build(str(tmp_path / "starter"))
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\n[ -f "$1" ] && echo "ran $1"\n')
+    python.chmod(0o755)
+    there = dict(cwd=tmp_path / "starter", env={**os.environ, "PYTHON": str(python)})
+    ran = subprocess.run(["bash", "train.sh", world], **there, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    assert re.findall("ran (.*)", ran.stdout) == ["toy.py", "grace.py", "eval_mteb_subset.py", "grace.py"]
+
+
+def test_an_outline_has_what_stands_outside_of_bodies():
+    source = "import math\nA = 1\ndef f(x):\n    return x\n"
+    assert outline(source) == outline(source.replace("return x", "import os\n    return A"))
+    for more in ("import os\n", "from os import path\n", "B = 2\n", "def g(): pass\n"):
+        assert outline(source + more) != outline(source)
 
 
 def test_a_starter_holds_every_file_that_it_names_or_says_that_it_does_not(tmp_path):
