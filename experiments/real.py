@@ -6,8 +6,8 @@
     python experiments/run.py captions captions_retention captions_frontier --model DIR --data ROWS/train.jsonl \\
         --heldout ROWS/heldout.jsonl --plain ROWS/plain.txt --data-dir FOLDER --out OUT
     python experiments/run.py captions_unlabelled --data ROWS/texts.jsonl (and the same)
-    python experiments/run.py captions_sizes captions_asked (as the third), captions_search_asked (as the second); beside DIR the
-        folders captions1m and captions16m, which backbone.py makes
+    python experiments/run.py captions_sizes captions_asked (as the third), captions_search_asked captions_search_stronger (as the
+        second); beside DIR the folders captions1m and captions16m, which backbone.py makes
 
 Settings are chosen by the second command's records alone, on rows held back from the training groups and on a seed that no
 table has: three rates for each row of a table, in short runs, and three long ones for each of the two rows that the page
