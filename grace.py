@@ -218,9 +218,7 @@ class Trainer:
 
     def sample(self, texts):
         """Phase 2, from the newest weights. Returns the rollouts and the embeddings by role, as `roll_out` does."""
-        if self.sampler is not self.policy:
-            self.sampler.copy_weights(self.policy)
-        drawn = roll_out(self.sampler, texts, self.config, self.step_number, self.sample_tokens)
+        drawn = roll_out(newest(self.policy, self.sampler), texts, self.config, self.step_number, self.sample_tokens)
         rollouts, embeddings, self.sample_tokens = drawn
         return rollouts, embeddings
 

@@ -18,7 +18,6 @@ In search.jsonl and heldout.jsonl a query finds its positive among all positives
 """
 
 import argparse
-import json
 import os
 import random
 import re
@@ -26,6 +25,7 @@ import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
+from plumbing.data import READERS  # noqa: E402
 from plumbing.errors import GraceError  # noqa: E402
 from toy import write_rows  # noqa: E402
 
@@ -64,26 +64,21 @@ def read_rows(path):
 
 
 def numbered(path):
-    """The rows of a jsonl file with the numbers of their lines."""
-    rows = []
-    with open(path, encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                rows += [(number, json.loads(line))] if line.strip() else []
-            except ValueError as error:
-                raise GraceError(f"{path}: line {number} is not JSON ({error})") from error
-    if bad := [number for number, row in rows if not isinstance(row, dict)]:
-        raise GraceError(f"{path}: line {bad[0]} is no JSON object")
-    return rows
+    """The rows of a jsonl file, each with where it stands: `("line 3", row)`."""
+    for where, row in READERS[".jsonl"](str(path)):
+        if not isinstance(row, dict):
+            why = f"not JSON ({row})" if isinstance(row, GraceError) else "no JSON object"
+            raise GraceError(f"{path}: {where} is {why}")
+        yield where, row
 
 
 def read_groups(path):
     """The groups of a jsonl file: lists of at least two different texts. Raises GraceError for a row without one list."""
     groups = []
-    for number, row in numbered(path):
+    for where, row in numbered(path):
         lists = [x for x in row.values() if isinstance(x, list)]
         if len(lists) != 1:
-            raise GraceError(f"{path}: line {number}: {len(lists)} lists in a row; a group is one list of texts")
+            raise GraceError(f"{path}: {where}: {len(lists)} lists in a row; a group is one list of texts")
         group = list(dict.fromkeys(text.strip() for text in lists[0] if text.strip()))
         if len(group) > 1:
             groups.append(group)

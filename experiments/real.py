@@ -105,8 +105,7 @@ SIZES = {"1.3 M": dict(backbone="captions1m"), "4.2 M": {}, "15.5 M": dict(backb
 COMPARED = (BASE, REASONING, TEXT_TERM, BEST)  # with the settings that were found at 4.2 M
 BY_SIZE = {f"{label}, {size}": TABLE[label] | other for size, other in SIZES.items() for label in COMPARED}
 BY_SIZE |= {f"{label}, 60 M": TABLE[label] | dict(backbone="captions60m") for label in (BASE, REASONING)}
-SLOWER_RATE = dict(steps=200, lr=3e-4)  # what the search at 60 M prefers, for both rows
-SLOWER = SIZES["15.5 M"] | dict(lr=3e-4)
+SLOWER = SIZES["15.5 M"] | dict(lr=3e-4)  # the rate that the search at 60 M prefers, for both rows
 BY_SIZE |= {f"{label}, 15.5 M, lr 0.0003": TABLE[label] | SLOWER for label in (TEXT_TERM, BEST)}
 
 # ---------------------------------------------------------------- what the policy is asked for
@@ -122,7 +121,7 @@ SEARCH_ASKED |= search({TEXT_TERM: RATES, BEST: RATES}, **MAIN_WORDS)
 LESS_TEXT = {TEXT_TERM: [dict(text_weight=x) for x in (1.0, 0.3, 0.1)]}  # more weight for pairs, of both rows
 LESS_TEXT[BEST] = [dict(pathwise=1.0), dict(pathwise=3.0), dict(text_weight=0.1)]
 SEARCH_STRONGER = search(
-    {label: [SLOWER_RATE | knob for knob in knobs] for label, knobs in LESS_TEXT.items()}, **SIZES["15.5 M"] | MAIN_WORDS
+    {label: [RATES[0] | knob for knob in knobs] for label, knobs in LESS_TEXT.items()}, **SIZES["15.5 M"] | MAIN_WORDS
 )
 BY_MAIN_WORDS = {label: TABLE[label] | SLOWER | MAIN_WORDS for label in COMPARED}
 LESS_LOSS, LESS_BEST, MORE_PATHWISE = f"{TEXT_TERM} of 0.1", f"{BEST}, text term 0.1", f"{BEST}, pathwise 3"

@@ -40,7 +40,7 @@ import toy  # noqa: E402
 from config import RECIPES, Config  # noqa: E402
 from evaluation.encoder import GraceEncoder, encode_texts, text_loss  # noqa: E402
 from evaluation.tasks import evaluate_tasks, evaluate_triplets  # noqa: E402
-from plumbing.checkpoint import write_atomically  # noqa: E402
+from plumbing.checkpoint import sha256, write_atomically  # noqa: E402
 from plumbing.data import load_rows, read_texts, read_triplets  # noqa: E402
 from plumbing.report import read_metrics, versions  # noqa: E402
 from policy import Policy  # noqa: E402
@@ -194,8 +194,7 @@ class Place:
 @functools.lru_cache
 def file_digest(path, size, changed):
     """A digest of a file's content, read once as long as its size and time stay the same."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:10]
+    return sha256(path)[:10]
 
 
 def backbone(model):

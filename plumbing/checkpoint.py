@@ -79,7 +79,8 @@ def _flush_folder(folder):
         _flush(inside)
 
 
-def _sha256(path):
+def sha256(path):
+    """The digest of a file's content, in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -106,7 +107,7 @@ def _write_checkpoint(state, policy, weights, out):
         policy.save(beside, weights)
         torch.save(state, os.path.join(beside, "trainer.pt"))
         files = sorted(os.path.join(inside, name) for inside, _, names in os.walk(beside) for name in names)
-        manifest = {os.path.relpath(f, beside): {"size": os.path.getsize(f), "sha256": _sha256(f)} for f in files}
+        manifest = {os.path.relpath(f, beside): {"size": os.path.getsize(f), "sha256": sha256(f)} for f in files}
         with open(os.path.join(beside, "manifest.json"), "w") as file:
             json.dump(manifest, file, indent=1)
         _flush_folder(beside)
@@ -164,7 +165,7 @@ def damage(folder):
                 return f"{name}: missing"
             if os.path.getsize(path) != was["size"]:
                 return f"{name}: {os.path.getsize(path)} bytes instead of {was['size']}"
-            if _sha256(path) != was["sha256"]:
+            if sha256(path) != was["sha256"]:
                 return f"{name}: wrong checksum"
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         return f"manifest.json: {getattr(error, 'strerror', None) or 'not a list of files'}"

@@ -90,7 +90,7 @@ def test_failed_write(make_policy, tmp_path, monkeypatch, name, fault):
         trainer.step_number = step
         checkpoint.save_checkpoint(trainer, tmp_path)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    at = "_sha256" if name == "manifest.json" else "_empty"  # the manifest's turn comes when the other files are there
+    at = "sha256" if name == "manifest.json" else "_empty"  # the manifest's turn comes when the other files are there
     usual = getattr(checkpoint, at)
 
     def sabotaged(where):
