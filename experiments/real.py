@@ -120,6 +120,8 @@ SEARCH_ASKED = {
 SEARCH_ASKED |= search({TEXT_TERM: RATES, BEST: RATES}, **MAIN_WORDS)
 LESS_TEXT = {TEXT_TERM: [dict(text_weight=x) for x in (1.0, 0.3, 0.1, 0.03)]}  # more weight for pairs, of both rows
 LESS_TEXT[BEST] = [dict(pathwise=1.0), dict(pathwise=3.0), dict(text_weight=0.1), dict(text_weight=0.03)]
+LESS_TEXT[TEXT_TERM].append(dict(text_weight=0.1, steps=500))  # in the time of GRACE
+LESS_TEXT[BEST].append(dict(text_weight=0.1, rollouts=2))  # nearer to the time of the loss
 SEARCH_STRONGER = search(
     {label: [RATES[0] | knob for knob in knobs] for label, knobs in LESS_TEXT.items()}, **SIZES["15.5 M"] | MAIN_WORDS
 )
