@@ -50,8 +50,10 @@ MISSING = "–"  # a figure that was not measured when the record was made
 def paired(one, other):
     """The records of two rows by the seeds that both have, `[(record, record)]`; a run that names its seed is of every seed."""
     seeds = [[record["run"]["seed"] for record in records] for records in (one, other)]
-    of_every = any(len(set(row)) < len(row) for row in seeds)  # one record, once for each seed
-    if of_every or not set(seeds[0]) & set(seeds[1]):
+    of_every = [len(set(row)) < len(row) for row in seeds]  # one record, once for each seed
+    if all(of_every):
+        return [(one[0], other[0])]
+    if any(of_every) or not set(seeds[0]) & set(seeds[1]):
         return list(zip(one, other))
     return [(a, b) for a in one for b in other if a["run"]["seed"] == b["run"]["seed"]]
 
@@ -88,7 +90,7 @@ class Claim:
         apart = [above - below for above, below in both]
         holds = sum(abs(x) <= self.within if self.within is not None else x > self.by for x in apart)
         word = "agrees" if holds == len(apart) else "disagrees" if holds == 0 else "cannot be seen at this size"
-        return f"**{word}** ({holds} of {len(apart)} comparisons)"
+        return f"**{word}** ({holds} of {len(apart)} comparison{'s' if len(apart) > 1 else ''})"
 
 
 @dataclass

@@ -272,7 +272,9 @@ def test_verdicts_are_counted():
     assert verdict(("a", "c"), within=0.1) == "**disagrees** (0 of 2 comparisons)"
     assert verdict(("a", "b"), by=0.4) == "**disagrees** (0 of 2 comparisons)"
     by_label |= {"late": row(0, 0.7)[1:], "start": row(0.75)[:1] * 2}  # the second seed alone; one record for every seed
-    assert verdict(("a", "late")) == "**agrees** (1 of 1 comparisons)" == verdict(("start", "late"))
+    assert verdict(("a", "late")) == "**agrees** (1 of 1 comparison)" == verdict(("start", "late"))
+    by_label["lower"] = row(0.7)[:1] * 2
+    assert verdict(("start", "lower")) == "**agrees** (1 of 1 comparison)"  # two records are compared once
     assert verdict(("start", "b")) == "**cannot be seen at this size** (1 of 2 comparisons)"
     assert verdict(("a", "nobody")) == "not measured yet"
 
