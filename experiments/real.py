@@ -291,7 +291,7 @@ EXPERIMENTS = {
         "Captions: how settings were chosen, unsupervised", "One set of settings for everything.",
         SEARCH_UNLABELLED, ("plain loss", "distinct"), lines=search_lines, seeds=(10,), whole=False,
         note="Rows held back from training, as above; texts without labels; five tries for each row, each about as long as any other. Only GRACE with a text term of 0.1 "
-        "ends above the start, by 0.007; SimCSE ends below it at every setting.",
+        "ends above the start, by 0.007, and SimCSE ends below it at every setting; but among 256 texts a difference of 0.01 may be chance.",
     ),
     "captions_unlabelled": Experiment(
         "Captions: Table 2, unsupervised", "On every backbone: base < base with reasoning < SimCSE < GRACE.",
@@ -300,7 +300,7 @@ EXPERIMENTS = {
             ("GRACE in full is above SimCSE", VIEWS, SIMCSE, None),
             ("each at the settings of its search", f"{VIEWS}, as searched", f"{SIMCSE}, as searched", None),
         ])),
-        note="The first two rows have the rate 3e-4 and a text term of 1, without a search. *As searched* (one seed): SimCSE at the rate 1e-4, GRACE at 3e-4 with a text term of "
+        note="Trained rows have the rate 3e-4 and a text term of 1, without a search; but *as searched* (one seed) SimCSE has the rate 1e-4, and GRACE 3e-4 with a text term of "
         "0.1, the best of five each on rows held back from training. SimCSE has 200 steps and GRACE 60, which take about as long.", whole=False,
     ),
     "captions_retention": Experiment(
