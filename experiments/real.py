@@ -125,16 +125,22 @@ SEARCH_ASKED = {
     for kind, asked in ASKED.items()
 }
 SEARCH_ASKED |= search({TEXT_TERM: RATES, BEST: RATES}, **MAIN_WORDS)
-LESS_TEXT = {TEXT_TERM: [dict(text_weight=x) for x in (1.0, 0.3, 0.1, 0.03)]}  # more weight for pairs, of both rows
-LESS_TEXT[BEST] = [dict(pathwise=1.0), dict(pathwise=3.0), dict(text_weight=0.1), dict(text_weight=0.03)]
+LESS_TEXT = {  # more weight for pairs, of both rows
+    TEXT_TERM: [dict(text_weight=x) for x in (1.0, 0.3, 0.1, 0.03)],
+    BEST: [dict(pathwise=1.0), dict(pathwise=3.0), dict(text_weight=0.1), dict(text_weight=0.03)],
+}
 SEARCH_STRONGER = search(
     {label: [RATES[0] | knob for knob in knobs] for label, knobs in LESS_TEXT.items()}, **SIZES["15.5 M"] | MAIN_WORDS
 )
 BY_MAIN_WORDS = {label: TABLE[label] | SLOWER | MAIN_WORDS for label in COMPARED}
 LESS_LOSS, LEAST_LOSS = f"{TEXT_TERM} of 0.1", f"{TEXT_TERM} of 0.03"
 LESS_BEST, MORE_PATHWISE = f"{BEST}, text term 0.1", f"{BEST}, pathwise 3"
-KNOBS = {LESS_LOSS: (TEXT_TERM, dict(text_weight=0.1)), LEAST_LOSS: (TEXT_TERM, dict(text_weight=0.03))}
-KNOBS |= {LESS_BEST: (BEST, dict(text_weight=0.1, averaged=True)), MORE_PATHWISE: (BEST, dict(pathwise=3.0, averaged=True))}
+KNOBS = {
+    LESS_LOSS: (TEXT_TERM, dict(text_weight=0.1)),
+    LEAST_LOSS: (TEXT_TERM, dict(text_weight=0.03)),
+    LESS_BEST: (BEST, dict(text_weight=0.1, averaged=True)),
+    MORE_PATHWISE: (BEST, dict(pathwise=3.0, averaged=True)),
+}
 BY_MAIN_WORDS |= {label: TABLE[row] | SLOWER | MAIN_WORDS | knob for label, (row, knob) in KNOBS.items()}
 BY_MAIN_WORDS |= {f"{label}, asked for other words": TABLE[label] | SLOWER for label in COMPARED[1:]}
 SCORE_COLUMNS = ("ndcg_at_10", "told_apart", "mean of tasks")
