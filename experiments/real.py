@@ -10,10 +10,10 @@
     python experiments/run.py captions_search_unlabelled (as the second), captions_unlabelled (as the third), each with
         --data ROWS/texts.jsonl
 
-Settings are chosen by the second command's records alone, on rows held back from the training groups and on a seed that no
-table has: three rates for each row of a table, in short runs, and three long ones for each of the two rows that the page
-compares (two for the reward alone). No task is looked at (the idea to ask for the main words came from one, its choice did not).
-Rows stand on the page as they are made.
+Settings are chosen by the searches' records alone, on rows held back from the training groups and on a seed that no table
+has: for Table 1 three rates for each row, in short runs, and three long ones for each of the two rows that the page compares
+(two for the reward alone). No task is looked at (the idea to ask for the main words came from one, its choice did not). Rows
+stand on the page as they are made.
 """
 
 import functools
