@@ -126,8 +126,12 @@ SEARCH_ASKED = {
 }
 SEARCH_ASKED |= search({TEXT_TERM: RATES, BEST: RATES}, **MAIN_WORDS)
 LESS_TEXT = {  # more weight for pairs, of both rows
-    TEXT_TERM: [dict(text_weight=x) for x in (1.0, 0.3, 0.1, 0.03)],
-    BEST: [dict(pathwise=1.0), dict(pathwise=3.0), dict(text_weight=0.1), dict(text_weight=0.03)],
+    TEXT_TERM: [*(dict(text_weight=x) for x in (1.0, 0.3, 0.1, 0.03, 0.01)), dict(text_weight=0.03, steps=500)],
+    BEST: [
+        *(dict(pathwise=x) for x in (1.0, 3.0)),
+        *(dict(text_weight=x) for x in (0.3, 0.1, 0.03)),
+        dict(text_weight=0.1, rollouts=2),
+    ],
 }
 SEARCH_STRONGER = search(
     {label: [RATES[0] | knob for knob in knobs] for label, knobs in LESS_TEXT.items()}, **SIZES["15.5 M"] | MAIN_WORDS
