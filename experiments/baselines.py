@@ -14,13 +14,14 @@ import time
 
 import torch
 
-from grace import Trainer
+from evaluation.encoder import embed_prompts
+from grace import Trainer, judge, pathwise
 from plumbing import ranks
 from plumbing.errors import GraceError
 from policy import Policy
 from pool import fold, unit
 from reward import infonce
-from rollout import make_batch, sample, score, text_logprobs, uniforms
+from rollout import make_batch, sample, score, split_by_role, text_logprobs, texts_of, uniforms
 
 
 class LossTrainer(Trainer):
@@ -126,3 +127,30 @@ class PathwiseAlone(Trainer):
 
     def advantage(self, R, batch):
         return torch.zeros_like(R)
+
+
+class BothWays(Trainer):
+    """GRACE that is also taught what the prompt alone embeds: one more pathwise term, of the same reward and weight.
+
+    A text's embedding without a rationale is judged among those of the other texts, as if it were a group of one.
+    """
+
+    def advantage(self, R, batch):
+        self.batch = batch
+        return super().advantage(R, batch)
+
+    def update(self, rollouts, A, g):
+        """`Trainer.update`, with the prompts' gradient as one more column of g: `[N, K, D] -> [N, K + 1, D]`."""
+        texts = self.batch.texts
+        h = embed_prompts(self.policy, self.policy.prompts(texts_of(texts, texts)))
+        alone = split_by_role(h[:, None], texts, texts)  # {role: [B, 1, D]}, negatives [B, M, 1, D]
+        ended = torch.ones_like(rollouts.finished[:, :1])  # there is nothing that could be too long
+        g_alone = judge(alone, ended, self.batch.twins, self.config)[2]
+        return super().update(rollouts, A, torch.cat([g, g_alone], 1))
+
+    def objective(self, part, A, g):
+        value, stats = super().objective(part, A, g[:, :-1])
+        S = part.n_shared
+        _, to_pool, _ = self.policy.prefill(part.prompt_ids, part.prompt_mask, S)
+        h = unit(fold(None, to_pool, part.counted[:, S:], self.policy.reading.pooling))
+        return value + self.config.pathwise * pathwise(g[:, -1:], h[:, None]), stats

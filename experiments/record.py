@@ -32,7 +32,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
 from algorithms import ALGORITHMS  # noqa: E402
-from baselines import Contrastive, ForcedContrastive, PathwiseAlone, SimCSE, longest  # noqa: E402
+from baselines import BothWays, Contrastive, ForcedContrastive, PathwiseAlone, SimCSE, longest  # noqa: E402
 from scores import WAYS  # noqa: E402
 
 import grace  # noqa: E402
@@ -48,7 +48,8 @@ from pool import length_mask  # noqa: E402
 from rollout import Rollouts, sample, score, token_logprobs, uniforms  # noqa: E402
 
 TRAINERS = {
-    "contrastive": Contrastive, "forced": ForcedContrastive, "simcse": SimCSE, "pathwise": PathwiseAlone, **ALGORITHMS,
+    "contrastive": Contrastive, "forced": ForcedContrastive, "simcse": SimCSE, "pathwise": PathwiseAlone, "both ways": BothWays,
+    **ALGORITHMS,
 }  # fmt: skip
 UNREWARDED = ("none", "contrastive", "forced", "simcse")  # of a recipe they read the text term's weight alone
 TOY = dict(batch=32, rollouts=4, lr=5e-4, lr_decay=True, infonce_temperature=0.2)  # train.sh's settings for the embedded worlds

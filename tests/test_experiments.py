@@ -14,7 +14,7 @@ import pytest
 import run
 import torch
 from algorithms import ALGORITHMS, DAPO, GRPO, DrGRPO, ReinforcePlusPlus, ReMax
-from baselines import Contrastive, ForcedContrastive, PathwiseAlone, SimCSE, longest
+from baselines import BothWays, Contrastive, ForcedContrastive, PathwiseAlone, SimCSE, longest
 from conftest import ROWS, TEXTS, by_full_forward, config, rolled
 from page import COLUMNS, Claim, table, whole_page
 from record import Place, answers_logprob, bare_loss, follow_other, measure, read_records, rounded, write_record
@@ -153,6 +153,31 @@ def test_without_grpo_only_the_pathwise_term_moves_the_policy(make_policy, pathw
     before = [p.clone() for p in trainer.policy.model.parameters()]
     assert (trainer.step()["grad_norm"] > 0) == moved
     assert any(not torch.equal(a, b) for a, b in zip(before, trainer.policy.model.parameters())) == moved
+
+
+def test_both_ways_adds_the_gradient_of_the_prompts_own_reward(make_policy):
+    policy, weights = make_policy(double=True), dict(text_weight=0.0, kl=0.0, max_grad_norm=1e9, infonce_temperature=0.3)
+    settings = config(pathwise=0.7, lambda_hard=0.5, **weights)
+    batch = make_batch(ROWS)
+    batch.rollouts, batch.embeddings, _ = roll_out(policy, batch.texts, settings, step=0, budget=4096)
+    weight, B = policy.model.model.layers[0].mlp.down_proj.weight, len(ROWS)
+
+    def gradient(algorithm):
+        trainer, gradients = algorithm(policy, None, ROWS, settings), []
+        trainer.optimizer_step = lambda: gradients.append(weight.grad.clone()) or 0.0  # not taken, but kept
+        A = trainer.advantage(torch.zeros(batch.rollouts.finished.shape), batch)
+        trainer.update(batch.rollouts, A, torch.zeros_like(batch.rollouts.embeddings))
+        return gradients[0]
+
+    h = {role: [embedded(policy, text)[0] for text in texts] for role, texts in batch.texts.items()}
+    q, p, n = h["query"], h["positive"], [x.detach() for x in h["negative"]]
+    reward = 0
+    for i in range(B):
+        forth = torch.stack([q[i] @ x for x in p] + [q[i] @ n[i]]) / 0.3
+        back = torch.stack([p[i] @ x for x in q]) / 0.3
+        reward = reward + forth[i] - forth.exp().sum().log() + back[i] - back.exp().sum().log()
+    expected = -0.7 * 1.5 * torch.autograd.grad(reward, weight)[0] / (2 * B)
+    torch.testing.assert_close(gradient(BothWays) - gradient(PathwiseAlone), expected, rtol=1e-4, atol=1e-8)
 
 
 @pytest.mark.parametrize("baseline", [Contrastive, SimCSE])
