@@ -368,7 +368,7 @@ EXPERIMENTS = {
         "The loss gains the more the less there is of it, down to 0.03; 0.01 is no better than that (0.785 and 0.784 among 256). GRACE is best with 0.1, 0.777 instead of 0.768, and gains next to "
         "nothing from a pathwise weight of 3. So at the settings that this search prefers the loss is ahead by 0.007 on these rows, at two fifths of the cost of a step. "
         "*both ways* has one more pathwise term, of the same reward for the prompt alone (`baselines.BothWays`): without its rationale it gains 0.070 and nearly draws level with the "
-        "reading that has one, which gains nothing (one seed). So that GRACE is behind the loss on similarity is not for want of training the prompt's half of its mean. "
+        "reading that has one, which gains nothing (one seed). "
         "Less text term takes no more from the start's own answers; of other texts 0.03 takes more, in both rows.",
     ),
     "captions_asked": Experiment(
