@@ -142,7 +142,9 @@ class BothWays(Trainer):
     def update(self, rollouts, A, g):
         """`Trainer.update`, with the prompts' gradient as one more column of g: `[N, K, D] -> [N, K + 1, D]`."""
         texts = self.batch.texts
-        h = embed_prompts(self.policy, self.policy.prompts(texts_of(texts, texts)))
+        x = self.policy.prompts(texts_of(texts, texts))
+        with torch.no_grad():
+            h = embed_prompts(self.policy, x.ids, x.mask, x.counted, x.n_shared)
         alone = split_by_role(h[:, None], texts, texts)  # {role: [B, 1, D]}, negatives [B, M, 1, D]
         ended = torch.ones_like(rollouts.finished[:, :1])  # there is nothing that could be too long
         g_alone = judge(alone, ended, self.batch.twins, self.config)[2]
@@ -150,7 +152,5 @@ class BothWays(Trainer):
 
     def objective(self, part, A, g):
         value, stats = super().objective(part, A, g[:, :-1])
-        S = part.n_shared
-        _, to_pool, _ = self.policy.prefill(part.prompt_ids, part.prompt_mask, S)
-        h = unit(fold(None, to_pool, part.counted[:, S:], self.policy.reading.pooling))
+        h = embed_prompts(self.policy, part.prompt_ids, part.prompt_mask, part.counted, part.n_shared)
         return value + self.config.pathwise * pathwise(g[:, -1:], h[:, None]), stats

@@ -34,7 +34,7 @@ FULL = SHARED | dict(trainer="GRACE", recipe="full", pathwise=1.0)
 BASE, REASONING = "Base", "Base with reasoning"
 CONTRASTIVE, TEXT_TERM = "contrastive fine-tuning", "contrastive with the text term"
 PAPERS, BEST, IN_TIME = "GRACE, the paper's recipe", "GRACE, full", "GRACE, full, in the time of the loss"
-NO_GRPO, ALONE = "the same without GRPO", "by reward alone"
+NO_GRPO, ALONE, BOTH_WAYS = "the same without GRPO", "by reward alone", f"{BEST}, both ways"
 KINDS = {
     CONTRASTIVE: LOSS,
     TEXT_TERM: LOSS | dict(text_weight=1.0),
@@ -52,9 +52,10 @@ UNLABELLED = {
 
 # ---------------------------------------------------------------- how settings were chosen
 
+SEARCHED = KINDS | UNLABELLED | {BOTH_WAYS: FULL | dict(trainer="both ways")}
 is_loss = lambda kind: kind["trainer"] in ("contrastive", "simcse")
 SHORT = {label: dict(steps=60 if is_loss(kind) else 20) for label, kind in KINDS.items()}
-LONG = {label: dict(steps=200 if is_loss(kind) else 60) for label, kind in (KINDS | UNLABELLED).items()}  # about five minutes
+LONG = {label: dict(steps=200 if is_loss(kind) else 60) for label, kind in SEARCHED.items()}  # about five minutes
 TRIED = {label: [steps | dict(lr=rate) for rate in (1e-4, 3e-4, 1e-3)] for label, steps in SHORT.items()}
 for label in (TEXT_TERM, BEST):  # the two that the page compares: a rate that suits a short run may be too high for a long one
     TRIED[label] += [LONG[label] | dict(lr=rate) for rate in (3e-4, 1e-3)]
@@ -81,8 +82,7 @@ def words(changes):
 def search(tried, **where):
     """What is tried of some rows, `{label: [changes]}`, as the rows of a search."""
     runs = [(label, changes) for label, each in tried.items() for changes in each]
-    kinds = KINDS | UNLABELLED
-    return {f"{label}: {words(changes)}": kinds[label] | changes | dict(probe="search") | where for label, changes in runs}
+    return {f"{label}: {words(changes)}": SEARCHED[label] | changes | dict(probe="search") | where for label, changes in runs}
 
 
 SEARCH = search(TRIED)
@@ -125,16 +125,13 @@ SEARCH_ASKED = {
     for kind, asked in ASKED.items()
 }
 SEARCH_ASKED |= search({TEXT_TERM: RATES, BEST: RATES}, **MAIN_WORDS)
-LESS_TEXT = {  # more weight for pairs, of both rows
+LESS_TEXT = {  # more weight for pairs
     TEXT_TERM: [dict(text_weight=x) for x in (1.0, 0.3, 0.1, 0.03, 0.01)],
     BEST: [dict(pathwise=1.0), dict(pathwise=3.0), dict(text_weight=0.1), dict(text_weight=0.03)],
+    BOTH_WAYS: [dict(text_weight=0.1)],
 }
 SEARCH_STRONGER = search(
     {label: [RATES[0] | knob for knob in knobs] for label, knobs in LESS_TEXT.items()}, **SIZES["15.5 M"] | MAIN_WORDS
-)
-BOTH_WAYS = RATES[0] | dict(text_weight=0.1)
-SEARCH_STRONGER[f"{BEST}, both ways: {words(BOTH_WAYS)}"] = (
-    FULL | BOTH_WAYS | dict(trainer="both ways", probe="search") | SIZES["15.5 M"] | MAIN_WORDS
 )
 BY_MAIN_WORDS = {label: TABLE[label] | SLOWER | MAIN_WORDS for label in COMPARED}
 LESS_LOSS, LEAST_LOSS = f"{TEXT_TERM} of 0.1", f"{TEXT_TERM} of 0.03"

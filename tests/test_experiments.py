@@ -155,12 +155,31 @@ def test_without_grpo_only_the_pathwise_term_moves_the_policy(make_policy, pathw
     assert any(not torch.equal(a, b) for a, b in zip(before, trainer.policy.model.parameters())) == moved
 
 
+def embedded(policy, text):
+    """One text, read alone: the mean of the states that count, and the log-probability of the tokens between them."""
+    x = policy.prompts([text])
+    out, counted = policy.model(input_ids=x.ids, output_hidden_states=True), x.counted[0].bool()
+    h = out.hidden_states[-1][0][counted].mean(0)
+    at = counted.nonzero()[1:, 0]
+    logprob = torch.log_softmax(out.logits[0].double(), -1)[at - 1, x.ids[0, at]].mean()
+    return h / h.norm(), logprob
+
+
+def infonce_terms(q, p, n, t):
+    """The log-softmax of each query's positive among all positives and its own hard negative, and of each positive's query."""
+    terms = []
+    for i in range(len(q)):
+        forth = torch.stack([q[i] @ x for x in p] + [q[i] @ n[i]]) / t
+        back = torch.stack([p[i] @ x for x in q]) / t
+        terms += [forth[i] - forth.exp().sum().log(), back[i] - back.exp().sum().log()]
+    return torch.stack(terms)
+
+
 def test_both_ways_adds_the_gradient_of_the_prompts_own_reward(make_policy):
-    policy, weights = make_policy(double=True), dict(text_weight=0.0, kl=0.0, max_grad_norm=1e9, infonce_temperature=0.3)
-    settings = config(pathwise=0.7, lambda_hard=0.5, **weights)
-    batch = make_batch(ROWS)
+    policy, batch = make_policy(double=True), make_batch(ROWS)
+    settings = config(pathwise=0.7, lambda_hard=0.5, text_weight=0.0, kl=0.0, infonce_temperature=0.3)
     batch.rollouts, batch.embeddings, _ = roll_out(policy, batch.texts, settings, step=0, budget=4096)
-    weight, B = policy.model.model.layers[0].mlp.down_proj.weight, len(ROWS)
+    weight = policy.model.model.layers[0].mlp.down_proj.weight
 
     def gradient(algorithm):
         trainer, gradients = algorithm(policy, None, ROWS, settings), []
@@ -170,13 +189,8 @@ def test_both_ways_adds_the_gradient_of_the_prompts_own_reward(make_policy):
         return gradients[0]
 
     h = {role: [embedded(policy, text)[0] for text in texts] for role, texts in batch.texts.items()}
-    q, p, n = h["query"], h["positive"], [x.detach() for x in h["negative"]]
-    reward = 0
-    for i in range(B):
-        forth = torch.stack([q[i] @ x for x in p] + [q[i] @ n[i]]) / 0.3
-        back = torch.stack([p[i] @ x for x in q]) / 0.3
-        reward = reward + forth[i] - forth.exp().sum().log() + back[i] - back.exp().sum().log()
-    expected = -0.7 * 1.5 * torch.autograd.grad(reward, weight)[0] / (2 * B)
+    reward = infonce_terms(h["query"], h["positive"], [x.detach() for x in h["negative"]], 0.3).mean()
+    expected = -0.7 * 1.5 * torch.autograd.grad(reward, weight)[0]
     torch.testing.assert_close(gradient(BothWays) - gradient(PathwiseAlone), expected, rtol=1e-4, atol=1e-8)
 
 
@@ -191,30 +205,15 @@ def test_a_baseline_stops_at_a_gradient_that_is_not_finite(make_policy, baseline
     assert all(torch.equal(a, b) for a, b in zip(before, trainer.policy.model.parameters()))
 
 
-def embedded(policy, text):
-    """One text, read alone: the mean of the states that count, and the log-probability of the tokens between them."""
-    x = policy.prompts([text])
-    out, counted = policy.model(input_ids=x.ids, output_hidden_states=True), x.counted[0].bool()
-    h = out.hidden_states[-1][0][counted].mean(0)
-    at = counted.nonzero()[1:, 0]
-    logprob = torch.log_softmax(out.logits[0].double(), -1)[at - 1, x.ids[0, at]].mean()
-    return h / h.norm(), logprob
-
-
 @pytest.mark.parametrize("text_weight", [0.0, 2.0])
 def test_the_contrastive_loss_and_its_gradient(make_policy, text_weight):
     policy = make_policy(double=True)
     trainer = Contrastive(policy, None, ROWS, config(text_weight=text_weight, infonce_temperature=0.3))
     batch = make_batch(ROWS)
     by_role = {role: [embedded(policy, text) for text in batch.texts[role]] for role in batch.texts}
-    q, p, n = ([h for h, _ in by_role[role]] for role in ("query", "positive", "negative"))
-    terms = []
-    for i in range(len(ROWS)):
-        forth = torch.stack([q[i] @ x for x in p] + [q[i] @ n[i]]) / 0.3
-        back = torch.stack([p[i] @ x for x in q]) / 0.3
-        terms += [forth[i] - forth.exp().sum().log(), back[i] - back.exp().sum().log()]
+    terms = infonce_terms(*([h for h, _ in by_role[role]] for role in ("query", "positive", "negative")), 0.3)
     text_logprobs = torch.stack([logprob for texts in by_role.values() for _, logprob in texts])
-    expected = -torch.stack(terms).mean() - text_weight * text_logprobs.mean()
+    expected = -terms.mean() - text_weight * text_logprobs.mean()
     loss = trainer.loss(batch)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-9)
     weight = policy.model.model.layers[0].mlp.down_proj.weight
