@@ -128,19 +128,20 @@ SEARCH_ASKED |= search({TEXT_TERM: RATES, BEST: RATES}, **MAIN_WORDS)
 LESS_TEXT = {  # more weight for pairs
     TEXT_TERM: [dict(text_weight=x) for x in (1.0, 0.3, 0.1, 0.03, 0.01)],
     BEST: [dict(pathwise=1.0), dict(pathwise=3.0), dict(text_weight=0.1), dict(text_weight=0.03)],
-    BOTH_WAYS: [dict(text_weight=0.1)],
+    BOTH_WAYS: [dict(text_weight=0.1), dict(text_weight=0.03)],
 }
 SEARCH_STRONGER = search(
     {label: [RATES[0] | knob for knob in knobs] for label, knobs in LESS_TEXT.items()}, **SIZES["15.5 M"] | MAIN_WORDS
 )
 BY_MAIN_WORDS = {label: TABLE[label] | SLOWER | MAIN_WORDS for label in COMPARED}
 LESS_LOSS, LEAST_LOSS = f"{TEXT_TERM} of 0.1", f"{TEXT_TERM} of 0.03"
-LESS_BEST, MORE_PATHWISE = f"{BEST}, text term 0.1", f"{BEST}, pathwise 3"
+LESS_BEST, MORE_PATHWISE, LESS_BOTH = f"{BEST}, text term 0.1", f"{BEST}, pathwise 3", f"{BOTH_WAYS}, text term 0.1"
 KNOBS = {
     LESS_LOSS: (TEXT_TERM, dict(text_weight=0.1)),
     LEAST_LOSS: (TEXT_TERM, dict(text_weight=0.03)),
     LESS_BEST: (BEST, dict(text_weight=0.1, averaged=True)),
     MORE_PATHWISE: (BEST, dict(pathwise=3.0, averaged=True)),
+    LESS_BOTH: (BEST, dict(trainer="both ways", text_weight=0.1, averaged=True)),
 }
 BY_MAIN_WORDS |= {label: TABLE[row] | SLOWER | MAIN_WORDS | knob for label, (row, knob) in KNOBS.items()}
 BY_MAIN_WORDS |= {f"{label}, asked for other words": TABLE[label] | SLOWER for label in COMPARED[1:]}
@@ -379,6 +380,8 @@ EXPERIMENTS = {
             ("so is GRACE with a pathwise weight of 3", MORE_PATHWISE, LESS_LOSS, "after"),
             ("and with a text term of 0.1", LESS_BEST, LESS_LOSS, "after"),
             ("and with a text term of 0.1 above the loss with 0.03, what either search prefers", LESS_BEST, LEAST_LOSS, "after"),
+            ("so is GRACE whose prompt alone is judged too", LESS_BOTH, LEAST_LOSS, "after"),
+            ("and above GRACE whose prompt is not", LESS_BOTH, LESS_BEST, "after"),
         ])),
         lines=lambda by_label: [
             *similarity_lines(by_label), *genre_lines(by_label), *averaged_lines(by_label), *said_lines(by_label)
