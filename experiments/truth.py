@@ -3,22 +3,27 @@
 A record gets (`add_captions`): the tasks' scores in both ways, one task's also by the kind of its texts, and how often a text
 is nearer its positive than a hard negative, of triplets that stand beside the held-out rows, if any; of the rationales the
 share of content words that are true; of the other instructions that the backbone was taught how well they are still followed;
-and, where the run asks for it (`averaged`), retrieval by the mean of several sampled rationales. A page of samples is written
+and, where the run asks for it, retrieval by the mean of several sampled rationales (`averaged`) and scores by how much the
+rationale weighs (`shares`). A page of samples is written
 beside the worlds. The data's licence forbids handing the texts on, so no record holds any, but only the rationales of four
 texts of our own (`said`).
 """
 
+import functools
 import os
 
 import numpy as np
+import torch
 from captions import FUNCTION_WORDS, content_words, read_rows
 from chats import INSTRUCTIONS
 from record import answers_logprob, reading_otherwise
 from scores import GENRES, TASKS
 
-from evaluation.encoder import GraceEncoder, MeanEncoder, encode_texts
-from evaluation.metrics import cosine, ndcg, spearman
+from evaluation.encoder import GraceEncoder, MeanEncoder, encode_texts, token_batches
+from evaluation.metrics import cosine, ndcg, normalize, spearman
 from evaluation.tasks import columns, evaluate_tasks, load, search
+from pool import fold
+from rollout import write
 
 SHOWN = (  # our own, so a record may hold them
     "Two small dogs chase a yellow ball across the wet grass.",
@@ -54,6 +59,8 @@ def add_captions(record, start, policy, place):
         record[moment] |= follow_others(start, reader, texts[:256])
     if run.get("averaged"):
         record["averaged"] = averaged(policy, rows[:256], record["config"]["temperature"])
+    if run.get("shares"):
+        record["shares"] = by_share(policy, place)
     record["said"] = dict(zip(SHOWN, encode_texts(policy, SHOWN).rationales))
     before = encode_texts(start, texts[:40]).rationales
     path = os.path.join(place.worlds, "samples", f"{place.key(run)}.md")
@@ -114,6 +121,12 @@ def retrieval(encode, documents, asked, relevant):
     return float(np.mean([ndcg(gains, [1]) for gains in search(encode, documents, asked, relevant).values()]))
 
 
+def among(encode, rows):
+    """nDCG@10 where a row's query finds its positive among those of all rows."""
+    queries, positives = ({row[role]: row[role] for row in rows} for role in ("query", "positive"))
+    return retrieval(encode, positives, queries, {row["query"]: {row["positive"]: 1} for row in rows})
+
+
 def longer(encode, rows, numbers=(1, 2, 4)):
     """Retrieval by the number of captions, of different pictures, that make up a text. `-> {number: nDCG@10}`.
 
@@ -133,6 +146,49 @@ def averaged(policy, rows, temperature, numbers=(1, 2, 4, 8)):
     greedy = GraceEncoder(policy)
     drawn = [GraceEncoder(policy, temperature=temperature, seed=seed) for seed in range(max(numbers))]
     encoders = {0: greedy} | {n: MeanEncoder(drawn[:n]) for n in numbers}
-    asked, documents = {row["query"]: row["query"] for row in rows}, {row["positive"]: row["positive"] for row in rows}
-    relevant = {row["query"]: {row["positive"]: 1} for row in rows}
-    return {str(n): retrieval(encoder.encode, documents, asked, relevant) for n, encoder in encoders.items()}
+    return {str(n): among(encoder.encode, rows) for n, encoder in encoders.items()}
+
+
+# ---------------------------------------------------------------- how much the rationale weighs
+
+SHARES = (0.0, 0.25, 0.5, 0.75, 0.9, 1.0)
+BY_TOKENS = "by tokens"  # Eq. 11: a token of the prompt weighs as much as one of the rationale
+
+
+def by_share(policy, place):
+    """Scores by w, the prompt's share: the embedding is w times the mean of its states and 1 - w times that of the rationale's.
+
+    "searched" is by the rows held back from training, search.jsonl beside the held-out ones, so that w can be chosen by it.
+    `-> {w: {"searched", "ndcg_at_10", "mean of tasks"}}`
+    """
+    searched = read_rows(os.path.join(os.path.dirname(place.heldout), "search.jsonl"))
+    tasks, known, scores = ["STSBenchmark", "STS17"] if place.quick else TASKS, {}, {}
+
+    def encode(texts, w):
+        known.update(halves(policy, [text for text in dict.fromkeys(texts) if text not in known]))
+        prompt, rationale, n, m = (np.array(column) for column in zip(*(known[text] for text in texts)))
+        if w == BY_TOKENS:
+            return normalize(prompt + rationale)
+        return normalize(w * prompt / n[:, None] + (1 - w) * rationale / m[:, None])
+
+    for w in (BY_TOKENS, *SHARES):
+        by_w = functools.partial(encode, w=w)
+        results = evaluate_tasks(by_w, tasks, place.data_dir).values()
+        rows = {"searched": among(by_w, searched), "ndcg_at_10": among(by_w, read_rows(place.heldout))}
+        scores[str(w)] = rows | {"mean of tasks": float(np.mean([result["main_score"] for result in results]))}
+    return scores
+
+
+@torch.inference_mode()
+def halves(policy, texts):
+    """The sum of states over a text's prompt, that over its greedy rationale, and of how many. `-> {text: ([D], [D], n, m)}`"""
+    found, pooling = {}, policy.reading.pooling
+    for part in token_batches(texts, 8192, policy):
+        prompts = policy.prompts([texts[i] for i in part])
+        hidden, to_pool, cache = policy.prefill(prompts.ids, prompts.mask, prompts.n_shared)
+        prompt = fold(None, to_pool, prompts.counted[:, prompts.n_shared :], pooling)
+        decoder = policy.decoder(cache, prompts.mask, 1)
+        _, _, lengths, _, whole = write(policy, decoder, hidden[:, -1], prompt, 0.0)
+        sums = (x.cpu().numpy() for x in (prompt, whole - prompt, prompts.counted.sum(1), lengths))
+        found |= {texts[i]: row for i, *row in zip(part, *sums)}
+    return found

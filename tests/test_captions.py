@@ -7,19 +7,20 @@ import captions
 import numpy as np
 import pytest
 import run
+import torch
 import truth
 from captions import content_words
 from chats import INSTRUCTIONS
-from conftest import TEXTS
+from conftest import TEXTS, rolled
 from page import Claim, Experiment, search_lines, section
-from real import BEST, EXPERIMENTS, IN_TIME, KINDS, OTHER_TASKS, REASONING, SEARCH, SIZES, TABLE, TEXT_TERM, TRIED
+from real import BEST, EXPERIMENTS, IN_TIME, KINDS, OTHER_TASKS, REASONING, SEARCH, SIZES, TABLE, TEXT_TERM, TRIED, share_lines
 from record import Place, read_records, reading_otherwise
 from scores import WAYS
 from synthetic_tasks import write_all
 from tables import EXPERIMENTS as ALL
 
-from evaluation.encoder import encode_texts
-from evaluation.tasks import evaluate_triplets
+from evaluation.encoder import GraceEncoder, encode_texts
+from evaluation.tasks import evaluate_tasks, evaluate_triplets
 from plumbing.errors import GraceError
 
 
@@ -210,6 +211,53 @@ def test_a_search_with_several_seeds_shows_their_means():
     }  # fmt: skip
     lines = search_lines({"GRACE: lr 1": [scores(0.9, 0.6), scores(0.1, 0.6)]})  # 0.5 at the end, 0.6 before
     assert "| GRACE: lr 1 | **0.600** | 5 | 9 | with rationale |" in lines
+
+
+def test_halves_are_the_states_of_the_prompt_and_those_of_the_rationale(make_policy):
+    policy = make_policy()
+    found, rollouts = truth.halves(policy, TEXTS), rolled(policy, K=1, temperature=0.0)
+    for i, text in enumerate(TEXTS):
+        prompt, counted = (x[i][rollouts.prompt_mask[i].bool()] for x in (rollouts.prompt_ids, rollouts.counted))
+        rationale = rollouts.ids[i, 0][rollouts.mask[i, 0].bool()]
+        with torch.no_grad():
+            out = policy.model(input_ids=torch.cat([prompt, rationale])[None], output_hidden_states=True, use_cache=False)
+        states = out.hidden_states[-1][0].numpy()
+        expected = states[: len(prompt)][counted.bool().numpy()], states[len(prompt) :]
+        *sums, n, m = found[text]
+        assert (n, m) == tuple(map(len, expected)) and n != m
+        for one, other in zip(sums, expected):
+            np.testing.assert_allclose(one, other.sum(0), rtol=1e-4, atol=1e-5)
+
+
+def test_scores_by_the_prompts_share(make_policy, tmp_path):
+    """At the ends and by tokens they are those of the encoder; between them w weighs the two means."""
+    write_all(tmp_path / "tasks")
+    rows = [dict(zip(("query", "positive"), text.rsplit(" ", 5)[:2])) for text in (*TEXTS, *(f"so {text}" for text in TEXTS))]
+    heldout, policy = write(tmp_path / "heldout.jsonl", rows), make_policy()
+    write(tmp_path / "search.jsonl", rows[:3])
+    place = Place(quick=True, heldout=heldout, data_dir=str(tmp_path / "tasks"))
+    scores = truth.by_share(policy, place)
+    for w, rationale in ((truth.BY_TOKENS, True), (1.0, False)):
+        encode = GraceEncoder(policy, rationale=rationale).encode
+        tasks = evaluate_tasks(encode, ["STSBenchmark", "STS17"], place.data_dir)
+        mean = np.mean([result["main_score"] for result in tasks.values()])
+        expected = {"searched": truth.among(encode, rows[:3]), "ndcg_at_10": truth.among(encode, rows), "mean of tasks": mean}
+        assert scores[str(w)] == pytest.approx(expected, abs=1e-4)
+    known = truth.halves(policy, [row[role] for row in rows for role in row])
+
+    def by_hand(texts):
+        parts = [0.75 * np.float64(p) / n + 0.25 * np.float64(r) / m for p, r, n, m in (known[text] for text in texts)]
+        return np.stack([x / np.sqrt((x * x).sum()) for x in parts])
+
+    assert scores["0.75"]["ndcg_at_10"] == pytest.approx(truth.among(by_hand, rows), abs=1e-6)
+    assert len({x["ndcg_at_10"] for x in scores.values()}) > 3
+
+
+def test_the_share_that_the_search_rows_choose_is_bold():
+    one, two = ({"searched": s, "ndcg_at_10": x, "mean of tasks": x / 2} for s, x in ((0.2, 0.9), (0.4, 0.5)))
+    lines = share_lines({"A": [{"shares": {"0.0": one, "1.0": two}}, {"shares": {"0.0": one, "1.0": one}}], "B": [{}]})
+    assert [line for line in lines if line.startswith("| A")] == ["| A | 0.900 | **0.700** |", "| A | 0.450 | **0.350** |"]
+    assert not any(line.startswith("| B") for line in lines) and not share_lines({"B": [{}]})
 
 
 def test_one_command_makes_the_tables(tiny_world, tmp_path, monkeypatch):
