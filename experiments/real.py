@@ -231,22 +231,17 @@ def other_lines(by_label):
 
 def share_lines(by_label):
     """Scores by the prompt's share of the embedding, of the rows that have it; in bold the share that the search rows choose."""
-    rows = {label: [r["shares"] for r in records if "shares" in r] for label, records in by_label.items()}
-    rows = {
-        label: {w: {name: np.mean([x[w][name] for x in each]) for name in each[0][w]} for w in each[0]}
-        for label, each in rows.items()
-        if each
-    }
+    shown = {label: [r["shares"] for r in records if "shares" in r] for label, records in by_label.items()}
+    shown = {label: each for label, each in shown.items() if each and "after" in ways(label)}
     lines = []
-    for name in BY.values() if rows else ():
-        shares = list(next(iter(rows.values())))
-        lines += [
-            f"{COLUMNS[name][0]} by the prompt's share of the embedding, mean over seeds; bold: the share that is best on rows held back from training:\n"
-        ]
-        lines += [f"| | {' | '.join(shares)} |", "| --- " + "| ---: " * len(shares) + "|"]
-        for label, scores in rows.items():
-            best = max(shares, key=lambda w: scores[w]["searched"])  # noqa: B023
-            cells = [f"**{x[name]:.3f}**" if w == best else f"{x[name]:.3f}" for w, x in scores.items()]
+    for name in BY.values() if shown else ():
+        shares = list(next(iter(shown.values()))[0])
+        title = f"{COLUMNS[name][0]} by the prompt's share of the embedding, mean over seeds; bold: what is best on rows held back from training"
+        lines += [f"{title}:\n", f"| | {' | '.join(shares)} |", "| --- " + "| ---: " * len(shares) + "|"]
+        for label, each in shown.items():
+            mean = {x: {w: np.mean([scores[w][x] for scores in each]) for w in shares} for x in ("searched", name)}
+            best = max(shares, key=mean["searched"].get)
+            cells = [f"**{x:.3f}**" if w == best else f"{x:.3f}" for w, x in mean[name].items()]
             lines += [f"| {label} | {' | '.join(cells)} |"]
         lines += [""]
     return lines
