@@ -62,6 +62,7 @@ class Config:
     negatives: int = setting(None, "hard negatives per row, M (default: as many as every row has)", least=0)
     # What is learned from it
     pathwise: float = setting(None, "(recipe) weight c of the pathwise term; 0: Eq. 19 alone", least=0)
+    prompt_weight: float = setting(0.0, "weight of a pathwise term for the prompt's embedding without a rationale", least=0)
     kl: float = setting(None, "(recipe) weight of the KL term to the starting policy", least=0)
     kl_estimator: str = setting("k3", "estimator of the KL term; k2 has the gradient of KL(policy || start)", ("k2", "k3"))
     text_weight: float = setting(None, "(recipe) weight of the language-model loss on the texts themselves", least=0)
@@ -140,6 +141,8 @@ class Config:
             raise GraceError(f"--train-roles {self.train_roles!r}: give one or more of query,positive,negative")
         if len(set(self.roles)) < len(self.roles):
             raise GraceError(f"--train-roles {self.train_roles!r} names a role twice")
+        if self.prompt_weight and self.mode == "unsupervised":
+            raise GraceError("--prompt-weight: without labels a text's prompt has no pair; leave it out")
         if self.rollouts == 1:
             raise GraceError("--rollouts 1: a group of one has no advantage and no consistency (Eq. 14, 18); use 2 or more")
         if self.reward == "paper" and self.mode == "supervised" and self.roles != ["positive"]:

@@ -198,10 +198,14 @@ class Trainer:
         batch = make_batch(self.next_rows(), anchored=config.reward == "paper")
         batch.twins = batch.twins.to(policy.device)
         # 2. Rationales from the current policy, and the embeddings that come with them (Eq. 9 to 12).
-        batch.rollouts, batch.embeddings = rollouts, embeddings = self.sample(batch.texts)
+        batch.rollouts, batch.embeddings, batch.prompts = self.sample(batch.texts)
+        rollouts = batch.rollouts
         sampled = time.perf_counter()
         # 3. What each rationale is worth (Eq. 13 to 17), and the reward's gradient at its embedding.
-        R, components, g = judge(embeddings, rollouts.finished, batch.twins, config)
+        R, components, g = judge(batch.embeddings, rollouts.finished, batch.twins, config)
+        if config.prompt_weight:  # the same for the prompts alone: one more column of g, [N, K + 1, D]
+            ended = torch.ones_like(rollouts.finished[:, :1])  # there is no rationale that could be too long
+            g = torch.cat([g, judge(batch.prompts, ended, batch.twins, config)[2]], 1)
         # 4. Better or worse than the other rationales of the same text (Eq. 18).
         A = self.advantage(R, batch)
         # 5. The clipped update (Eq. 8, 19), with the pathwise term.
@@ -217,10 +221,10 @@ class Trainer:
         return {name: float(x) for name, x in metrics.items()}
 
     def sample(self, texts):
-        """Phase 2, from the newest weights. Returns the rollouts and the embeddings by role, as `roll_out` does."""
+        """Phase 2, from the newest weights. Returns what `Batch` keeps of them, as `roll_out` does."""
         drawn = roll_out(newest(self.policy, self.sampler), texts, self.config, self.step_number, self.sample_tokens)
-        rollouts, embeddings, self.sample_tokens = drawn
-        return rollouts, embeddings
+        *kept, self.sample_tokens = drawn
+        return kept
 
     def advantage(self, R, batch):
         """Eq. 18. `[N, K] -> [N, K]`. Other advantages may also use the batch: see experiments/algorithms.py."""
@@ -234,16 +238,19 @@ class Trainer:
         """What the update maximises, one number per rollout `[n, K]`, and what is worth logging, by name.
 
         part: some groups of rollouts; A `[n, K]` their advantages; g `[n, K, D]` the reward's gradient at
-        their captured embeddings, a constant. Eq. 8, plus c times g . h(theta) and the text term, less the KL term.
+        their captured embeddings, a constant, or `[n, K + 1, D]` with that of the prompt alone. Eq. 8, plus c times
+        g . h(theta) and the text term, less the KL term.
         """
-        config, mask = self.config, part.mask
+        config, mask, K = self.config, part.mask, A.shape[1]
         scores = score(self.policy, part, config.temperature, text=True)
         logprobs, text_logprobs = scores.logprobs, scores.text_logprobs[:, None]  # [n, K, T], [n, 1]
         value = self.surrogate(logprobs, part, A)
         if config.text_weight:
             value = value + config.text_weight * text_logprobs
         if config.pathwise:
-            value = value + config.pathwise * pathwise(g, scores.embeddings)
+            value = value + config.pathwise * pathwise(g[:, :K], scores.embeddings)
+        if config.prompt_weight:
+            value = value + config.prompt_weight * pathwise(g[:, K:], scores.prompt_embeddings[:, None])
         stats = {"approx_kl": kl_k3(part.logprobs, logprobs, mask), "prompt_loss": -text_logprobs.expand_as(value)}
         if config.kl:
             with torch.no_grad():

@@ -44,6 +44,7 @@ class Rollouts:
     logprobs: torch.Tensor  # [N, K, T], 0 where masked
     embeddings: torch.Tensor  # [N, K, D], unit length
     finished: torch.Tensor  # [N, K], ended by an end token
+    prompt_embeddings: torch.Tensor  # [N, D], unit length: the prompts alone, without a rationale
     n_shared: int = 0  # the prompts' first positions that are the same in every row
     n_cut: int = 0  # prompts over the limit
 
@@ -53,7 +54,8 @@ class Rollouts:
         T = int(self.mask[groups].sum(-1).max())
         prompts = (x[groups][:, used] for x in (self.prompt_ids, self.prompt_mask, self.counted))
         tokens = (x[groups][:, :, :T] for x in (self.ids, self.mask, self.logprobs))
-        return Rollouts(*prompts, *tokens, self.embeddings[groups], self.finished[groups], self.n_shared)
+        rest = (x[groups] for x in (self.embeddings, self.finished, self.prompt_embeddings))
+        return Rollouts(*prompts, *tokens, *rest, self.n_shared)
 
     def __len__(self):
         return len(self.ids)
@@ -132,8 +134,8 @@ def sample(policy, prompts, K=1, temperature=0.0, uniform=None):
     hidden, to_pool, cache = policy.prefill(prompts.ids, prompts.mask, prompts.n_shared)
     finite("what the policy computes from a prompt", hidden[:, -1])  # nothing could be drawn from that
     # From here on the prompt is one pooled state and a cache: its own hidden states are not kept.
-    state = fold(None, to_pool, prompts.counted[:, prompts.n_shared :], pooling).repeat_interleave(K, 0)  # [N*K, D]
-    last = hidden[:, -1].repeat_interleave(K, 0)  # every prompt ends at -1
+    of_prompt = fold(None, to_pool, prompts.counted[:, prompts.n_shared :], pooling)  # [N, D]
+    state, last = (x.repeat_interleave(K, 0) for x in (of_prompt, hidden[:, -1]))  # [N*K, D]; every prompt ends at -1
     decoder = policy.decoder(cache, prompts.mask, K)
     uniform = uniform if uniform is None else uniform.flatten(0, 1)  # [N*K, T]
     ids, logprobs, lengths, finished, state = write(policy, decoder, last, state, temperature, uniform)
@@ -148,6 +150,7 @@ def sample(policy, prompts, K=1, temperature=0.0, uniform=None):
         logprobs[:, :T].masked_fill(~mask, 0).view(N, K, T),
         unit(state).view(N, K, -1),
         finished.view(N, K),
+        unit(of_prompt),
         prompts.n_shared,
         prompts.n_cut,
     )
@@ -212,7 +215,7 @@ def join(parts, places, prompts):
             joined[at] = x
         return joined
 
-    made = map(whole, ("ids", "mask", "logprobs", "embeddings", "finished"))
+    made = map(whole, ("ids", "mask", "logprobs", "embeddings", "finished", "prompt_embeddings"))
     return Rollouts(prompts.ids, prompts.mask, prompts.counted, *made, prompts.n_shared, prompts.n_cut)
 
 
@@ -227,6 +230,7 @@ class Batch:
     twins: torch.Tensor  # [B, B] bool, True where two instances share a text
     rollouts: Rollouts = None  # of the trained roles, N groups in the order of `config.roles`
     embeddings: dict = None  # {role: [B, K or 1, D]}, negatives [B, M, K or 1, D]
+    prompts: dict = None  # {role: [B, 1, D]}, negatives [B, M, 1, D]: the embeddings of the prompts alone
 
 
 def make_batch(rows, anchored=False):
@@ -259,9 +263,9 @@ def split_by_role(x, texts, roles):
 def roll_out(policy, texts, config, step, budget):
     """Phase 2: K rationales per text of a trained role, one per text of the others, as anchors (Eq. 12, 20).
 
-    Returns the trained roles' `Rollouts`, the embeddings of every role as `Batch` has them, and the budget (see
-    `sample_in_parts`) that fitted into memory. What is drawn is a function of `config.seed` and `step`. If there are
-    several ranks, each samples its share of the prompts, and all get all results.
+    Returns the trained roles' `Rollouts`, every role's embeddings and those of its prompts alone, both as `Batch` has them,
+    and the budget (see `sample_in_parts`) that fitted into memory. What is drawn is a function of `config.seed` and `step`.
+    If there are several ranks, each samples its share of the prompts, and all get all results.
     """
 
     def draw_roles(roles, K, temperature, stream):
@@ -271,16 +275,17 @@ def roll_out(policy, texts, config, step, budget):
         attempt = lambda budget: sample_in_parts(policy, prompts[mine], K, temperature, uniform[mine], budget)
         parts, budget = on_every_rank(attempt, budget, K * T, f"step {step + 1}: --sample-tokens")
         rollouts = join(parts, ranks.shares(), prompts)
-        return rollouts, split_by_role(rollouts.embeddings, texts, roles)
+        split = lambda embeddings: split_by_role(embeddings, texts, roles)
+        return rollouts, split(rollouts.embeddings), split(rollouts.prompt_embeddings[:, None])
 
-    rollouts, embeddings = draw_roles(config.roles, config.rollouts, config.temperature, 1)
+    rollouts, embeddings, alone = draw_roles(config.roles, config.rollouts, config.temperature, 1)
     anchors = [role for role in texts if role not in config.roles]
     if texts_of(texts, anchors):
-        fixed, more = draw_roles(anchors, 1, config.anchor_temperature, 2)
+        fixed, more, more_alone = draw_roles(anchors, 1, config.anchor_temperature, 2)
         rollouts.n_cut += fixed.n_cut
     else:  # every role is trained, or M = 0: an empty sum over negatives
-        more = split_by_role(rollouts.embeddings[:0, :1], texts, anchors) if anchors else {}
-    return rollouts, embeddings | more, budget
+        more = more_alone = split_by_role(rollouts.embeddings[:0, :1], texts, anchors) if anchors else {}
+    return rollouts, embeddings | more, alone | more_alone, budget
 
 
 # ---------------------------------------------------------------- scoring, with gradients
@@ -291,6 +296,7 @@ class Scores(NamedTuple):
 
     logprobs: torch.Tensor  # [N, K, T], 0 where masked
     embeddings: torch.Tensor  # [N, K, D], unit length
+    prompt_embeddings: torch.Tensor  # [N, D], unit length
     text_logprobs: torch.Tensor = None  # [N], of the prompts' own tokens, where they were asked for
 
 
@@ -335,19 +341,19 @@ def score(policy, rollouts, temperature=1.0, text=False):
     ids, mask = rollouts.ids.view(N * K, T), rollouts.mask.view(N * K, T)
     hidden, to_pool, cache = policy.prefill(rollouts.prompt_ids, rollouts.prompt_mask, S)
     counted = rollouts.counted[:, S:]
-    state = fold(None, to_pool, counted, pooling).repeat_interleave(K, 0)  # [N*K, D]
+    of_prompt = fold(None, to_pool, counted, pooling)  # [N, D]
     of_text = text_logprobs(policy, hidden, rollouts.prompt_ids[:, S:], counted) if text else None
     last = hidden[:, -1:].repeat_interleave(K, 0)
     cache.batch_repeat_interleave(K)
     positions = rollouts.prompt_mask.sum(1).repeat_interleave(K)[:, None] + torch.arange(T, device=ids.device)
     full_mask = torch.cat([rollouts.prompt_mask.repeat_interleave(K, 0), mask], 1)
     hidden, to_pool, _ = policy.forward(ids, full_mask, positions, cache)
-    embeddings = unit(fold(state, to_pool, mask, pooling))
+    embeddings = unit(fold(of_prompt.repeat_interleave(K, 0), to_pool, mask, pooling))
     before = torch.cat([last, hidden[:, :-1]], 1)  # token t is predicted by the state before it
     keep = mask.bool()
     logprobs = token_logprobs(policy, before[keep], ids[keep], temperature)
     logprobs = logprobs.new_zeros(N * K, T).masked_scatter(keep, logprobs)
-    return Scores(logprobs.view(N, K, T), embeddings.view(N, K, -1), of_text)
+    return Scores(logprobs.view(N, K, T), embeddings.view(N, K, -1), unit(of_prompt), of_text)
 
 
 # ---------------------------------------------------------------- what a batch of rollouts looks like

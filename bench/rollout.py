@@ -27,7 +27,7 @@ def full_rows(policy, rollouts):
     hidden, _, _ = policy.forward(ids, mask, (mask.cumsum(1) - 1).clamp(min=0))
     logits = policy.logits(hidden[:, -T - 1 : -1])
     logprobs = tempered(logits, 1.0).gather(2, ids[:, -T:, None])[..., 0] * mask[:, -T:]
-    return Scores(logprobs.view(N, K, T), mean_pool(hidden, counted).view(N, K, -1))
+    return Scores(logprobs.view(N, K, T), mean_pool(hidden, counted).view(N, K, -1), None)
 
 
 def by_generate(policy, prompts, K):

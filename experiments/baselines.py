@@ -3,7 +3,7 @@
 Base is P(x) pooled; Base with reasoning adds the untrained policy's rationale. Neither is trained, so neither is in this
 file (`evaluate_triplets`, without and with rationale). The two that are trained are Trainers with a step of their own:
 they write no rationale while they learn, and what is a reward in GRACE is their loss. A third has that loss over rationales
-that are forced on it; a fourth removes GRPO from GRACE, and a fifth has GRACE also judge what the prompt alone embeds.
+that are forced on it; a fourth removes GRPO from GRACE.
 
 Shapes: B instances, M hard negatives per instance, n texts, D hidden size.
 """
@@ -14,14 +14,13 @@ import time
 
 import torch
 
-from evaluation.encoder import embed_prompts
-from grace import Trainer, judge, pathwise
+from grace import Trainer
 from plumbing import ranks
 from plumbing.errors import GraceError
 from policy import Policy
 from pool import fold, unit
 from reward import infonce
-from rollout import make_batch, sample, score, split_by_role, text_logprobs, texts_of, uniforms
+from rollout import make_batch, sample, score, text_logprobs, uniforms
 
 
 class LossTrainer(Trainer):
@@ -127,30 +126,3 @@ class PathwiseAlone(Trainer):
 
     def advantage(self, R, batch):
         return torch.zeros_like(R)
-
-
-class BothWays(Trainer):
-    """GRACE that is also taught what the prompt alone embeds: one more pathwise term, of the same reward and weight.
-
-    A text's embedding without a rationale is judged among those of the other texts, as if it were a group of one.
-    """
-
-    def advantage(self, R, batch):
-        self.batch = batch
-        return super().advantage(R, batch)
-
-    def update(self, rollouts, A, g):
-        """`Trainer.update`, with the prompts' gradient as one more column of g: `[N, K, D] -> [N, K + 1, D]`."""
-        texts = self.batch.texts
-        x = self.policy.prompts(texts_of(texts, texts))
-        with torch.no_grad():
-            h = embed_prompts(self.policy, x.ids, x.mask, x.counted, x.n_shared)
-        alone = split_by_role(h[:, None], texts, texts)  # {role: [B, 1, D]}, negatives [B, M, 1, D]
-        ended = torch.ones_like(rollouts.finished[:, :1])  # there is nothing that could be too long
-        g_alone = judge(alone, ended, self.batch.twins, self.config)[2]
-        return super().update(rollouts, A, torch.cat([g, g_alone], 1))
-
-    def objective(self, part, A, g):
-        value, stats = super().objective(part, A, g[:, :-1])
-        h = embed_prompts(self.policy, part.prompt_ids, part.prompt_mask, part.counted, part.n_shared)
-        return value + self.config.pathwise * pathwise(g[:, -1:], h[:, None]), stats

@@ -35,7 +35,7 @@ FULL = SHARED | dict(trainer="GRACE", recipe="full", pathwise=1.0)
 BASE, REASONING = "Base", "Base with reasoning"
 CONTRASTIVE, TEXT_TERM = "contrastive fine-tuning", "contrastive with the text term"
 PAPERS, BEST, IN_TIME = "GRACE, the paper's recipe", "GRACE, full", "GRACE, full, in the time of the loss"
-NO_GRPO, ALONE, BOTH_WAYS = "the same without GRPO", "by reward alone", f"{BEST}, both ways"
+NO_GRPO, ALONE = "the same without GRPO", "by reward alone"
 KINDS = {
     CONTRASTIVE: LOSS,
     TEXT_TERM: LOSS | dict(text_weight=1.0),
@@ -53,7 +53,7 @@ UNLABELLED = {
 
 # ---------------------------------------------------------------- how settings were chosen
 
-SEARCHED = KINDS | UNLABELLED | {BOTH_WAYS: FULL | dict(trainer="both ways")}
+SEARCHED = KINDS | UNLABELLED
 is_loss = lambda kind: kind["trainer"] in ("contrastive", "simcse")
 SHORT = {label: dict(steps=60 if is_loss(kind) else 20) for label, kind in KINDS.items()}
 LONG = {label: dict(steps=200 if is_loss(kind) else 60) for label, kind in SEARCHED.items()}  # about five minutes
@@ -126,10 +126,10 @@ SEARCH_ASKED = {
     for kind, asked in ASKED.items()
 }
 SEARCH_ASKED |= search({TEXT_TERM: RATES, BEST: RATES}, **MAIN_WORDS)
+BOTH_WAYS = [dict(text_weight=0.1, prompt_weight=x) for x in (1.0, 3.0)]  # the prompt's own embedding is trained as well
 LESS_TEXT = {  # more weight for pairs
     TEXT_TERM: [dict(text_weight=x) for x in (1.0, 0.3, 0.1, 0.03, 0.01)],
-    BEST: [dict(pathwise=1.0), dict(pathwise=3.0), dict(text_weight=0.1), dict(text_weight=0.03)],
-    BOTH_WAYS: [dict(text_weight=0.1), dict(text_weight=0.03)],
+    BEST: [dict(pathwise=1.0), dict(pathwise=3.0), dict(text_weight=0.1), dict(text_weight=0.03), *BOTH_WAYS],
 }
 SEARCH_STRONGER = search(
     {label: [RATES[0] | knob for knob in knobs] for label, knobs in LESS_TEXT.items()}, **SIZES["15.5 M"] | MAIN_WORDS
@@ -137,13 +137,14 @@ SEARCH_STRONGER = search(
 BY_MAIN_WORDS = {label: TABLE[label] | SLOWER | MAIN_WORDS for label in COMPARED}
 BY_MAIN_WORDS[REASONING] |= dict(shares=True)
 LESS_LOSS, LEAST_LOSS = f"{TEXT_TERM} of 0.1", f"{TEXT_TERM} of 0.03"
-LESS_BEST, MORE_PATHWISE, LESS_BOTH = f"{BEST}, text term 0.1", f"{BEST}, pathwise 3", f"{BOTH_WAYS}, text term 0.1"
+LESS_BEST, MORE_PATHWISE = f"{BEST}, text term 0.1", f"{BEST}, pathwise 3"
+LESS_BOTH = f"{LESS_BEST}, prompt weight 3"
 KNOBS = {
     LESS_LOSS: (TEXT_TERM, dict(text_weight=0.1)),
     LEAST_LOSS: (TEXT_TERM, dict(text_weight=0.03, shares=True)),
     LESS_BEST: (BEST, dict(text_weight=0.1, averaged=True, shares=True)),
     MORE_PATHWISE: (BEST, dict(pathwise=3.0, averaged=True)),
-    LESS_BOTH: (BEST, dict(trainer="both ways", text_weight=0.1, averaged=True, shares=True)),
+    LESS_BOTH: (BEST, dict(text_weight=0.1, prompt_weight=3.0, averaged=True, shares=True)),
 }
 BY_MAIN_WORDS |= {label: TABLE[row] | SLOWER | MAIN_WORDS | knob for label, (row, knob) in KNOBS.items()}
 BY_MAIN_WORDS |= {f"{label}, asked for other words": TABLE[label] | SLOWER for label in COMPARED[1:]}

@@ -32,7 +32,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
 from algorithms import ALGORITHMS  # noqa: E402
-from baselines import BothWays, Contrastive, ForcedContrastive, PathwiseAlone, SimCSE, longest  # noqa: E402
+from baselines import Contrastive, ForcedContrastive, PathwiseAlone, SimCSE, longest  # noqa: E402
 from scores import WAYS  # noqa: E402
 
 import grace  # noqa: E402
@@ -48,8 +48,7 @@ from pool import length_mask  # noqa: E402
 from rollout import Rollouts, sample, score, token_logprobs, uniforms  # noqa: E402
 
 TRAINERS = {
-    "contrastive": Contrastive, "forced": ForcedContrastive, "simcse": SimCSE, "pathwise": PathwiseAlone, "both ways": BothWays,
-    **ALGORITHMS,
+    "contrastive": Contrastive, "forced": ForcedContrastive, "simcse": SimCSE, "pathwise": PathwiseAlone, **ALGORITHMS,
 }  # fmt: skip
 UNREWARDED = ("none", "contrastive", "forced", "simcse")  # of a recipe they read the text term's weight alone
 TOY = dict(batch=32, rollouts=4, lr=5e-4, lr_decay=True, infonce_temperature=0.2)  # train.sh's settings for the embedded worlds
@@ -296,9 +295,9 @@ def answered(policy, texts, answers):
     N, T, D = len(rows), max(map(len, rows)), policy.head.weight.shape[1]
     ids = torch.tensor([row + [0] * (T - len(row)) for row in rows], device=policy.device)[:, None]
     mask = length_mask(torch.tensor([len(row) for row in rows], device=policy.device), T).long()[:, None]
-    unknown = torch.zeros(N, 1, T, device=policy.device), torch.zeros(N, 1, D, device=policy.device)  # nobody drew them
+    unknown = (torch.zeros(N, 1, n, device=policy.device) for n in (T, D))  # nobody drew them
     finished = torch.ones(N, 1, dtype=torch.bool, device=policy.device)
-    return Rollouts(prompts.ids, prompts.mask, prompts.counted, ids, mask, *unknown, finished, prompts.n_shared)
+    return Rollouts(prompts.ids, prompts.mask, prompts.counted, ids, mask, *unknown, finished, None, prompts.n_shared)
 
 
 def budgets(policy, heldout, limits):

@@ -106,15 +106,38 @@ def rolled(policy, texts=TEXTS, K=3, temperature=1.0, seed=0):
 
 
 def by_full_forward(policy, rollouts, n, k, temperature=1.0):
-    """One rollout's log-probabilities and embedding by the library's own model: no padding, no cache. `[T'], [D]`."""
+    """One rollout's log-probabilities and embedding by the library's own model: no padding, no cache. `[T'], [D]`.
+
+    k: None for the prompt alone.
+    """
     prompt = rollouts.prompt_ids[n][rollouts.prompt_mask[n].bool()]
-    rationale = rollouts.ids[n, k][rollouts.mask[n, k].bool()]
+    rationale = prompt[:0] if k is None else rollouts.ids[n, k][rollouts.mask[n, k].bool()]
     out = policy.model(input_ids=torch.cat([prompt, rationale])[None], output_hidden_states=True, use_cache=False)
     logprobs = torch.log_softmax(out.logits[0, len(prompt) - 1 : -1] / temperature, -1)
     counted = torch.cat([rollouts.counted[n][rollouts.prompt_mask[n].bool()], torch.ones_like(rationale)]).bool()
     states = out.hidden_states[-2 if policy.reading.pooling == "penultimate" else -1][0][counted]
     how = {"max": lambda h: h.max(0).values, "eos": lambda h: h[-1]}.get(policy.reading.pooling, lambda h: h.mean(0))
     return logprobs.gather(1, rationale[:, None])[:, 0], unit(how(states))
+
+
+def embedded(policy, text):
+    """One text, read alone: the mean of the states that count, and the log-probability of the tokens between them."""
+    x = policy.prompts([text])
+    out, counted = policy.model(input_ids=x.ids, output_hidden_states=True), x.counted[0].bool()
+    h = out.hidden_states[-1][0][counted].mean(0)
+    at = counted.nonzero()[1:, 0]
+    logprob = torch.log_softmax(out.logits[0].double(), -1)[at - 1, x.ids[0, at]].mean()
+    return h / h.norm(), logprob
+
+
+def infonce_terms(q, p, n, t):
+    """The log-softmax of each query's positive among all positives and its own hard negative, and of each positive's query."""
+    terms = []
+    for i in range(len(q)):
+        forth = torch.stack([q[i] @ x for x in p] + [q[i] @ n[i]]) / t
+        back = torch.stack([p[i] @ x for x in q]) / t
+        terms += [forth[i] - forth.exp().sum().log(), back[i] - back.exp().sum().log()]
+    return torch.stack(terms)
 
 
 def gradient(policy, value):

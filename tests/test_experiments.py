@@ -14,8 +14,8 @@ import pytest
 import run
 import torch
 from algorithms import ALGORITHMS, DAPO, GRPO, DrGRPO, ReinforcePlusPlus, ReMax
-from baselines import BothWays, Contrastive, ForcedContrastive, PathwiseAlone, SimCSE, longest
-from conftest import ROWS, TEXTS, by_full_forward, config, rolled
+from baselines import Contrastive, ForcedContrastive, PathwiseAlone, SimCSE, longest
+from conftest import ROWS, TEXTS, by_full_forward, config, embedded, infonce_terms, rolled
 from page import COLUMNS, Claim, table, whole_page
 from record import Place, answers_logprob, bare_loss, follow_other, measure, read_records, rounded, write_record
 from scores import value
@@ -37,7 +37,7 @@ def prepared(policy, algorithm, **settings):
     """A trainer of an algorithm, rewards, and the batch as its `advantage` gets it."""
     trainer = algorithm(policy, None, ROWS, config(**settings))
     batch = make_batch(ROWS)
-    batch.rollouts, batch.embeddings, _ = roll_out(policy, batch.texts, trainer.config, step=0, budget=trainer.sample_tokens)
+    batch.rollouts, batch.embeddings, *_ = roll_out(policy, batch.texts, trainer.config, 0, trainer.sample_tokens)
     R = torch.randn(batch.rollouts.finished.shape, generator=torch.Generator().manual_seed(2))
     return trainer, R, batch
 
@@ -153,45 +153,6 @@ def test_without_grpo_only_the_pathwise_term_moves_the_policy(make_policy, pathw
     before = [p.clone() for p in trainer.policy.model.parameters()]
     assert (trainer.step()["grad_norm"] > 0) == moved
     assert any(not torch.equal(a, b) for a, b in zip(before, trainer.policy.model.parameters())) == moved
-
-
-def embedded(policy, text):
-    """One text, read alone: the mean of the states that count, and the log-probability of the tokens between them."""
-    x = policy.prompts([text])
-    out, counted = policy.model(input_ids=x.ids, output_hidden_states=True), x.counted[0].bool()
-    h = out.hidden_states[-1][0][counted].mean(0)
-    at = counted.nonzero()[1:, 0]
-    logprob = torch.log_softmax(out.logits[0].double(), -1)[at - 1, x.ids[0, at]].mean()
-    return h / h.norm(), logprob
-
-
-def infonce_terms(q, p, n, t):
-    """The log-softmax of each query's positive among all positives and its own hard negative, and of each positive's query."""
-    terms = []
-    for i in range(len(q)):
-        forth = torch.stack([q[i] @ x for x in p] + [q[i] @ n[i]]) / t
-        back = torch.stack([p[i] @ x for x in q]) / t
-        terms += [forth[i] - forth.exp().sum().log(), back[i] - back.exp().sum().log()]
-    return torch.stack(terms)
-
-
-def test_both_ways_adds_the_gradient_of_the_prompts_own_reward(make_policy):
-    policy, batch = make_policy(double=True), make_batch(ROWS)
-    settings = config(pathwise=0.7, lambda_hard=0.5, text_weight=0.0, kl=0.0, infonce_temperature=0.3)
-    batch.rollouts, batch.embeddings, _ = roll_out(policy, batch.texts, settings, step=0, budget=4096)
-    weight = policy.model.model.layers[0].mlp.down_proj.weight
-
-    def gradient(algorithm):
-        trainer, gradients = algorithm(policy, None, ROWS, settings), []
-        trainer.optimizer_step = lambda: gradients.append(weight.grad.clone()) or 0.0  # not taken, but kept
-        A = trainer.advantage(torch.zeros(batch.rollouts.finished.shape), batch)
-        trainer.update(batch.rollouts, A, torch.zeros_like(batch.rollouts.embeddings))
-        return gradients[0]
-
-    h = {role: [embedded(policy, text)[0] for text in texts] for role, texts in batch.texts.items()}
-    reward = infonce_terms(h["query"], h["positive"], [x.detach() for x in h["negative"]], 0.3).mean()
-    expected = -0.7 * 1.5 * torch.autograd.grad(reward, weight)[0]
-    torch.testing.assert_close(gradient(BothWays) - gradient(PathwiseAlone), expected, rtol=1e-4, atol=1e-8)
 
 
 @pytest.mark.parametrize("baseline", [Contrastive, SimCSE])

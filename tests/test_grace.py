@@ -11,7 +11,20 @@ import sys
 import pytest
 import torch
 import transformers
-from conftest import ARCHITECTURES, ROWS, adapted, build, command, config, descent, gradient, start, weights
+from conftest import (
+    ARCHITECTURES,
+    ROWS,
+    adapted,
+    build,
+    command,
+    config,
+    descent,
+    embedded,
+    gradient,
+    infonce_terms,
+    start,
+    weights,
+)
 
 import grace
 from evaluation.page import finish_page
@@ -229,7 +242,7 @@ def prepared(policy, **settings):
     """A trainer as `descent` makes it, one batch of its rollouts, and what they are worth."""
     trainer = descent(policy, **settings)
     batch = make_batch(trainer.next_rows(), anchored=trainer.config.reward == "paper")
-    rollouts, embeddings = trainer.sample(batch.texts)
+    rollouts, embeddings, _ = trainer.sample(batch.texts)
     R, _, g = judge(embeddings, rollouts.finished, batch.twins, trainer.config)
     return trainer, rollouts, advantages(R), g
 
@@ -292,6 +305,23 @@ def test_text_term(make_policy):
         expected = logprobs[at - 1, x.ids[0, at]].mean().item()
         assert len(at) >= 3 and (with_text - without)[n].tolist() == pytest.approx([0.7 * expected] * A.shape[1], rel=1e-5)
         assert stats["prompt_loss"][n].tolist() == pytest.approx([-expected] * A.shape[1], rel=1e-5)
+
+
+def test_prompt_term(make_policy):
+    """A step adds the gradient of what the texts' prompts would be rewarded with for their own embeddings."""
+    policy = make_policy(double=True)
+    weight = policy.model.model.layers[0].mlp.down_proj.weight
+
+    def taken(prompt_weight):
+        trainer, gradients = descent(policy, prompt_weight=prompt_weight, lambda_hard=0.5, infonce_temperature=0.3), []
+        trainer.optimizer_step = lambda: gradients.append(weight.grad.clone()) or 0.0
+        trainer.step()
+        return gradients[0]
+
+    h = {role: [embedded(policy, text)[0] for text in texts] for role, texts in make_batch(ROWS).texts.items()}
+    reward = infonce_terms(h["query"], h["positive"], [x.detach() for x in h["negative"]], 0.3).mean()
+    expected = -0.7 * 1.5 * torch.autograd.grad(reward, weight)[0]
+    torch.testing.assert_close(taken(0.7) - taken(0.0), expected, rtol=1e-4, atol=1e-8)
 
 
 def test_what_counts_as_clipped_has_no_gradient(make_policy):

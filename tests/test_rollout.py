@@ -4,6 +4,7 @@ import pytest
 import torch
 from conftest import ARCHITECTURES, ROWS, SMALL, TEXTS, by_full_forward, config, gradient, rolled
 
+from evaluation.encoder import encode_texts
 from pool import POOLS
 from rollout import (
     Rollouts,
@@ -22,7 +23,7 @@ from rollout import (
     uniforms,
 )
 
-TENSORS = ("prompt_ids", "prompt_mask", "counted", "ids", "mask", "logprobs", "embeddings", "finished")
+TENSORS = ("prompt_ids", "prompt_mask", "counted", "ids", "mask", "logprobs", "embeddings", "finished", "prompt_embeddings")
 
 
 def assert_same(one, two):
@@ -56,11 +57,12 @@ def test_every_pooling_is_captured(make_policy, pooling):
     policy = make_policy(pooling=pooling)
     rollouts = rolled(policy)
     with torch.no_grad():
-        h = score(policy, rollouts).embeddings
-        for n in range(len(TEXTS)):
-            _, expected = by_full_forward(policy, rollouts, n, 1)
-            torch.testing.assert_close(rollouts.embeddings[n, 1], expected, rtol=1e-5, atol=1e-5)
-            torch.testing.assert_close(h[n, 1], expected, rtol=1e-5, atol=1e-5)
+        scores = score(policy, rollouts)
+        for captured in (rollouts, scores):
+            for n in range(len(TEXTS)):
+                (_, whole), (_, prompt) = (by_full_forward(policy, rollouts, n, k) for k in (1, None))
+                torch.testing.assert_close(captured.embeddings[n, 1], whole, rtol=1e-5, atol=1e-5)
+                torch.testing.assert_close(captured.prompt_embeddings[n], prompt, rtol=1e-5, atol=1e-5)
 
 
 def test_rows_end_at_any_end_token(make_policy):
@@ -162,7 +164,7 @@ def test_join():
         N, K, _ = ids.shape
         h, finished = ids[:, :, :1] * torch.ones(2), mask[..., -1] == 0
         prompts = torch.zeros(N, 4, dtype=torch.long)
-        return Rollouts(prompts, prompts, prompts, ids, mask, -ids / 10, h, finished)
+        return Rollouts(prompts, prompts, prompts, ids, mask, -ids / 10, h, finished, 2 * h[:, 0])
 
     class Prompts:
         ids, mask, counted = (torch.arange(12).view(3, 4) + i for i in range(3))
@@ -178,6 +180,7 @@ def test_join():
     assert rollouts.logprobs.tolist() == (-rollouts.ids / 10).tolist()
     assert rollouts.embeddings[:, :, 0].tolist() == [[5, 6], [7, 9], [1, 3]]
     assert rollouts.finished.tolist() == [[False, False], [False, True], [False, False]]
+    assert rollouts.prompt_embeddings[:, 0].tolist() == [10, 14, 2]
     assert torch.equal(rollouts.prompt_ids, Prompts.ids) and torch.equal(rollouts.prompt_mask, Prompts.mask)
     assert torch.equal(rollouts.counted, Prompts.counted) and (rollouts.n_shared, rollouts.n_cut) == (2, 1)
     assert len(rollouts) == 3 and rollouts.rationales() == [[[5], [6]], [[7, 8], [9]], [[1, 2], [3, 4]]]
@@ -208,25 +211,28 @@ def test_roles_get_their_texts_embeddings(make_policy):
     rows = [{**row, "negative": [*row["negative"], f"{row['query']} ."]} for row in ROWS]
     batch = make_batch(rows)
     settings = config(train_roles="positive", reward="infonce", anchor_temperature=0.0)
-    rollouts, embeddings, _ = roll_out(policy, batch.texts, settings, step=0, budget=10**6)
+    rollouts, embeddings, prompts, _ = roll_out(policy, batch.texts, settings, step=0, budget=10**6)
     assert {role: x.shape[:-1] for role, x in embeddings.items()} == {
         "positive": (4, 3),
         "query": (4, 1),
         "negative": (4, 2, 1),
     }
+    assert {role: x.shape[:-1] for role, x in prompts.items()} == {"positive": (4, 1), "query": (4, 1), "negative": (4, 2, 1)}
     torch.testing.assert_close(embeddings["positive"], rollouts.embeddings)
+    torch.testing.assert_close(prompts["positive"][:, 0], rollouts.prompt_embeddings)
     for i, row in enumerate(rows):
-        for text, h in [(row["query"], embeddings["query"][i, 0]), *zip(row["negative"], embeddings["negative"][i, :, 0])]:
-            alone = sample(policy, policy.prompts([text])).embeddings[0, 0]
-            torch.testing.assert_close(h, alone, rtol=1e-5, atol=1e-5)
+        for by_role, how in ((embeddings, {}), (prompts, dict(rationale=False))):
+            texts, h = [row["query"], *row["negative"]], [by_role["query"][i, 0], *by_role["negative"][i, :, 0]]
+            alone = torch.from_numpy(encode_texts(policy, texts, **how).vectors)
+            torch.testing.assert_close(torch.stack(h), alone, rtol=1e-5, atol=1e-5)
 
 
 def test_roles_without_texts(make_policy):
     """M = 0: an empty sum over negatives."""
     policy = make_policy()
     batch = make_batch([{**row, "negative": []} for row in ROWS])
-    _, embeddings, _ = roll_out(policy, batch.texts, config(), step=0, budget=10**6)
-    assert embeddings["negative"].shape[:3] == (4, 0, 1)
+    _, embeddings, prompts, _ = roll_out(policy, batch.texts, config(), step=0, budget=10**6)
+    assert embeddings["negative"].shape[:3] == prompts["negative"].shape[:3] == (4, 0, 1)
     parts = split_by_role(torch.arange(6.0)[:, None], {"query": "ab", "negative": "cdef"}, ["query", "negative"])
     assert parts["query"][:, 0].tolist() == [0, 1] and parts["negative"][..., 0].tolist() == [[2, 3], [4, 5]]
 
