@@ -27,7 +27,8 @@ hidden states. So, for any one text, writing the expectation as a sum over ratio
 nearly free: take g = dR/dh at the embeddings the sampler captured, a graph over [B, K, D] that
 never touches the network, and add -c * sum(g . h(theta)) to the loss. The update's forward pass
 computes h(theta) anyway, and since g is fixed the term splits over micro-batches exactly (as in
-GradCache, Gao et al. 2021). `--pathwise c` weights it; 0 is the paper.
+GradCache, Gao et al. 2021). `--pathwise c` weights it; 0 is the paper. `--prompt-weight c` adds such a term for what the
+prompt embeds without a rationale, in both recipes 0: it teaches the same checkpoint to embed without writing, too.
 
 When is the sum exact? Where a rollout's reward depends on its own embedding alone: fixed anchors (Eq. 12), no
 consistency term, and under the paper's reward lambda2 = 0, because Eq. 15 is the same for a whole group and so enters

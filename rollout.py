@@ -275,8 +275,7 @@ def roll_out(policy, texts, config, step, budget):
         attempt = lambda budget: sample_in_parts(policy, prompts[mine], K, temperature, uniform[mine], budget)
         parts, budget = on_every_rank(attempt, budget, K * T, f"step {step + 1}: --sample-tokens")
         rollouts = join(parts, ranks.shares(), prompts)
-        split = lambda embeddings: split_by_role(embeddings, texts, roles)
-        return rollouts, split(rollouts.embeddings), split(rollouts.prompt_embeddings[:, None])
+        return rollouts, *(split_by_role(x, texts, roles) for x in (rollouts.embeddings, rollouts.prompt_embeddings[:, None]))
 
     rollouts, embeddings, alone = draw_roles(config.roles, config.rollouts, config.temperature, 1)
     anchors = [role for role in texts if role not in config.roles]
@@ -341,8 +340,8 @@ def score(policy, rollouts, temperature=1.0, text=False):
     ids, mask = rollouts.ids.view(N * K, T), rollouts.mask.view(N * K, T)
     hidden, to_pool, cache = policy.prefill(rollouts.prompt_ids, rollouts.prompt_mask, S)
     counted = rollouts.counted[:, S:]
-    of_prompt = fold(None, to_pool, counted, pooling)  # [N, D]
     of_text = text_logprobs(policy, hidden, rollouts.prompt_ids[:, S:], counted) if text else None
+    of_prompt = fold(None, to_pool, counted, pooling)  # [N, D]
     last = hidden[:, -1:].repeat_interleave(K, 0)
     cache.batch_repeat_interleave(K)
     positions = rollouts.prompt_mask.sum(1).repeat_interleave(K)[:, None] + torch.arange(T, device=ids.device)

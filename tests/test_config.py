@@ -24,6 +24,7 @@ CUDA = torch.cuda.is_available()
         ("--lr inf", "--lr inf: give a finite number"),
         ("--pathwise nan", "give a finite number"),
         ("--negatives -1", "must be at least 0"),
+        ("--mode unsupervised --prompt-weight 1", "without labels a text's prompt has no pair"),
         ("--seed -1", "must be at least 0"),
         pytest.param("--device cuda", "finds no CUDA device", marks=pytest.mark.skipif(CUDA, reason="there is one here")),
         ("--train-roles query,query", "names a role twice"),

@@ -242,7 +242,7 @@ def prepared(policy, **settings):
     """A trainer as `descent` makes it, one batch of its rollouts, and what they are worth."""
     trainer = descent(policy, **settings)
     batch = make_batch(trainer.next_rows(), anchored=trainer.config.reward == "paper")
-    rollouts, embeddings, _ = trainer.sample(batch.texts)
+    rollouts, embeddings, *_ = trainer.sample(batch.texts)
     R, _, g = judge(embeddings, rollouts.finished, batch.twins, trainer.config)
     return trainer, rollouts, advantages(R), g
 

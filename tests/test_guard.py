@@ -223,6 +223,6 @@ def test_memory_elsewhere(tiny_world, tmp_path, monkeypatch):
 def test_rows_have_unequal_costs(make_policy):
     """What the memory tests above rest on: a budget of 70 splits the batch, one of 35 splits it further."""
     trainer = descent(make_policy("GPT2", double=True))
-    rollouts, _ = trainer.sample(grace.make_batch(ROWS).texts)
+    rollouts, *_ = trainer.sample(grace.make_batch(ROWS).texts)
     parts = [len(list(trainer.micro_batches(torch.arange(8), rollouts, budget))) for budget in (70, 35)]
     assert 1 < parts[0] < parts[1]

@@ -146,7 +146,7 @@ def test_recomputed_layers(make_policy):
     for recompute in (False, True):
         policy = make_policy("Qwen2", double=True, lora=2)
         trainer = grace.Trainer(policy, policy.start(), ROWS, config(recompute=recompute, kl=0.5))
-        rollouts, _ = trainer.sample(grace.make_batch(trainer.next_rows()).texts)
+        rollouts, *_ = trainer.sample(grace.make_batch(trainer.next_rows()).texts)
         A = torch.linspace(-1, 1, rollouts.mask[..., 0].numel()).double().view(len(rollouts), -1)
         trainer.backward(torch.arange(len(A)), rollouts, A, rollouts.embeddings, 10**6)
         gradients.append(torch.cat([p.grad.flatten() for p in policy.model.parameters() if p.requires_grad]))

@@ -90,12 +90,12 @@ MORE = [
 ]
 SHARDED = dict(shard=True, batch=4, tokens_per_batch=60)
 CASES = {  # settings of a run of two steps
-    "full": dict(batch=5, minibatches=2, tokens_per_batch=60),
+    "full": dict(batch=5, minibatches=2, tokens_per_batch=60, prompt_weight=0.5),
     "paper": dict(recipe="paper", batch=5, minibatches=2, kl=0.1),
     "full unsupervised": dict(mode="unsupervised", batch=5, epochs=2, tokens_per_batch=60),
     "paper unsupervised": dict(recipe="paper", mode="unsupervised", batch=3),
     "negatives too": dict(train_roles="query,positive,negative", batch=2, kl_estimator="k2"),
-    "sharded": dict(**SHARDED, minibatches=2),
+    "sharded": dict(**SHARDED, minibatches=2, prompt_weight=0.5),
     "sharded and recomputed": dict(**SHARDED, recompute=True, recipe="paper", kl=0.1),
 }
 
@@ -113,9 +113,9 @@ def two_steps(settings, starve=False):
     ids, metrics, sample, objective = [], [], trainer.sample, trainer.objective
 
     def recorded(texts):
-        rollouts, embeddings = sample(texts)
+        rollouts, *embeddings = sample(texts)
         ids.append(rollouts.ids)
-        return rollouts, embeddings
+        return rollouts, *embeddings
 
     def starved(*args):
         if starve and not ranks.first() and len(ids) < 2 and len(args[0]) > 1:
