@@ -413,7 +413,7 @@ EXPERIMENTS = {
         "where the loss does best by its prompt alone. What GRACE lacked is training of the prompt's own embedding: with a prompt weight of 3 (also from that search) it has 0.590 and 0.649 with its rationale, and "
         "0.574 and 0.645 without, ahead of the loss by 0.009 on retrieval, on three seeds of three, and level on similarity (-0.001 on average, ahead on one seed of three). What is said is then almost as true as before training, "
         "0.801 against 0.814, but there is less of it: 3.2 words instead of 5.2, and 0.90 of the rationales are distinct. *By the prompt's share*: untrained, a quarter prompt and three quarters "
-        "rationale find 0.522 instead of 0.483 (similarity: 0.559 instead of 0.574). GRACE is best as it was trained, but the loss, which never read its rationales, wants a tenth of them: 0.595 and 0.657, the highest of all rows. So at the best "
+        "rationale find 0.522 instead of 0.483 (similarity: 0.559 instead of 0.574). GRACE is best about as it was trained, but the loss, which trained no rationale, wants a tenth of it: 0.595 and 0.657, the highest of all rows. So at the best "
         "reading of each, chosen on held-back rows, the loss is ahead by 0.006 and 0.005. By texts that stand alone, without a prompt, both forget at most 0.04 nats, GRACE least. Otherwise words become less true than before training, "
         "by 0.04 in GRACE's rationales and 0.08 in those of the loss (0.05 and 0.13 with a text term of 1; 0.02 with a pathwise weight of 3, one seed). "
         "Averaging sampled rationales adds little: eight find 0.744 among 256 where the greedy one finds 0.738. Why the main words help: when the untrained model says "
