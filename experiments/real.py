@@ -128,7 +128,7 @@ SEARCH_ASKED = {
 SEARCH_ASKED |= search({TEXT_TERM: RATES, BEST: RATES}, **MAIN_WORDS)
 BOTH_WAYS = [dict(text_weight=0.1, prompt_weight=x) for x in (1.0, 3.0)]  # the prompt's own embedding is trained as well
 LESS_TEXT = {  # more weight for pairs
-    TEXT_TERM: [dict(text_weight=x) for x in (1.0, 0.3, 0.1, 0.03, 0.01)],
+    TEXT_TERM: [*(dict(text_weight=x) for x in (1.0, 0.3, 0.1, 0.03, 0.01)), dict(lr=1e-3, text_weight=0.03)],
     BEST: [dict(pathwise=1.0), dict(pathwise=3.0), dict(text_weight=0.1), dict(text_weight=0.03), *BOTH_WAYS],
 }
 SEARCH_STRONGER = search(
