@@ -55,10 +55,11 @@ def token_batches(texts, tokens_per_batch, policy):
         yield part
 
 
-def embed_prompts(policy, ids, mask, counted, n_shared):
-    """The embedding without a rationale: P(x) alone, pooled (the paper's Base). `[N, P] x 3, int -> [N, D]`, differentiable."""
-    _, to_pool, _ = policy.prefill(ids, mask, n_shared)
-    return unit(fold(None, to_pool, counted[:, n_shared:], policy.reading.pooling))
+def embed_prompts(policy, prompts):
+    """The embedding without a rationale: P(x) alone, pooled (the paper's Base). `-> [N, D]`."""
+    with torch.no_grad():
+        _, to_pool, _ = policy.prefill(prompts.ids, prompts.mask, prompts.n_shared)
+        return unit(fold(None, to_pool, prompts.counted[:, prompts.n_shared :], policy.reading.pooling))
 
 
 @torch.inference_mode()
@@ -70,8 +71,7 @@ def encode_batch(policy, texts, temperature=0.0, seed=0, rationale=True):
     """
     prompts = policy.prompts(texts)
     if not rationale:
-        vectors = embed_prompts(policy, prompts.ids, prompts.mask, prompts.counted, prompts.n_shared)
-        rationales, finished = [""] * len(texts), np.ones(len(texts), bool)
+        vectors, rationales, finished = embed_prompts(policy, prompts), [""] * len(texts), np.ones(len(texts), bool)
     else:
         T, uniform = policy.reading.max_new_tokens, None
         if temperature:

@@ -3,7 +3,7 @@
 Base is P(x) pooled; Base with reasoning adds the untrained policy's rationale. Neither is trained, so neither is in this
 file (`evaluate_triplets`, without and with rationale). The two that are trained are Trainers with a step of their own:
 they write no rationale while they learn, and what is a reward in GRACE is their loss. A third has that loss over rationales
-that are forced on it; a fourth removes GRPO from GRACE.
+that are forced on it, and a fourth removes GRPO from GRACE.
 
 Shapes: B instances, M hard negatives per instance, n texts, D hidden size.
 """

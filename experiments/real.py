@@ -126,10 +126,13 @@ SEARCH_ASKED = {
     for kind, asked in ASKED.items()
 }
 SEARCH_ASKED |= search({TEXT_TERM: RATES, BEST: RATES}, **MAIN_WORDS)
-BOTH_WAYS = [dict(text_weight=0.1, prompt_weight=x) for x in (1.0, 3.0)]  # the prompt's own embedding is trained as well
 LESS_TEXT = {  # more weight for pairs
     TEXT_TERM: [*(dict(text_weight=x) for x in (1.0, 0.3, 0.1, 0.03, 0.01)), dict(lr=1e-3, text_weight=0.03)],
-    BEST: [dict(pathwise=1.0), dict(pathwise=3.0), dict(text_weight=0.1), dict(text_weight=0.03), *BOTH_WAYS],
+    BEST: [
+        *(dict(pathwise=x) for x in (1.0, 3.0)),
+        *(dict(text_weight=x) for x in (0.1, 0.03)),
+        *(dict(text_weight=0.1, prompt_weight=x) for x in (1.0, 3.0)),
+    ],
 }
 SEARCH_STRONGER = search(
     {label: [RATES[0] | knob for knob in knobs] for label, knobs in LESS_TEXT.items()}, **SIZES["15.5 M"] | MAIN_WORDS

@@ -161,7 +161,8 @@ def by_share(policy, place):
     "searched" is by the rows held back from training, search.jsonl beside the held-out ones, so that w can be chosen by it.
     `-> {w: {"searched", "ndcg_at_10", "mean of tasks"}}`
     """
-    searched = read_rows(os.path.join(os.path.dirname(place.heldout), "search.jsonl"))
+    beside = os.path.join(os.path.dirname(place.heldout), "search.jsonl")
+    searched, heldout = read_rows(beside), read_rows(place.heldout)
     tasks, known, scores = ["STSBenchmark", "STS17"] if place.quick else TASKS, {}, {}
 
     def encode(texts, w):
@@ -174,7 +175,7 @@ def by_share(policy, place):
     for w in (BY_TOKENS, *SHARES):
         by_w = functools.partial(encode, w=w)
         results = evaluate_tasks(by_w, tasks, place.data_dir).values()
-        rows = {"searched": among(by_w, searched), "ndcg_at_10": among(by_w, read_rows(place.heldout))}
+        rows = {"searched": among(by_w, searched), "ndcg_at_10": among(by_w, heldout)}
         scores[str(w)] = rows | {"mean of tasks": float(np.mean([result["main_score"] for result in results]))}
     return scores
 

@@ -65,8 +65,7 @@ def test_without_rationale(make_policy):
     x = policy.prompts(TEXTS[:1])
     with torch.no_grad():
         states = policy.model.base_model(input_ids=x.ids).last_hidden_state[0][x.counted[0].bool()]
-    h = embed_prompts(policy, x.ids, x.mask, x.counted, x.n_shared)
-    torch.testing.assert_close(h[0], unit(states.mean(0)), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(embed_prompts(policy, x)[0], unit(states.mean(0)), rtol=1e-5, atol=1e-5)
     assert encode_texts(policy, TEXTS[:1], rationale=False).rationales == [""]
     encoder = GraceEncoder(policy, rationale=False)
     assert encoder.rationales(TEXTS) == [""] * 3 and encoder.counts["unfinished"] == 0
