@@ -74,6 +74,7 @@ from evaluation.encoder import GraceEncoder, encode_texts, text_loss  # noqa: F4
 from evaluation.explain import explain
 from evaluation.page import finish_page, report
 from evaluation.probe import record
+from evaluation.signs import describe
 from evaluation.tasks import evaluate_heldout
 from plumbing import ranks
 from plumbing.data import load_rows
@@ -83,7 +84,7 @@ from plumbing.report import peak_memory_gb, show_summary
 from plumbing.run import Run
 from plumbing.status import status
 from policy import load_policies
-from rollout import describe, make_batch, roll_out, score
+from rollout import make_batch, roll_out, score
 from speed.shard import newest, prepare
 
 # ---------------------------------------------------------------- advantage and objective
@@ -199,8 +200,7 @@ class Trainer:
         batch = make_batch(self.next_rows(), anchored=config.reward == "paper")
         batch.twins = batch.twins.to(policy.device)
         # 2. Rationales from the current policy, and the embeddings that come with them (Eq. 9 to 12).
-        batch.rollouts, batch.embeddings, batch.prompts = self.sample(batch.texts)
-        rollouts = batch.rollouts
+        batch.rollouts, batch.embeddings, batch.prompts = rollouts, *_ = self.sample(batch.texts)
         sampled = time.perf_counter()
         # 3. What each rationale is worth (Eq. 13 to 17), and the reward's gradient at its embedding.
         R, components, g = judge(batch.embeddings, rollouts.finished, batch.twins, config)

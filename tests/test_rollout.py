@@ -5,12 +5,11 @@ import torch
 from conftest import ARCHITECTURES, ROWS, SMALL, TEXTS, by_full_forward, config, gradient, rolled
 
 from evaluation.encoder import encode_texts
+from evaluation.signs import describe, effective_rank
 from pool import POOLS
 from rollout import (
     Rollouts,
-    describe,
     draw,
-    effective_rank,
     invert,
     join,
     make_batch,
