@@ -21,16 +21,15 @@ from prompt import Reading
 RECIPES = {  # a recipe only sets defaults: any of them can be given on the command line
     "paper": dict(
         reward="paper", train_roles="positive", pathwise=0.0, length_normalize=True, kl=0.0, text_weight=0.0, tau=0.1,
-        lambda_consistency=0.2, lambda_hard=0.2, relative_length_penalty=False, temperature=1.0, anchor_temperature=0.5,
+        lambda_consistency=0.2, lambda_hard=0.2, temperature=1.0,
     ),
     "full": dict(
         reward="infonce", train_roles="query,positive", pathwise=0.3, length_normalize=False, kl=0.01, text_weight=1.0, tau=1.0,
-        lambda_consistency=0.2, lambda_hard=0.2, relative_length_penalty=True, temperature=0.7, anchor_temperature=1.0,
+        lambda_consistency=0.2, lambda_hard=0.2, temperature=0.7,
     ),
 }  # fmt: skip
 HOW_LONG_AND_WHERE = {  # settings that a resumed run may change: none affects its gradients
-    "steps", "out", "resume", "overwrite", "may_change", "on_bad_row", "save_every", "save_minutes", "eval_every",
-    "kernel", "recompute", "shard", "tokens_per_batch", "sample_tokens",
+    "steps", "out", "resume", "overwrite", "save_every", "eval_every", "tokens_per_batch",
 }  # fmt: skip
 
 
@@ -58,30 +57,23 @@ class Config:
     tau: float = setting(None, "(recipe) rewards are divided by this, Eq. 17", above=0)
     infonce_temperature: float = setting(0.05, "softmax temperature of the InfoNCE reward", above=0)
     gamma: float = setting(1.0, "penalty for a rollout without an end token, Eq. 28", least=0)
-    relative_length_penalty: bool = setting(None, "(recipe) subtract gamma instead of replacing the reward")
-    negatives: int = setting(None, "hard negatives per row, M (default: as many as every row has)", least=0)
     # What is learned from it
     pathwise: float = setting(None, "(recipe) weight c of the pathwise term; 0: Eq. 19 alone", least=0)
     prompt_weight: float = setting(0.0, "weight of a pathwise term for the prompt's embedding without a rationale", least=0)
     kl: float = setting(None, "(recipe) weight of the KL term to the starting policy", least=0)
     kl_estimator: str = setting("k3", "estimator of the KL term; k2 has the gradient of KL(policy || start)", ("k2", "k3"))
     text_weight: float = setting(None, "(recipe) weight of the language-model loss on the texts themselves", least=0)
-    normalize: bool = setting(False, "divide advantages by the group's standard deviation, Eq. 7")
     length_normalize: bool = setting(None, "(recipe) mean over a rationale's tokens (Eq. 8) instead of their sum (Eq. 19)")
     clip_eps: float = setting(0.2, "the probability ratio is clipped to 1 +- this, Eq. 8", above=0)
     minibatches: int = setting(1, "optimizer steps per batch of rollouts (the released code: 4)", least=1)
-    epochs: int = setting(1, "passes over one batch of rollouts", least=1)
     lr: float = setting(1e-6, "learning rate of AdamW", above=0)
     lora: int = setting(None, "train adapters of this rank, not the weights; try ten times the rate (needs peft)", least=1)
     lr_decay: bool = setting(False, "let the learning rate fall linearly to 0")
-    weight_decay: float = setting(0.01, "weight decay of AdamW", least=0)
-    max_grad_norm: float = setting(1.0, "the gradient is clipped to this norm", above=0)
     # How much, over all ranks together
     batch: int = setting(64, "instances per step, B", least=1)
     rollouts: int = setting(8, "rollouts per prompt, K", least=1)
     steps: int = setting(1000, "training steps", least=1)
     temperature: float = setting(None, "(recipe) rollouts are sampled, and scored, at this temperature", above=0)
-    anchor_temperature: float = setting(None, "(recipe) temperature of the roles that are not trained", least=0)
     seed: int = setting(0, "seed of the data order and of all sampling", least=0)
     # How a text is read: as the checkpoint's grace_config.json says, unless given
     instruction: str = setting(None, "(reading) the system message")
@@ -92,27 +84,14 @@ class Config:
     heldout: str = setting(None, "triplets to evaluate on (default: 1 row in 10 of the data, at most 256)")
     graded: str = setting(None, "sentence pairs with scores, for a Spearman correlation")
     eval_every: int = setting(50, "evaluate, and add to rationales.md, every N steps; 0: only before and after", least=0)
-    save_minutes: float = setting(10.0, "write a checkpoint to resume from every N minutes; 0: not by time", least=0)
-    save_every: int = setting(0, "write a checkpoint every N steps; 0: not by steps", least=0)
-    resume: bool = setting(False, "continue from the newest undamaged checkpoint under --out")
-    may_change: str = setting(None, "settings that a resumed run may change: NAME,NAME")
+    save_every: int = setting(50, "write a checkpoint to resume from every N steps; 0: only at the end", least=0)
+    resume: bool = setting(False, "continue from the newest checkpoint under --out")
     overwrite: bool = setting(False, "start afresh in an --out that holds a model or checkpoints; they are deleted")
-    on_bad_row: str = setting("error", "on an unusable row of the data: stop the run, or skip and list it", ("error", "skip"))
-    sample_tokens: int = setting(
-        131072, "token budget of the sampler's key-value cache; lower it when memory is short", least=1
-    )
     tokens_per_batch: int = setting(
         None, "token budget of a micro-batch; lower it when memory is short [16384 on CUDA, else 4096]", least=1
     )
-    recompute: bool = setting(False, "keep no activations inside layers: less memory, the update a fifth longer")
-    shard: bool = setting(False, "under torchrun: each rank holds its share of weights, gradients and moments (FSDP2)")
     dtype: str = setting(
         "float32", "compute type; weights stay float32, rationales are sampled from a copy in it", ("float32", "bfloat16")
-    )
-    kernel: str = setting(
-        "auto",
-        "Triton for similarity and decoding. auto: on CUDA; on: the similarity anywhere; off: never",
-        ("auto", "on", "off"),
     )
     device: str = setting(None, "default: cuda where there is one, else cpu")
 
@@ -150,16 +129,8 @@ class Config:
         if self.reward == "infonce" and self.batch == 1:
             raise GraceError("--batch 1: InfoNCE tells an instance from others of its batch; use 2 or more")
         self.check_groups(1)
-        if self.shard and ranks.size() == 1:
-            raise GraceError("--shard shares the weights out over ranks: torchrun --standalone --nproc-per-node N grace.py ...")
-        if self.shard and self.lora:
-            raise GraceError("--shard with --lora: adapters are small enough for every rank; leave out --shard")
-        if self.device == "cuda" and ranks.local_rank() >= torch.cuda.device_count():
-            raise GraceError(f"a rank needs a GPU: give --nproc-per-node {torch.cuda.device_count()} at most")
         if self.resume and self.overwrite:
             raise GraceError("--resume continues a run and --overwrite starts anew: give one of them")
-        if unknown := set(self.changeable) - {field.name for field in dataclasses.fields(self)}:
-            raise GraceError(f"--may-change {','.join(sorted(unknown))}: there is no such setting")
         if self.dtype == "bfloat16" and not self.device.startswith("cuda"):
             raise GraceError("--dtype bfloat16 is a compute type for CUDA; use float32 here")
 
@@ -167,39 +138,27 @@ class Config:
         """Raises GraceError if the groups of a batch, whose instances have M negatives, cannot be shared out."""
         if "negative" in self.roles and M == 0:
             raise GraceError(f"--train-roles {self.train_roles}: the rows have no negatives")
-        groups, n = self.batch * sum(M if role == "negative" else 1 for role in self.roles), ranks.size()
-        if self.minibatches * n > groups or n > self.batch:
-            shared = f", and each of {n} ranks needs an instance, and a group of every minibatch" if n > 1 else ""
-            raise GraceError(f"--minibatches {self.minibatches}: a batch has only {groups} groups{shared}")
-        if self.shard and groups % (n * self.minibatches):
+        groups = self.batch * sum(M if role == "negative" else 1 for role in self.roles)
+        if self.minibatches > groups or ranks.size > self.batch:
             raise GraceError(
-                f"--shard: {n} ranks x --minibatches {self.minibatches} must divide {groups} groups; change --batch"
+                f"a batch of {groups} groups cannot be shared out to --minibatches {self.minibatches} and {ranks.size} ranks"
             )
 
     def must_match(self, other, where):
         """Raises GraceError, naming them, if settings differ from those of the run being resumed.
 
         other: its settings as a dict; where: its folder. A resumed run may change where it writes, how long it goes on,
-        and how it is split to fit the memory; beyond that, only what --may-change names.
+        and how it is split to fit the memory.
         """
         free = HOW_LONG_AND_WHERE - ({"steps"} if self.lr_decay else set())  # the decaying rate depends on it
-        free |= set(self.changeable)
         if changed := [k for k, v in dataclasses.asdict(self).items() if k not in free and other.get(k) != v]:
             was = ", ".join(f"{name} was {other.get(name)}" for name in changed)
-            raise GraceError(
-                f"{where} is of another run ({was}): give its settings, or another --out, "
-                f"or let them change: --may-change {','.join(changed)}"
-            )
+            raise GraceError(f"{where} is of another run ({was}): give its settings, or another --out")
 
     @property
     def reading(self):
         """The settings that override how the checkpoint reads a text, for `Policy.load`; None: as the checkpoint says."""
         return {name: getattr(self, name) for name in ("instruction", "max_prompt_tokens", "max_new_tokens", "pooling")}
-
-    @property
-    def changeable(self):
-        """The settings that --may-change names."""
-        return [name.strip().replace("-", "_") for name in (self.may_change or "").split(",") if name.strip()]
 
     @property
     def roles(self):

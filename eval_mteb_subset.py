@@ -30,10 +30,8 @@ import transformers
 
 from evaluation.encoder import GraceEncoder, MeanEncoder
 from evaluation.tasks import FAMILIES, SUBSET, TASKS, choose_tasks, evaluate_tasks
-from plumbing import ranks
-from plumbing.checkpoint import write_atomically
 from plumbing.errors import GraceError
-from plumbing.report import versions
+from plumbing.run import versions, write_atomically
 from pool import POOLS
 
 PAPER = "the paper's GRACE (Qwen2.5-3B, supervised) over the same 16 tasks: 55.89"
@@ -100,10 +98,9 @@ def main(arguments):
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
     try:
-        ranks.start()
         evaluate(args)
     except GraceError as error:
-        sys.exit(ranks.last_word(f"eval_mteb_subset.py: {error}"))
+        sys.exit(f"eval_mteb_subset.py: {error}")
 
 
 def evaluate(args):

@@ -60,32 +60,32 @@ Shapes: B instances, K rollouts per group, M hard negatives, N groups (B per tra
 D hidden size.
 """
 
+import os
 import sys
 import time
 
 import numpy as np
 import torch
 import transformers
+from tqdm import tqdm
 
-import reward as rewards
-import similarity
 from config import parse
 from evaluation.encoder import GraceEncoder, encode_texts, text_loss  # noqa: F401 (`from grace import GraceEncoder`)
 from evaluation.explain import explain
 from evaluation.page import finish_page, report
-from evaluation.probe import record
-from evaluation.signs import describe
+from evaluation.probe import probe
+from evaluation.signs import batch_metrics, update_means, update_metrics
 from evaluation.tasks import evaluate_heldout
 from plumbing import ranks
 from plumbing.data import load_rows
-from plumbing.errors import GraceError, finite, first_line
-from plumbing.guard import finished_summary, inspected, on_every_rank, save_batch
-from plumbing.report import peak_memory_gb, show_summary
-from plumbing.run import Run
+from plumbing.errors import GraceError, NotFinite, first_line, require_finite
+from plumbing.run import Run, Signals, peak_memory_gb, save_batch, show_summary
 from plumbing.status import status
 from policy import load_policies
+from reward import infonce_components, length_penalty, paper_components, scaled, total
 from rollout import make_batch, roll_out, score
-from speed.shard import newest, prepare
+
+MAX_GRAD_NORM = 1.0
 
 # ---------------------------------------------------------------- advantage and objective
 
@@ -153,7 +153,7 @@ def pathwise(g, h):
 # ---------------------------------------------------------------- Algorithm 1
 
 
-def judge(embeddings, finished, twins, config):
+def judge(embeddings, finished, same_text, config):
     """Phase 3: rewards of the trained rollouts, their components, and the rewards' gradient.
 
     Returns R `[N, K]`, `{component: [N, K]}` before weighting, and g = d(sum R)/dh `[N, K, D]`: the direction
@@ -162,12 +162,12 @@ def judge(embeddings, finished, twins, config):
     # Leaves of a graph of their own: [B, K, D] is all that this gradient ever touches.
     leaves = {role: x.detach().requires_grad_(role in config.roles) for role, x in embeddings.items()}
     if config.reward == "paper":
-        by_role = [rewards.paper_components(leaves, twins)]
+        by_role = [paper_components(leaves, same_text)]
     else:
-        by_role = [rewards.infonce_components(leaves, role, config.infonce_temperature, twins) for role in config.roles]
+        by_role = [infonce_components(leaves, role, config.infonce_temperature, same_text) for role in config.roles]
     components = {name: torch.cat([c[name] for c in by_role]) for name in by_role[0]}
-    R = rewards.scaled(rewards.total(components, config.lambda_consistency, config.lambda_hard), config.tau)
-    R = rewards.length_penalty(R, finished, config.gamma, config.relative_length_penalty)
+    R = scaled(total(components, config.lambda_consistency, config.lambda_hard), config.tau)
+    R = length_penalty(R, finished, config.gamma, relative=config.reward != "paper")
     # Of the sum, not of each rollout's own reward: an embedding also moves the rewards of the others it stands beside.
     g = torch.autograd.grad(R.sum(), [leaves[role] for role in config.roles])
     g = torch.cat([x.flatten(0, -3) for x in g])
@@ -179,12 +179,37 @@ class Trainer:
 
     def __init__(self, policy, reference, rows, config):
         self.policy, self.reference, self.rows, self.config = policy, reference, rows, config
-        self.sampler = prepare(policy, reference, config)
-        self.optimizer = torch.optim.AdamW(policy.model.parameters(), config.lr, weight_decay=config.weight_decay, fused=True)
-        self.step_number = 0
-        # Token budgets; halved when the device runs out of memory.
-        self.sample_tokens, self.tokens_per_batch = config.sample_tokens, config.tokens_per_batch
-        similarity.kernel = config.kernel
+        # Rationales are sampled from a copy in the compute type: a decoding step then reads half the bytes.
+        self.sampler = policy.frozen_copy(torch.bfloat16) if config.dtype == "bfloat16" else policy
+        self.optimizer = torch.optim.AdamW(policy.model.parameters(), config.lr, fused=True)
+        self.step_number, self.batch = 0, None  # steps made; what the last one knew, for whoever looks into it
+
+    def step(self):
+        """One step of Algorithm 1. Returns its metrics. A function of weights, seed and step number."""
+        config, start = self.config, time.perf_counter()
+        # 1. A batch of instances: triplets, or texts alone.
+        batch = self.batch = make_batch(self.next_rows(), config.reward == "paper", self.policy.device)
+        # 2. Rationales from the current policy, and the embeddings that come with them (Eq. 9 to 12, 20).
+        rollouts, *embeddings = roll_out(self.newest(), batch.texts, config, self.step_number)
+        batch.rollouts, batch.embeddings, batch.prompt_embeddings = rollouts, *embeddings
+        sampled = time.perf_counter()
+        # 3. What each rationale is worth (Eq. 13 to 17, 28), and the reward's gradient at its embedding.
+        R, components, g = judge(batch.embeddings, rollouts.finished, batch.same_text, config)
+        g_prompt = None
+        if config.prompt_weight:  # the same for the prompts alone: one more embedding per text, [N, D]
+            ended = torch.ones_like(rollouts.finished[:, :1])  # there is no rationale that could be too long
+            g_prompt = judge(batch.prompt_embeddings, ended, batch.same_text, config)[2][:, 0]
+        batch.figures = {"tokens": rollouts.mask.sum(-1), "reward": R, **components}
+        require_finite("a reward or its gradient", R, g)
+        # 4. Better or worse than the other rationales of the same text (Eq. 18).
+        A = self.advantage(R, batch)
+        # 5. The clipped update (Eq. 8, 19), with the pathwise term.
+        learned = self.update(rollouts, A, g, g_prompt)
+        self.step_number += 1
+        metrics = {"step": self.step_number, **batch_metrics(rollouts, R, components), **learned}
+        metrics |= {"lr": self.optimizer.param_groups[0]["lr"], "tokens_per_s": float(rollouts.mask.sum()) / (sampled - start)}
+        metrics |= {"sample_s": sampled - start, "step_s": time.perf_counter() - start}
+        return metrics | {"peak_memory_gb": peak_memory_gb(self.policy.device)}
 
     def next_rows(self):
         """The next B rows of a stream of shuffled passes over the data, a function of seed and step."""
@@ -193,118 +218,64 @@ class Trainer:
         order = {k: np.random.default_rng([self.config.seed, k]).permutation(n) for k in set(at // n)}
         return [self.rows[order[i // n][i % n]] for i in at]
 
-    def step(self):
-        """One step of Algorithm 1. Returns its metrics."""
-        policy, config, start = self.policy, self.config, time.perf_counter()
-        # 1. A batch of instances.
-        batch = make_batch(self.next_rows(), anchored=config.reward == "paper")
-        batch.twins = batch.twins.to(policy.device)
-        # 2. Rationales from the current policy, and the embeddings that come with them (Eq. 9 to 12).
-        batch.rollouts, batch.embeddings, batch.prompts = rollouts, *_ = self.sample(batch.texts)
-        sampled = time.perf_counter()
-        # 3. What each rationale is worth (Eq. 13 to 17), and the reward's gradient at its embedding.
-        R, components, g = judge(batch.embeddings, rollouts.finished, batch.twins, config)
-        if config.prompt_weight:  # the same for the prompts alone: one more column of g, [N, K + 1, D]
-            ended = torch.ones_like(rollouts.finished[:, :1])  # there is no rationale that could be too long
-            g = torch.cat([g, judge(batch.prompts, ended, batch.twins, config)[2]], 1)
-        # 4. Better or worse than the other rationales of the same text (Eq. 18).
-        A = self.advantage(R, batch)
-        # 5. The clipped update (Eq. 8, 19), with the pathwise term.
-        figures = {"tokens": rollouts.mask.sum(-1), "reward": R, "advantage": A, **components}
-        with inspected(self.step_number + 1, config.out, lambda path: self.save_batch(path, batch, figures)):
-            finite("a reward or its gradient", R, g)
-            learned = self.update(rollouts, A, g)
-        self.step_number += 1
-        done = time.perf_counter()
-        metrics = {"step": self.step_number, **describe(rollouts, R, components), **learned}
-        metrics |= {"lr": self.optimizer.param_groups[0]["lr"], "sample_s": sampled - start, "step_s": done - start}
-        metrics |= {"tokens_per_s": rollouts.mask.sum() / (sampled - start), "peak_memory_gb": peak_memory_gb(policy.device)}
-        return {name: float(x) for name, x in metrics.items()}
-
-    def sample(self, texts):
-        """Phase 2, from the newest weights. Returns what `Batch` keeps of them, as `roll_out` does."""
-        drawn = roll_out(newest(self.policy, self.sampler), texts, self.config, self.step_number, self.sample_tokens)
-        *kept, self.sample_tokens = drawn
-        return kept
+    def newest(self):
+        """What reads texts, with the newest weights: the copy to sample from, where there is one, else the policy itself."""
+        if self.sampler is not self.policy:
+            self.sampler.copy_weights(self.policy)
+        return self.sampler
 
     def advantage(self, R, batch):
         """Eq. 18. `[N, K] -> [N, K]`. Other advantages may also use the batch: see experiments/algorithms.py."""
-        return advantages(R, self.config.normalize)
+        return advantages(R)
 
     def surrogate(self, logprobs, part, A):
         """Eq. 8. `[n, K, T], part of the rollouts, [n, K] -> [n, K]`."""
         return clipped_objective(logprobs, part.logprobs, A, part.mask, self.config.clip_eps, self.config.length_normalize)
 
-    def objective(self, part, A, g):
-        """What the update maximises, one number per rollout `[n, K]`, and what is worth logging, by name.
+    def objective(self, now, start, part, A, g, g_prompt=None):
+        """What the update maximises, one number per rollout `[n, K]`.
 
-        part: some groups of rollouts; A `[n, K]` their advantages; g `[n, K, D]` the reward's gradient at
-        their captured embeddings, a constant, or `[n, K + 1, D]` with that of the prompt alone. Eq. 8, plus c times
-        g . h(theta) and the text term, less the KL term.
+        now, start: the `Scores` of the rollouts `part` by the policy, with gradients, and by the policy it started from;
+        A `[n, K]` their advantages; g `[n, K, D]` the reward's gradient at their captured embeddings, a constant.
         """
-        config, mask, K = self.config, part.mask, A.shape[1]
-        scores = score(self.policy, part, config.temperature, text=True)
-        logprobs, text_logprobs = scores.logprobs, scores.text_logprobs[:, None]  # [n, K, T], [n, 1]
-        value = self.surrogate(logprobs, part, A)
-        if config.text_weight:
-            value = value + config.text_weight * text_logprobs
-        if config.pathwise:
-            value = value + config.pathwise * pathwise(g[:, :K], scores.embeddings)
-        if config.prompt_weight:
-            value = value + config.prompt_weight * pathwise(g[:, K:], scores.prompt_embeddings[:, None])
-        stats = {"approx_kl": kl_k3(part.logprobs, logprobs, mask), "prompt_loss": -text_logprobs.expand_as(value)}
-        if config.kl:
-            with torch.no_grad():
-                at_start = score(self.reference, part, config.temperature).logprobs
-            stats["kl_start"] = kl_k3(logprobs, at_start, mask)
-            pull = kl_k2(logprobs, at_start, mask) if config.kl_estimator == "k2" else stats["kl_start"]
-            value = value - config.kl * pull
-        off = ((logprobs - part.logprobs).exp() - 1) * mask  # how far each ratio is from 1
-        clipped = (off * A.sign()[..., None] > config.clip_eps).float()  # the other way nothing is clipped
-        stats |= {"loss": -value, "clip_fraction": masked_mean(clipped, mask), "ratio_off": off.abs().amax(-1)}
-        return value, {name: x.detach() for name, x in stats.items()}
+        config = self.config
+        value = self.surrogate(now.logprobs, part, A)  # Eq. 8: the policy as the author of its rationales
+        value = value + config.pathwise * pathwise(g, now.embeddings)  # the second half: the policy as their reader
+        if g_prompt is not None:
+            value = value + config.prompt_weight * pathwise(g_prompt, now.prompt_embeddings)[:, None]
+        if config.text_weight:  # still a language model
+            value = value + config.text_weight * now.text_logprobs[:, None]
+        if config.kl:  # still near its start
+            kl = kl_k2 if config.kl_estimator == "k2" else kl_k3
+            value = value - config.kl * kl(now.logprobs, start.logprobs, part.mask)
+        return value
 
-    def update(self, rollouts, A, g):
-        """Phase 5. One or more optimizer steps over one batch of N groups of rollouts. Returns means of what is worth logging.
+    def update(self, rollouts, A, g, g_prompt=None):
+        """Phase 5: an optimizer step per minibatch of the N groups. Returns means of what is worth logging.
 
-        Every loss is a sum over rollouts divided by one number, the rollouts in the minibatch, so how a
-        minibatch is split into micro-batches cannot change the gradient, not even when it has to be split
-        again because the device ran out of memory.
+        Every loss is a sum over rollouts divided by one number, the rollouts in the minibatch. So neither how a minibatch
+        is split to fit the memory nor how it is shared out to ranks changes the gradient.
         """
-        config, (N, K) = self.config, A.shape
-        stats, norms = [], []
-        for epoch in range(config.epochs):
-            shuffled = np.random.default_rng([config.seed, self.step_number, 3, epoch]).permutation(N)
-            order = torch.from_numpy(shuffled).to(A.device)
-            for minibatch in order.tensor_split(config.minibatches):
-                least, where = int(self.cost(rollouts)[minibatch].max()), f"step {self.step_number + 1}: --tokens-per-batch"
-                backward = lambda budget: self.backward(minibatch, rollouts, A, g, budget)  # noqa: B023
-                parts, self.tokens_per_batch = on_every_rank(backward, self.tokens_per_batch, least, where, config.shard)
-                stats.append([micro for part in parts for micro in part])
-                norms.append(self.optimizer_step())
-        first_ratio_off = max(float(micro["ratio_off"].max()) for micro in stats[0])
-        every = [micro for part in stats for micro in part]
-        means = {name: sum(float(micro[name].sum()) for micro in every) / (N * K * config.epochs) for name in every[0]}
-        del means["ratio_off"]
-        return {**means, "first_ratio_off": first_ratio_off, "grad_norm": float(np.mean(norms))}
-
-    def backward(self, minibatch, rollouts, A, g, budget):
-        """A rank's part of one minibatch's gradient, from zero. Returns what `objective` logs, a dict per micro-batch."""
-        self.optimizer.zero_grad(set_to_none=True)
-        stats, values = [], []
-        for micro in filter(len, self.micro_batches(minibatch, rollouts, budget)):
-            value, logged = self.objective(rollouts[micro], A[micro], g[micro])
-            (-value.sum() / (len(minibatch) * A.shape[1])).backward()
-            stats.append(logged)
-            values.append(value.detach())
-        finite("the loss", *values)  # here, where every rank comes, and not amid work that ranks share
-        return stats
+        config, (N, K), log, norms = self.config, A.shape, [], []
+        shuffled = torch.from_numpy(np.random.default_rng([config.seed, self.step_number, 3, 0]).permutation(N)).to(A.device)
+        for minibatch in shuffled.tensor_split(config.minibatches):
+            for micro in micro_batches(rollouts, minibatch, config.tokens_per_batch):
+                part, start = rollouts[micro], None
+                now = score(self.policy, part, config.temperature)
+                if config.kl:
+                    with torch.no_grad():
+                        start = score(self.reference, part, config.temperature, text=False)
+                value = self.objective(now, start, part, A[micro], g[micro], None if g_prompt is None else g_prompt[micro])
+                (-value.sum() / (len(minibatch) * K)).backward()
+                log.append((len(norms), update_metrics(now, start, part, A[micro], value, config.clip_eps)))
+            norms.append(self.optimizer_step())
+        return {**update_means(log, N * K), "grad_norm": float(np.mean(norms))}
 
     def optimizer_step(self):
         """One step along the accumulated gradient, at this step's rate. Returns the gradient's norm before clipping."""
         ranks.sum_gradients(self.policy.model.parameters())
-        norm = ranks.whole(torch.nn.utils.clip_grad_norm_(self.policy.model.parameters(), self.config.max_grad_norm))
-        finite("the gradient", norm)
+        norm = torch.nn.utils.clip_grad_norm_(self.policy.model.parameters(), MAX_GRAD_NORM)
+        require_finite("the gradient", norm)
         if self.config.lr_decay:
             for group in self.optimizer.param_groups:
                 group["lr"] = self.config.lr * (1 - self.step_number / self.config.steps)
@@ -312,27 +283,19 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         return float(norm)
 
-    def cost(self, rollouts):
-        """What each group costs in an update, in padded tokens: its prompt once, and K rationales. `-> [N]`."""
-        return rollouts.prompt_mask.sum(1) - rollouts.n_shared + rollouts.ids.shape[1] * rollouts.mask.sum(-1).amax(1)
 
-    def micro_batches(self, groups, rollouts, budget):
-        """A rank's groups by length, in micro-batches whose padded tokens stay within the budget; at least one group each."""
-        cost, order = self.cost(rollouts)[groups].sort(stable=True)
-        # A row holds groups of similar cost, one per rank: so the ranks' micro-batches are alike, and equally many.
-        rows = groups[order].split(ranks.size())
-        most = [int(row[-1]) for row in cost.cpu().split(ranks.size())]  # read here, not while a GPU works on a micro-batch
-        first = 0
-        for last in range(1, len(rows) + 1):
-            if last == len(rows) or (last + 1 - first) * most[last] > budget:
-                yield torch.cat(rows[first:last])[ranks.mine()]
-                first = last
-
-    def save_batch(self, path, batch, figures):
-        """Write the batch where a person can read it: texts, rationales, and each rationale's figures `{name: [N, K]}`."""
-        texts = [(role, text) for role in self.config.roles for text in batch.texts[role]]
-        rationales = [self.policy.tokenizer.batch_decode(group) for group in batch.rollouts.rationales()]
-        save_batch(path, texts, rationales, batch.rollouts.finished, figures)
+def micro_batches(rollouts, groups, budget):
+    """This rank's share of the groups, by length, in micro-batches that hold `budget` padded tokens at most (or one group)."""
+    cost = rollouts.prompt_mask.sum(1) - rollouts.n_shared + rollouts.ids.shape[1] * rollouts.mask.sum(-1).amax(1)  # [N]
+    groups = groups[cost[groups].argsort(stable=True)][ranks.rank :: ranks.size]  # each rank gets short ones and long ones
+    part, cost = [], cost.tolist()
+    for i in groups.tolist():  # the longest comes last, and sets the padding
+        if part and (len(part) + 1) * cost[i] > budget:
+            yield torch.tensor(part, device=groups.device)
+            part = []
+        part.append(i)
+    if part:
+        yield torch.tensor(part, device=groups.device)
 
 
 # ---------------------------------------------------------------- a whole run
@@ -344,54 +307,99 @@ def train(config, make_trainer=Trainer):
     make_trainer: another Trainer (experiments/). Raises GraceError for anything that the user can fix; SystemExit
     after SIGTERM or Ctrl-C, with a checkpoint written.
     """
-    if summary := finished_summary(config):
-        print(f"{config.out}: finished, after {summary['config']['steps']} steps\n\n{show_summary(summary)}")
-        return summary
     run = Run(config)
-    rows, heldout, graded = load_rows(config, run.skipped)
+    if run.summary:
+        print(f"{config.out}: finished, after {run.summary['config']['steps']} steps\n\n{show_summary(run.summary)}")
+        return run.summary
+    rows, heldout, graded = load_rows(config)
     config.check_groups(len(rows[0].get("negative", [])))
-    run.check(rows)
     policy, reference = load_policies(config, run.checkpoint)
     trainer = make_trainer(policy, reference, rows, config)
     shown = [row.get("query") or row["text"] for row in (heldout or rows)[:6]]
-
-    def evaluate(rationale=True):
-        reader = newest(policy, trainer.sampler)
-        if not heldout:  # fewer than ten rows of data
-            return {"text_loss": text_loss(reader, shown)}
-        return evaluate_heldout(reader, heldout, graded, rationale, config.temperature)
-
-    def rationales():
-        reader = newest(policy, trainer.sampler)
-        record(config.out, trainer.step_number, reader, heldout)  # what the run's page shows of held-out rows
-        return dict(zip(shown, encode_texts(reader, shown).rationales))
-
     print(
         f"{len(rows)} training rows ({len(rows[0].get('negative', []))} negatives each), {len(heldout)} held-out, "
         f"{sum(p.numel() for p in policy.model.parameters()) / 1e6:.2f} M parameters on {policy.device}"
     )
-    run.begin(trainer, evaluate, rationales)
-    with run:
+
+    def evaluate(rationale=True):
+        """Scores on held-out rows, `{name: score}`."""
+        if not heldout:  # fewer than ten rows of data
+            return {"text_loss": text_loss(trainer.newest(), shown)}
+        return evaluate_heldout(trainer.newest(), heldout, graded, rationale, config.temperature)
+
+    def look():
+        """The scores, the rationales of a few texts, and what held-out queries find: see `Run.note`."""
+        reader = trainer.newest()
+        return evaluate(), dict(zip(shown, encode_texts(reader, shown).rationales)), probe(reader, heldout)
+
+    if not run.restore(trainer):
+        run.begin(trainer, *look())
+    due = lambda every: every and trainer.step_number % every == 0
+    bar = tqdm(total=config.steps, initial=trainer.step_number, unit="step", dynamic_ncols=True, disable=not ranks.first())
+    with Signals() as signals, bar:
         while trainer.step_number < config.steps:
-            run.record(trainer.step())
-    summary = run.finish()
-    ranks.by_first(finish_page)(config.out)
+            metrics = safe_step(trainer)
+            last = trainer.step_number == config.steps
+            bar.set_postfix({name: f"{metrics[name]:.2f}" for name in ("reward", "length", "distinct")})
+            bar.update()
+            if due(config.eval_every) and not last:
+                metrics |= {f"heldout_{name}": score for name, score in run.note(trainer.step_number, *look()).items()}
+            run.log(metrics)
+            stop = max(ranks.gather(signals.received))  # a signal to one rank is enough
+            if stop or last or due(config.save_every):
+                run.save(trainer)
+            if stop:
+                bar.close()
+                print(f"stopped after step {trainer.step_number}, with a checkpoint: the same command with --resume continues")
+                sys.exit(128 + stop)
+    run.save_model(policy)  # first: the evaluation can take long, and be stopped
+    summary = run.finish(trainer, run.note(trainer.step_number, *look()), evaluate(rationale=False))
+    finish_page(config.out)
     return summary
+
+
+def safe_step(trainer):
+    """One step. Where the device runs out of memory the same step is made again, with half the token budget.
+
+    That changes nothing but the time it takes: a step is a function of weights, seed and step number, and an update of one
+    minibatch moves the weights as its last act. Raises GraceError where one group alone is too much, where the weights have
+    moved already (`--minibatches`), and, with a file that shows the batch, for a number that is not finite.
+    """
+    config = trainer.config
+    while True:
+        try:
+            return trainer.step()
+        except torch.OutOfMemoryError:
+            pass  # handled below: inside this block the exception still keeps the tensors alive
+        except NotFinite as error:
+            path = os.path.join(config.out or ".", f"not_finite_step_{trainer.step_number + 1}.json")
+            save_batch(path, trainer)
+            advice = f"lower --lr, or inspect the data; {path} shows the batch"
+            raise GraceError(f"step {trainer.step_number + 1}: {error}: {advice}") from error
+        trainer.optimizer.zero_grad(set_to_none=True)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        where = f"step {trainer.step_number + 1}: out of memory with --tokens-per-batch {config.tokens_per_batch}"
+        if config.minibatches > 1 or ranks.size > 1:
+            raise GraceError(f"{where}; lower it, and --resume continues from the newest checkpoint")
+        if config.tokens_per_batch <= config.rollouts:
+            raise GraceError(f"{where}, one group at a time; lower --rollouts, --max-new-tokens or --max-prompt-tokens")
+        config.tokens_per_batch //= 2
+        tqdm.write(f"{where}; continuing with {config.tokens_per_batch}")
 
 
 def main(arguments, make_trainer=Trainer):
     transformers.utils.logging.disable_progress_bar()
     commands = {"explain": explain, "report": report, "status": status}
     try:
-        ranks.start()
         if arguments[:1] and arguments[0] in commands:
-            commands[arguments[0]](arguments[1:])
-        else:
-            train(parse(arguments, __doc__), make_trainer)
+            return commands[arguments[0]](arguments[1:])
+        ranks.start()
+        train(parse(arguments, __doc__), make_trainer)
     except GraceError as error:
-        sys.exit(ranks.last_word(f"grace.py: {error}"))
+        sys.exit(f"grace.py: {error}")
     except torch.OutOfMemoryError as error:
-        sys.exit(ranks.last_word(f"grace.py: out of memory outside the update and the sampler ({first_line(error)})"))
+        sys.exit(f"grace.py: out of memory outside the training steps ({first_line(error)})")
     except KeyboardInterrupt:  # before or after the training steps: nothing to save
         sys.exit(130)
 

@@ -22,10 +22,9 @@ import warnings
 
 import torch
 
-from plumbing import ranks
 from plumbing.errors import GraceError, first_line
-from prompt import PromptBuilder, Reading
-from speed import decode, lora
+from prompt import PromptTemplate, Reading
+from speed import lora
 from speed.decode import PlainDecoder, SharedDecoder
 
 SETTINGS = "grace_config.json"
@@ -35,7 +34,7 @@ SAFE = dict(trust_remote_code=False)  # left out, the library would ask at the t
 class Policy:
     """A causal language model and how it reads a text.
 
-    prompts      P(x): `policy.prompts(texts)` gives `Prompts` (prompt.py)
+    template     P(x): `policy.template(texts)` gives `Prompts` (prompt.py)
     reading      instruction, limits and pooling
     base, head   the network's body and its output head
     end_ids      `[n]`, the tokens that end a rationale
@@ -59,13 +58,13 @@ class Policy:
         # A sliding window counts positions, so padding must not stand between the instruction and the text.
         window = "sliding" if getattr(text_config, "sliding_window", None) else "full"
         layers = getattr(text_config, "layer_types", None) or [window]
-        self.can_share = not any("sliding" in layer or "chunked" in layer for layer in layers)
-        self.prompts_once = model.config._attn_implementation in ("sdpa", "grace")  # grace: as another Policy left it
-        if self.prompts_once:
+        self.shares_instruction = not any("sliding" in layer or "chunked" in layer for layer in layers)
+        self.shares_prompts = model.config._attn_implementation in ("sdpa", "grace")  # grace: as another Policy left it
+        if self.shares_prompts:
             model.set_attn_implementation("grace")
         self._check()  # in float32: rounding could hide an error of structure
         self.dtype = dtype
-        self.prompts = PromptBuilder(tokenizer, self.reading, self.device, self.can_share)
+        self.template = PromptTemplate(tokenizer, self.reading, self.device, self.shares_instruction)
 
     @classmethod
     def load(cls, source, device="cpu", dtype="float32", **reading):
@@ -102,22 +101,19 @@ class Policy:
         settings |= {k: v for k, v in reading.items() if v is not None}
         return cls(model.to(device), tokenizer, Reading(**settings), dtype)
 
-    def save(self, folder, weights=None, merged=False):
-        """Write an ordinary checkpoint folder, with the reading beside the weights.
-
-        weights: the model's state dict, where it is sharded. Adapters are written alone, or merged into the weights.
-        """
+    def save(self, folder, merged=False):
+        """Write an ordinary checkpoint folder, with the reading beside the weights. Adapters alone, or merged into them."""
         if self.adapters and not merged:
             self.adapters.save_pretrained(folder, save_embedding_layers=False)
         else:
-            self.model.save_pretrained(folder, state_dict=lora.merged_state(self.adapters) if self.adapters else weights)
+            self.model.save_pretrained(folder, state_dict=lora.merged_state(self.adapters) if self.adapters else None)
         self.tokenizer.save_pretrained(folder)
         with open(os.path.join(folder, SETTINGS), "w") as file:
             json.dump(dataclasses.asdict(self.reading), file, indent=2)
 
-    def save_result(self, folder, weights=None):
+    def save_result(self, folder):
         """Write the whole model as an ordinary checkpoint folder, and adapters, where they are what was trained, beside it."""
-        self.save(folder, weights, merged=True)
+        self.save(folder, merged=True)
         if self.adapters:
             self.save(os.path.join(folder, "adapter"))
 
@@ -142,11 +138,11 @@ class Policy:
         return other
 
     def copy_weights(self, policy):
-        """Copy another policy's weights, adapters merged, rounded to this one's type; sharded ones are gathered one by one."""
+        """Copy another policy's weights, adapters merged, rounded to this one's type."""
         with torch.no_grad():
             if not policy.adapters:
                 for mine, theirs in zip(self.model.parameters(), policy.model.parameters()):
-                    mine.copy_(ranks.whole(theirs))
+                    mine.copy_(theirs)
             else:  # the other weights have not changed
                 for name, weight in lora.merged_weights(policy.adapters):
                     self.model.get_parameter(name).copy_(weight)
@@ -193,7 +189,7 @@ class Policy:
 
     def decoder(self, cache, mask, K):
         """The decoder for K rationales of each prompt, given the prompts' cache and mask `[N, P]`."""
-        return (SharedDecoder if self.prompts_once else PlainDecoder)(self, cache, mask, K)
+        return (SharedDecoder if self.shares_prompts else PlainDecoder)(self, cache, mask, K)
 
     def logits(self, hidden):
         """The output head as the model's own forward applies it. `[..., D] -> [..., V]`, float32 or more."""
@@ -240,19 +236,19 @@ class Policy:
             raise GraceError(f"{name}: its cache cannot be repeated for K rollouts; use an attention-only model")
         if not near(left, plain):
             raise GraceError(f"{name}: padding on the left changes what it computes; not supported")
-        self.can_share &= near(middle, plain)
-        self.prompts_once = self.prompts_once and self._same_with_prompts_once([a, b], c, near)
-        if not self.prompts_once and self.model.config._attn_implementation == "grace":
+        self.shares_instruction &= near(middle, plain)
+        self.shares_prompts = self.shares_prompts and self._same_with_shared_prompts([a, b], c, near)
+        if not self.shares_prompts and self.model.config._attn_implementation == "grace":
             self.model.set_attn_implementation("sdpa")
 
     @torch.no_grad()
-    def _same_with_prompts_once(self, prompt, token, near):
+    def _same_with_shared_prompts(self, prompt, token, near):
         """Whether a step over a prompt kept once gives what the library's cache gives."""
         ids, mask = torch.tensor([prompt], device=self.device), torch.ones(1, len(prompt), dtype=torch.long, device=self.device)
-        token = torch.tensor([token] * 2, device=self.device)
-        plain, _ = PlainDecoder(self, self.prefill(ids, mask, 0)[2], mask, 2).step(token)
+        token, writing = torch.tensor([token] * 2, device=self.device), torch.ones(2, dtype=torch.bool, device=self.device)
+        plain, _ = PlainDecoder(self, self.prefill(ids, mask, 0)[2], mask, 2).step(token, writing)
         try:
-            shared, _ = SharedDecoder(self, self.prefill(ids, mask, 0)[2], mask, 2, capture=False).step(token)
+            shared, _ = SharedDecoder(self, self.prefill(ids, mask, 0)[2], mask, 2, capture=False).step(token, writing)
         except (AttributeError, TypeError, RuntimeError):
             # Its layers have no number, its body takes no further argument or does not hand it on (shapes clash then),
             # or its attention asks for more than `attend` does.
@@ -265,7 +261,6 @@ def load_policies(config, checkpoint=None):
 
     With adapters (`--lora`) both are one model: that of `--model`, with its adapters on and off.
     """
-    decode.kernel = config.kernel
     load = lambda source: Policy.load(source, config.device, config.dtype, **config.reading)
     if config.lora:
         policy = load(config.model)

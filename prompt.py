@@ -60,25 +60,20 @@ class Prompts:
     cut: torch.Tensor  # [N] bool, the text was over the limit and lost its end
     n_shared: int = 0  # how many first positions are the same in every row
 
-    @property
-    def n_cut(self):
-        """How many texts lost their end."""
-        return int(self.cut.sum())
-
     def __getitem__(self, rows):
         return Prompts(self.ids[rows], self.mask[rows], self.counted[rows], self.text[rows], self.cut[rows], self.n_shared)
 
 
-class PromptBuilder:
+class PromptTemplate:
     """P: turns texts into `Prompts`, with a tokenizer's chat template and a reading's instruction and limit.
 
-    can_share: whether padding may stand between the instruction and the text, so that the instruction is read once.
+    shares_instruction: whether padding may stand between the instruction and the text, so that the instruction is read once.
     Raises GraceError if the template does not write the instruction first and then the text, or if the tokenizer cannot
     say which characters a token covers.
     """
 
-    def __init__(self, tokenizer, reading, device, can_share):
-        self.tokenizer, self.reading, self.device, self.can_share = tokenizer, reading, device, can_share
+    def __init__(self, tokenizer, reading, device, shares_instruction):
+        self.tokenizer, self.reading, self.device, self.shares_instruction = tokenizer, reading, device, shares_instruction
         # What two renderings have in common is what comes before and after any text.
         one, two = self.render("x"), self.render("y")
         self.prefix = os.path.commonprefix([one, two])
@@ -133,7 +128,7 @@ class PromptBuilder:
             before.append(n_before)
             after.append(n_after)
             cut.append(len(row) < len(ids))
-        shared = os.path.commonprefix([row[:n] for row, n in zip(rows, before)]) if share and self.can_share else []
+        shared = os.path.commonprefix([row[:n] for row, n in zip(rows, before)]) if share and self.shares_instruction else []
         S, P = len(shared), max(map(len, rows))
         ids = torch.tensor([shared + [0] * (P - len(row)) + row[S:] for row in rows])  # [N, P]
         lengths, before, after = (torch.tensor(x)[:, None] for x in ([len(row) for row in rows], before, after))

@@ -23,7 +23,7 @@ Departures from the paper, and why:
    depends on k, and raising all similarities alike leaves it unchanged.
 2. Eq. 28 replaces a truncated rollout's reward by -gamma. Where rewards lie below -gamma that is a
    bonus. `length_penalty` subtracts gamma by default; it can also replace, as the paper does.
-3. Instances that share a text are not negatives of each other (`twins`).
+3. Instances that share a text are not negatives of each other (`same_text`).
 
 Shapes: B instances, K rollouts per group, M hard negatives per instance, D hidden size, N = rows.
 """
@@ -63,25 +63,25 @@ def consistency(rollouts):
     return (rollouts * others).sum(-1) / (K - 1)
 
 
-def hard_negative(query, positive, twins=None):
+def hard_negative(query, positive, same_text=None):
     """Eq. 15: minus the mean, over other instances, of the cosine to their nearest rollout. `[B,D], [B,K,D] -> [B]`.
 
-    twins `[B, B]`, True where two instances share a text: those pairs are left out of the mean.
+    same_text `[B, B]`, True where two instances share a text: those pairs are left out of the mean.
     An instance with no other to compare with (B = 1) gets 0.
     """
-    return -group_similarity(query, positive, 1.0, twins).hard
+    return -group_similarity(query, positive, 1.0, same_text).hard
 
 
 # ---------------------------------------------------------------- InfoNCE, read as a reward
 
 
-def infonce(rows, columns, temperature, negatives=None, twins=None, mined=False, leave_one_out=False):
+def infonce(rows, columns, temperature, negatives=None, same_text=None, mined=False, leave_one_out=False):
     """The log-probability of each rollout's own pair in a softmax over the batch, in nats. At most 0; `-> [B, Kr]`.
 
     rows       `[B, Kr, D]` what is rewarded; group i's own pair is group i of the columns
     columns    `[B, Kc, D]` each group is a candidate, at the mean cosine to its rollouts
     negatives  `[B, M, Kn, D]` or None: hard negatives, candidates only for the rows of their own instance
-    twins      `[B, B]` or None: True where two instances share a text; not candidates for each other
+    same_text  `[B, B]` or None: True where two instances share a text; not candidates for each other
     mined      every candidate but its own pair at the cosine to its *nearest* rollout instead
     leave_one_out  rows and columns are the same rollouts, and none is its own pair (unsupervised)
 
@@ -90,13 +90,13 @@ def infonce(rows, columns, temperature, negatives=None, twins=None, mined=False,
     Oord et al. 2018 use its negative as a loss. Adding one number to all similarities changes
     nothing, so unlike Eq. 13's first term it does not pay for an embedding space that shrinks to a cone.
     """
-    return infonce_by_mean_and_mined(rows, columns, temperature, negatives, twins, leave_one_out)[mined]
+    return infonce_by_mean_and_mined(rows, columns, temperature, negatives, same_text, leave_one_out)[mined]
 
 
-def infonce_by_mean_and_mined(rows, columns, temperature, negatives=None, twins=None, leave_one_out=False):
+def infonce_by_mean_and_mined(rows, columns, temperature, negatives=None, same_text=None, leave_one_out=False):
     """`infonce` with mined False and True, from one pass over the batch. `-> [B, Kr], [B, Kr]`."""
     shape = rows.shape[:2]
-    own, mean, nearest, _ = (x.view(shape) for x in group_similarity(rows.flatten(0, 1), columns, temperature, twins))
+    own, mean, nearest, _ = (x.view(shape) for x in group_similarity(rows.flatten(0, 1), columns, temperature, same_text))
     if leave_one_out:
         own = consistency(rows)  # Eq. 14 is the mean cosine to the group's others
 
@@ -153,7 +153,7 @@ def length_penalty(reward, finished, gamma, relative=True):
 # ---------------------------------------------------------------- which role is rewarded for what
 
 
-def paper_components(roles, twins=None):
+def paper_components(roles, same_text=None):
     """The paper's components of the one role it trains, `{component: [B, K]}`.
 
     roles: embeddings by role. Supervised: query `[B, 1, D]`, positive `[B, K, D]` and negative
@@ -165,11 +165,11 @@ def paper_components(roles, twins=None):
     else:
         anchor, rollouts = roles["query"][:, 0], roles["positive"]
         near = contrastive(anchor, rollouts, roles["negative"][:, :, 0])
-    hard = hard_negative(anchor, rollouts, twins)[:, None].expand_as(near)
+    hard = hard_negative(anchor, rollouts, same_text)[:, None].expand_as(near)
     return {"contrastive": near, "consistency": consistency(rollouts), "hard": hard}
 
 
-def infonce_components(roles, role, temperature, twins=None):
+def infonce_components(roles, role, temperature, same_text=None):
     """The InfoNCE components of one role, `{component: [groups, K]}`.
 
     Supervised: a query's candidates are the batch's positives and its own hard negatives, a
@@ -178,11 +178,11 @@ def infonce_components(roles, role, temperature, twins=None):
     """
     x = roles[role]
     if role == "text":
-        mean, mined = infonce_by_mean_and_mined(x, x, temperature, None, twins, leave_one_out=True)
+        mean, mined = infonce_by_mean_and_mined(x, x, temperature, None, same_text, leave_one_out=True)
     elif role == "query":
-        mean, mined = infonce_by_mean_and_mined(x, roles["positive"], temperature, roles["negative"], twins)
+        mean, mined = infonce_by_mean_and_mined(x, roles["positive"], temperature, roles["negative"], same_text)
     elif role == "positive":
-        mean, mined = infonce_by_mean_and_mined(x, roles["query"], temperature, None, twins)
+        mean, mined = infonce_by_mean_and_mined(x, roles["query"], temperature, None, same_text)
     else:
         mean, mined = (outranked(x, roles["query"], roles["positive"], temperature, how) for how in (False, True))
     groups = x.flatten(0, -3)  # negatives: [B, M, K, D] -> [B*M, K, D]

@@ -10,11 +10,10 @@ turned into text and back, and the model is never run a second time over what it
 counts it, so the loop here feeds every token it samples, the end token included.
 
 Shapes: N prompts (one group of rollouts each), P prompt positions, K rollouts per prompt, T new tokens
-(right-padded), n = N * K rollouts, R of them still decoding, D hidden size, V vocabulary; B instances, M hard
-negatives per instance.
+(right-padded), D hidden size, V vocabulary; B instances, M hard negatives per instance.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import NamedTuple
 
 import numpy as np
@@ -23,22 +22,28 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from plumbing import ranks
-from plumbing.errors import finite
-from plumbing.guard import on_every_rank
-from pool import fold, length_mask, unit
-from speed.shard import one_forward
+from pool import fold, unit
 
 LOGITS = 2**25  # logits held at a time when scoring: 134 MB in float32; four times as many on CUDA
 BLOCK = 512  # a larger vocabulary than this is searched in two steps: for the block of the drawn token, then in the block
+NO_GRADIENTS = 8  # a batch that is only sampled from may have so many times the tokens of one that learns
+ANCHOR_TEMPERATURE = {"paper": 0.5, "infonce": 1.0}  # of the roles that are not trained; the first as in the released code
 
 
 @dataclass
 class Rollouts:
-    """K rationales of each of N prompts, and what the decoding loop recorded with them."""
+    """K rationales of each of N prompts, and what the decoding loop recorded with them.
+
+    Two rationales of one prompt, the first ended by the end token 5, the second cut off after T = 4 tokens:
+
+        ids    [[[12, 31,  5,  0], [12, 44, 17, 20]]]       finished  [[True, False]]
+        mask   [[[ 1,  1,  1,  0], [ 1,  1,  1,  1]]]
+    """
 
     prompt_ids: torch.Tensor  # [N, P]
     prompt_mask: torch.Tensor  # [N, P]
     counted: torch.Tensor  # [N, P], the prompt's tokens that count in the embedding
+    cut: torch.Tensor  # [N] bool, the prompt's text was over the limit
     ids: torch.Tensor  # [N, K, T]
     mask: torch.Tensor  # [N, K, T]
     logprobs: torch.Tensor  # [N, K, T], 0 where masked
@@ -46,16 +51,16 @@ class Rollouts:
     finished: torch.Tensor  # [N, K], ended by an end token
     prompt_embeddings: torch.Tensor  # [N, D], unit length: the prompts alone, without a rationale
     n_shared: int = 0  # the prompts' first positions that are the same in every row
-    n_cut: int = 0  # prompts over the limit
 
     def __getitem__(self, groups):
         """Some of the groups (a slice or indices), without the padding that none of them needs."""
-        used = self.prompt_mask[groups].any(0)  # [P]
-        T = int(self.mask[groups].sum(-1).max())
-        prompts = (x[groups][:, used] for x in (self.prompt_ids, self.prompt_mask, self.counted))
-        tokens = (x[groups][:, :, :T] for x in (self.ids, self.mask, self.logprobs))
-        rest = (x[groups] for x in (self.embeddings, self.finished, self.prompt_embeddings))
-        return Rollouts(*prompts, *tokens, *rest, self.n_shared)
+        part = Rollouts(*(getattr(self, f.name)[groups] for f in fields(self)[:-1]), self.n_shared)
+        used, T = part.prompt_mask.any(0), int(part.mask.sum(-1).max())
+        for name in ("prompt_ids", "prompt_mask", "counted"):
+            setattr(part, name, getattr(part, name)[:, used])
+        for name in ("ids", "mask", "logprobs"):
+            setattr(part, name, getattr(part, name)[:, :, :T])
+        return part
 
     def __len__(self):
         return len(self.ids)
@@ -63,6 +68,17 @@ class Rollouts:
     def rationales(self):
         """The rationales as lists of ids, without padding: `[N][K]`."""
         return [[row[:n] for row, n in zip(*group)] for group in zip(self.ids.tolist(), self.mask.sum(-1).tolist())]
+
+
+def join(parts):
+    """The rollouts of several parts of a batch as one, padded to the longest rationale."""
+    T = max(part.ids.shape[2] for part in parts)
+
+    def joined(name):
+        tensors = [getattr(part, name) for part in parts]
+        return torch.cat([F.pad(x, (0, T - x.shape[2])) if name in ("ids", "mask", "logprobs") else x for x in tensors])
+
+    return Rollouts(*(joined(f.name) for f in fields(Rollouts)[:-1]), parts[0].n_shared)
 
 
 # ---------------------------------------------------------------- sampling
@@ -126,97 +142,34 @@ def uniforms(seed, *shape, device=None):
 
 @torch.no_grad()
 def sample(policy, prompts, K=1, temperature=0.0, uniform=None):
-    """K rationales of each prompt: one prefill per prompt, then one token at a time (Eq. 9 to 12). `-> Rollouts`.
+    """K rationales of each prompt, a token at a time, and the embeddings that come with them (Eq. 9 to 12). `-> Rollouts`.
 
-    uniform: `uniforms(seed, N, K, max_new_tokens)`; None where the temperature is 0.
+    uniform: `uniforms(seed, N, K, max_new_tokens)`; None where the temperature is 0. A rollout that is still being written
+    after `max_new_tokens` stops there, not finished.
     """
     N, pooling = len(prompts.ids), policy.reading.pooling
-    hidden, to_pool, cache = policy.prefill(prompts.ids, prompts.mask, prompts.n_shared)
-    finite("what the policy computes from a prompt", hidden[:, -1])  # nothing could be drawn from that
-    # From here on the prompt is one pooled state and a cache: its own hidden states are not kept.
-    of_prompt = fold(None, to_pool, prompts.counted[:, prompts.n_shared :], pooling)  # [N, D]
-    state, last = (x.repeat_interleave(K, 0) for x in (of_prompt, hidden[:, -1]))  # [N*K, D]; every prompt ends at -1
+    hidden, to_pool, cache = policy.prefill(prompts.ids, prompts.mask, prompts.n_shared)  # each prompt is read once
+    prompt = fold(None, to_pool, prompts.counted[:, prompts.n_shared :], pooling)  # [N, D]
+    last, state = (x.repeat_interleave(K, 0) for x in (hidden[:, -1], prompt))  # [N*K, D]; every prompt ends at -1
     decoder = policy.decoder(cache, prompts.mask, K)
-    uniform = uniform if uniform is None else uniform.flatten(0, 1)  # [N*K, T]
-    ids, logprobs, lengths, finished, state = write(policy, decoder, last, state, temperature, uniform)
-    T = int(lengths.max())
-    mask = length_mask(lengths, T)
+    writing = torch.ones(N * K, dtype=torch.bool, device=last.device)
+    written = []
+    for t in range(policy.reading.max_new_tokens):
+        token, logprob = draw(policy.logits(last), temperature, None if uniform is None else uniform.flatten(0, 1)[:, t])
+        written.append((token, logprob, writing))
+        last, to_pool = decoder.step(token, writing)  # the end token is fed, too: Eq. 11 counts it
+        state = fold(state, to_pool[:, None], writing[:, None], pooling)
+        writing = writing & (token[:, None] != policy.end_ids).all(1)
+        if decoder.all_ended(writing):
+            break
+    ids, logprobs, mask = (torch.stack(x, 1) for x in zip(*written))  # [N*K, T]
+    T = int(mask.sum(1).max())
+    by_group = lambda x: x.view(N, K, *x.shape[1:])
+    ids, logprobs, mask = (by_group(x[:, :T]) for x in (ids, logprobs, mask))
     return Rollouts(
-        prompts.ids,
-        prompts.mask,
-        prompts.counted,
-        ids[:, :T].masked_fill(~mask, 0).view(N, K, T),
-        mask.long().view(N, K, T),
-        logprobs[:, :T].masked_fill(~mask, 0).view(N, K, T),
-        unit(state).view(N, K, -1),
-        finished.view(N, K),
-        unit(of_prompt),
-        prompts.n_shared,
-        prompts.n_cut,
-    )
-
-
-def write(policy, decoder, last, state, temperature, uniform=None):
-    """The decoding loop: every rollout's rationale, a token at a time, from the state before its first token.
-
-    decoder  `.rows [R]`: the rollouts still in its batch; `.step(token [R])` feeds a token per row and returns hidden
-             states, for the head and to pool, `[R, 1, D]`; `.drop_finished(writing)` may take rows out of the batch
-    last     `[n, D]` what predicts the first token
-    state    `[n, D]` the prompt's tokens, folded; each token that is fed is folded in, the end token too
-    uniform  `[n, T]` what each rollout draws at each position, or None
-    Returns ids and logprobs `[n, T]`, of which the first `lengths [n]` count, finished `[n]` and the state `[n, D]`.
-
-    When a rollout draws an end token, that token is still fed and pooled; what the row draws after that, while it stays
-    in the batch, does not count. A rollout that is still writing after `max_new_tokens` stops there, not finished.
-    """
-    n, T, device = len(last), policy.reading.max_new_tokens, last.device
-    ids = torch.zeros(n, T, dtype=torch.long, device=device)
-    logprobs = torch.zeros(n, T, device=device, dtype=state.dtype)
-    lengths = torch.zeros(n, dtype=torch.long, device=device)
-    writing = torch.ones(n, dtype=torch.bool, device=device)
-    last, state = last.clone(), state.clone()  # edited in place below
-    for t in range(T):
-        rows = decoder.rows  # all tensors here stay whole; the batch is some of their rows
-        token, logprob = draw(policy.logits(last[rows]), temperature, uniform if uniform is None else uniform[rows, t])
-        ids[rows, t], logprobs[rows, t] = token, logprob
-        hidden, to_pool = decoder.step(token)
-        # The token just fed counts if its rollout had not ended before it: so an end token counts.
-        state[rows] = fold(state[rows], to_pool, writing[rows, None], policy.reading.pooling)
-        lengths += writing
-        last[rows] = hidden[:, -1]
-        writing[rows] &= (token[:, None] != policy.end_ids).all(1)  # torch.isin would wait for the GPU
-        if (t + 1) % decoder.look_every == 0:
-            if not writing.any():
-                break
-            decoder.drop_finished(writing)
-    return ids, logprobs, lengths, ~writing, state
-
-
-def sample_in_parts(policy, prompts, K, temperature, uniform, budget):
-    """`sample`, a few prompts at a time: no more than `budget` tokens in the key-value cache (at least one prompt)."""
-    N, P, T = *prompts.ids.shape, policy.reading.max_new_tokens
-    n = max(1, budget // (P + K * T if policy.prompts_once else K * (P + T)))
-    places = [slice(i, i + n) for i in range(0, N, n)]
-    parts = [sample(policy, prompts[at], K, temperature, uniform if uniform is None else uniform[at]) for at in places]
-    return join(parts, places, prompts)
-
-
-def join(parts, places, prompts):
-    """The rollouts of parts of the prompts as one, each part at its place (a slice), padded to the longest part's T."""
-    if len(parts) == 1:
-        return parts[0]
-    N, T = len(prompts.ids), max(part.ids.shape[2] for part in parts)
-
-    def whole(name):
-        tensors = [getattr(part, name) for part in parts]
-        tensors = [F.pad(x, (0, T - x.shape[2])) for x in tensors] if name in ("ids", "mask", "logprobs") else tensors
-        joined = tensors[0].new_empty(N, *tensors[0].shape[1:])
-        for at, x in zip(places, tensors):
-            joined[at] = x
-        return joined
-
-    made = map(whole, ("ids", "mask", "logprobs", "embeddings", "finished", "prompt_embeddings"))
-    return Rollouts(prompts.ids, prompts.mask, prompts.counted, *made, prompts.n_shared, prompts.n_cut)
+        prompts.ids, prompts.mask, prompts.counted, prompts.cut, ids * mask, mask.long(), logprobs.where(mask, 0),
+        by_group(unit(state)), by_group(~writing), unit(prompt), prompts.n_shared,
+    )  # fmt: skip
 
 
 # ---------------------------------------------------------------- a batch's texts by role
@@ -227,13 +180,13 @@ class Batch:
     """What one step knows about its B instances, filled in phase by phase."""
 
     texts: dict  # {role: list of texts}; negatives instance by instance, M each
-    twins: torch.Tensor  # [B, B] bool, True where two instances share a text
+    same_text: torch.Tensor  # [B, B] bool, True where two instances share a text
     rollouts: Rollouts = None  # of the trained roles, N groups in the order of `config.roles`
     embeddings: dict = None  # {role: [B, K or 1, D]}, negatives [B, M, K or 1, D]
-    prompts: dict = None  # {role: [B, 1, D]}, negatives [B, M, 1, D]: the embeddings of the prompts alone
+    prompt_embeddings: dict = None  # the same of the prompts alone, without a rationale: [B, 1, D], [B, M, 1, D]
 
 
-def make_batch(rows, anchored=False):
+def make_batch(rows, anchored=False, device=None):
     """Rows as a `Batch`. anchored: an unsupervised text also plays the anchor (Eq. 20)."""
     if "text" in rows[0]:
         texts = {"text": [row["text"] for row in rows]}
@@ -243,7 +196,7 @@ def make_batch(rows, anchored=False):
         texts = {role: [row[role] for row in rows] for role in ("query", "positive")}
         texts["negative"] = [text for row in rows for text in row["negative"]]
     members = [{row[role] for role in row if role != "negative"} for row in rows]  # the texts that stand for an instance
-    return Batch(texts, torch.tensor([[bool(a & b) for b in members] for a in members]))
+    return Batch(texts, torch.tensor([[bool(a & b) for b in members] for a in members], device=device))
 
 
 def texts_of(texts, roles):
@@ -260,31 +213,43 @@ def split_by_role(x, texts, roles):
     return parts
 
 
-def roll_out(policy, texts, config, step, budget):
+def roll_out(policy, texts, config, step):
     """Phase 2: K rationales per text of a trained role, one per text of the others, as anchors (Eq. 12, 20).
 
-    Returns the trained roles' `Rollouts`, every role's embeddings and those of its prompts alone, both as `Batch` has them,
-    and the budget (see `sample_in_parts`) that fitted into memory. What is drawn is a function of `config.seed` and `step`.
-    If there are several ranks, each samples its share of the prompts, and all get all results.
+    Returns the trained roles' `Rollouts`, every role's embeddings and those of its prompts alone, both as `Batch` has them.
+    What is drawn is a function of `config.seed` and `step`.
     """
+    embeddings, alone = {}, {}
+    anchors = [role for role in texts if role not in config.roles and texts[role]]
+    anchored = anchors, 1, ANCHOR_TEMPERATURE[config.reward], 2
+    trained = config.roles, config.rollouts, config.temperature, 1
+    for roles, K, temperature, stream in [anchored, trained] if anchors else [trained]:
+        seed = [config.seed, step, stream]
+        rollouts = sample_texts(policy, texts_of(texts, roles), K, temperature, seed, config.tokens_per_batch)
+        embeddings |= split_by_role(rollouts.embeddings, texts, roles)
+        alone |= split_by_role(rollouts.prompt_embeddings[:, None], texts, roles)
+    if not texts.get("negative", True):  # M = 0: a sum over no negatives
+        B, D = len(texts["query"]), rollouts.embeddings.shape[-1]
+        embeddings["negative"] = alone["negative"] = rollouts.embeddings.new_zeros(B, 0, 1, D)
+    return rollouts, embeddings, alone
 
-    def draw_roles(roles, K, temperature, stream):
-        nonlocal budget
-        prompts, T = policy.prompts(texts_of(texts, roles)), policy.reading.max_new_tokens
-        uniform, mine = uniforms([config.seed, step, stream], len(prompts.ids), K, T, device=policy.device), ranks.mine()
-        attempt = lambda budget: sample_in_parts(policy, prompts[mine], K, temperature, uniform[mine], budget)
-        parts, budget = on_every_rank(attempt, budget, K * T, f"step {step + 1}: --sample-tokens")
-        rollouts = join(parts, ranks.shares(), prompts)
-        return rollouts, *(split_by_role(x, texts, roles) for x in (rollouts.embeddings, rollouts.prompt_embeddings[:, None]))
 
-    rollouts, embeddings, alone = draw_roles(config.roles, config.rollouts, config.temperature, 1)
-    anchors = [role for role in texts if role not in config.roles]
-    if texts_of(texts, anchors):
-        fixed, more, more_alone = draw_roles(anchors, 1, config.anchor_temperature, 2)
-        rollouts.n_cut += fixed.n_cut
-    else:  # every role is trained, or M = 0: an empty sum over negatives
-        more = more_alone = split_by_role(rollouts.embeddings[:0, :1], texts, anchors) if anchors else {}
-    return rollouts, embeddings | more, alone | more_alone, budget
+def sample_texts(policy, texts, K, temperature, seed, budget):
+    """`sample` for any number of texts, a few at a time. `-> Rollouts`.
+
+    budget: the token budget of an update's micro-batch; without gradients, `NO_GRADIENTS` times as many tokens are held. If
+    there are several ranks, each samples its share, and all get everything.
+    """
+    prompts = policy.template(texts)
+    N, P, T = *prompts.ids.shape, policy.reading.max_new_tokens
+    uniform = uniforms(seed, N, K, T, device=policy.device)
+    n = max(1, NO_GRADIENTS * budget // (P + K * T if policy.shares_prompts else K * (P + T)))
+    mine = range(N)[ranks.mine(N)]
+    parts = []
+    for first in mine[::n]:
+        at = slice(first, min(first + n, mine.stop))
+        parts.append(sample(policy, prompts[at], K, temperature, uniform[at]))
+    return join(ranks.gather(join(parts)))
 
 
 # ---------------------------------------------------------------- scoring, with gradients
@@ -328,8 +293,7 @@ def text_logprobs(policy, hidden, ids, counted):
     return logprobs.new_zeros(known.shape).masked_scatter(known, logprobs).sum(1) / known.sum(1).clamp(min=1)
 
 
-@one_forward
-def score(policy, rollouts, temperature=1.0, text=False):
+def score(policy, rollouts, temperature=1.0, text=True):
     """Log-probabilities and embeddings of given rationales, with gradients: the update's forward pass. `-> Scores`.
 
     As in `sample`, a prompt is read once and its cache repeated K times; the gradients of the K copies add up in

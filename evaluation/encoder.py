@@ -18,7 +18,6 @@ import torch
 from tqdm import tqdm
 
 from evaluation.metrics import normalize
-from plumbing import ranks
 from plumbing.errors import GraceError
 from policy import Policy
 from pool import fold, unit
@@ -43,7 +42,7 @@ def token_batches(texts, tokens_per_batch, policy):
     A text's tokens are estimated, at three bytes each, so that no text is tokenized twice.
     """
     size = [len(text.encode("utf-8", "surrogatepass")) for text in texts]
-    overhead = len(policy.prompts.prefix) // 4 + policy.reading.max_new_tokens
+    overhead = len(policy.template.prefix) // 4 + policy.reading.max_new_tokens
     limit, part = policy.reading.max_prompt_tokens, []
     for i in sorted(range(len(texts)), key=lambda i: -size[i]):
         longest = min(limit, size[part[0] if part else i] // 3) + overhead
@@ -69,7 +68,7 @@ def encode_batch(policy, texts, temperature=0.0, seed=0, rationale=True):
     What is sampled about a text depends on seed and text alone, not on the batch it is in. An empty text is
     allowed: its prompt still has tokens that count.
     """
-    prompts = policy.prompts(texts)
+    prompts = policy.template(texts)
     if not rationale:
         vectors, rationales, finished = embed_prompts(policy, prompts), [""] * len(texts), np.ones(len(texts), bool)
     else:
@@ -104,7 +103,7 @@ def encode_distinct(policy, texts, temperature=0.0, seed=0, rationale=True, toke
         half = len(batch) // 2
         return encoded(indices[:half]) | encoded(indices[half:])
 
-    yield from ranks.each(encoded, token_batches(texts, tokens_per_batch, policy))
+    yield from map(encoded, token_batches(texts, tokens_per_batch, policy))
 
 
 def encode_texts(policy, texts, **options):
@@ -126,12 +125,12 @@ def text_loss(policy, texts, tokens_per_batch=8192):
 
     def loss(part):
         # Not shared: the text's first token is predicted by the instruction's last.
-        prompts = policy.prompts([texts[i] for i in part], share=False)
+        prompts = policy.template([texts[i] for i in part], share=False)
         hidden, _, _ = policy.prefill(prompts.ids, prompts.mask, 0)
         keep = prompts.text[:, 1:].bool()
         return -float(token_logprobs(policy, hidden[:, :-1][keep], prompts.ids[:, 1:][keep]).sum()), int(keep.sum())
 
-    nats, count = map(sum, zip(*ranks.each(loss, token_batches(texts, tokens_per_batch, policy))))
+    nats, count = map(sum, zip(*map(loss, token_batches(texts, tokens_per_batch, policy))))
     return nats / count
 
 
@@ -190,7 +189,6 @@ class GraceEncoder:
             "dtype": model.dtype,
         }
         name = hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()[:16]
-        cache = cache if ranks.first() else None  # the other ranks hear from the first what it remembers
         self.path = ":memory:" if cache is None else os.path.join(cache, f"{name}.sqlite")
         try:
             if cache is not None:
@@ -210,7 +208,6 @@ class GraceEncoder:
     def _damaged(self, error):
         return GraceError(f"{self.path}: damaged cache ({error}). Delete the file; its texts will be read again.")
 
-    @ranks.by_first
     def _remembered(self, texts):
         """The texts that the memory has: `{text: (vector, rationale, cut, finished)}`. Looks up 500 keys at a time."""
         keys, known = {_key(text): text for text in texts}, {}
@@ -236,15 +233,13 @@ class GraceEncoder:
         distinct = list(dict.fromkeys(texts))
         known = self._remembered(distinct)
         new = [text for text in distinct if text not in known]
-        hidden = not (self.progress and new and ranks.first())
+        hidden = not (self.progress and new)
         bar = tqdm(total=len(new), unit="text", desc="reading", disable=hidden, leave=False)
         options = self.temperature, self.seed, self.rationale, self.tokens_per_batch
         for batch in encode_distinct(self.policy, new, *options):
             if bad := [text for text, (vector, *_) in batch.items() if not np.isfinite(vector).all()]:
                 raise GraceError(f"the embedding of {bad[0][:80]!r} is not finite: the model or its dtype is broken")
             known |= batch
-            if not ranks.first():
-                continue
             rows = ((_key(text), vector.tobytes(), *more) for text, (vector, *more) in batch.items())
             try:
                 with self.memory:  # one transaction: all of the batch or none of it

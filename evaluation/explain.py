@@ -30,9 +30,9 @@ import torch.nn.functional as F
 
 from evaluation.encoder import encode_texts, token_batches
 from evaluation.render import render
-from plumbing.checkpoint import checkpoints, newest_whole, write_atomically
 from plumbing.data import read_texts
 from plumbing.errors import GraceError
+from plumbing.run import checkpoints, newest_checkpoint, write_atomically
 from policy import Policy
 from rollout import sample, uniforms
 
@@ -87,7 +87,7 @@ def split(policy, texts, by_token=False, tokens_per_batch=8192):
 
 @torch.inference_mode()
 def _split_batch(policy, texts, by_token):
-    prompts, tokenizer = policy.prompts(texts), policy.tokenizer
+    prompts, tokenizer = policy.template(texts), policy.tokenizer
     rollouts = sample(policy, prompts)
     ids, mask, counted = (
         torch.cat(x, 1)
@@ -101,7 +101,7 @@ def _split_batch(policy, texts, by_token):
     counted = counted[:, prompts.n_shared :].bool()
     sizes = zip(*(x.sum(1).tolist() for x in (prompts.mask, prompts.counted, prompts.text)))
     for i, (text, size, (rationale,)) in enumerate(zip(texts, sizes, rollouts.rationales())):
-        words = [*_prompt_words(policy.prompts, text, *size, by_token), *_rationale_words(tokenizer, rationale, by_token)]
+        words = [*_prompt_words(policy.template, text, *size, by_token), *_rationale_words(tokenizer, rationale, by_token)]
         parts = token_parts(to_pool[i][counted[i]].cpu(), policy.reading.pooling)
         lengths = [n for _, _, n in words]
         vectors = torch.stack([part.sum(0) for part in parts.split(lengths)]).numpy()
@@ -168,7 +168,7 @@ def spread(policy, texts, n, temperature, seed=0):
     Returns mean, standard deviation, and the worst and the best pair as `(cosine, rationale of a, rationale of b)`.
     """
     uniform = uniforms(seed, 2, n, policy.reading.max_new_tokens, device=policy.device)
-    rollouts = sample(policy, policy.prompts(texts), n, temperature, uniform)
+    rollouts = sample(policy, policy.template(texts), n, temperature, uniform)
     one, two = rollouts.embeddings.double().cpu()
     cosines = one @ two.T  # [N, N]
     a, b = (policy.tokenizer.batch_decode(group, skip_special_tokens=True) for group in rollouts.rationales())
@@ -189,7 +189,7 @@ def model_folder(source):
     newest = max(map(os.path.getmtime, weights), default=0)
     if any(os.path.getmtime(folder) > newest for folder in checkpoints(source)):
         with contextlib.redirect_stdout(sys.stderr):  # it names damaged checkpoints; stdout may be JSON
-            return newest_whole(source)
+            return newest_checkpoint(source)
     if not weights and os.path.isfile(os.path.join(source, "metrics.jsonl")):
         raise GraceError(f"{source}: the run has not saved a model yet; --save-every or --save-minutes say when it does")
     return source

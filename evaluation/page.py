@@ -11,17 +11,12 @@ import math
 import os
 import re
 
-from config import Config
 from evaluation.charts import curve, embedding_map
-from evaluation.explain import load_newest, subtotals
-from evaluation.probe import record
+from evaluation.explain import subtotals
 from evaluation.render import render
-from plumbing.checkpoint import write_atomically
-from plumbing.data import load_rows
 from plumbing.errors import GraceError, first_line
-from plumbing.report import read_metrics
+from plumbing.run import read_metrics, write_atomically
 from plumbing.status import SIGNS, health
-from policy import Policy
 
 SCORES = {  # score: its name, what it is, and whether less is better
     "ndcg_at_10": ("nDCG@10", "how near the top a query ranks its positive; 1 is always first", False),
@@ -100,7 +95,7 @@ def read_run(out):
     """What the page is made from. Raises GraceError, one sentence, if the folder holds no run."""
     notes = []
     run, summary = (_read_json(out, name, notes) for name in ("run.json", "summary.json"))
-    steps = [_numbers(line) for _, line in read_metrics(os.path.join(out, "metrics.jsonl"))]
+    steps = [_numbers(line) for line in read_metrics(os.path.join(out, "metrics.jsonl"))]
     steps = [line for line in steps if "step" in line]
     if not (run or summary or steps):
         why = "".join(f"; {note}" for note in notes)
@@ -321,25 +316,10 @@ def finish_page(out):
         print(f"no page of this run: {error}")
 
 
-def reread(out):
-    """Record anew what the page shows of held-out rows, with the starting model and the newest one of the run."""
-    settings = read_run(out)["config"]
-    known = {name: value for name, value in settings.items() if name in Config.__dataclass_fields__}
-    here = dict(resume=False, overwrite=False, shard=False, device="cpu", dtype="float32")
-    config = Config(**known | here)
-    _, heldout, _ = load_rows(config, [] if config.on_bad_row == "skip" else None)
-    steps = read_run(out)["steps"]
-    record(out, 0, Policy.load(config.model, "cpu", **config.reading), heldout)
-    record(out, int(steps[-1]["step"]) if steps else 1, load_newest(out, "cpu"), heldout)
-
-
 def report(arguments):
     """Write a page about a run, finished or not: one HTML file that opens without a network."""
     parser = argparse.ArgumentParser("grace.py report", description=report.__doc__)
     parser.add_argument("folder", help="the --out of a run")
     parser.add_argument("--out", metavar="FILE", help="where to write the page [DIR/report.html]")
-    parser.add_argument("--reread", action="store_true", help="read the held-out rows again: load two models (on the CPU)")
     args = parser.parse_args(arguments)
-    if args.reread:
-        reread(args.folder)
     print(f"{write_page(args.folder, args.out)} shows the run")

@@ -5,41 +5,24 @@ needs a policy is recorded during the run, at each evaluation: which document ea
 the cosine, and a map of the embeddings. That costs one pass over about 70 texts, and some 100 kB.
 """
 
-import json
-import os
-
 import numpy as np
 
 from evaluation.explain import compare, split
-from plumbing.checkpoint import write_atomically
 
 ROWS, ANSWERS = 24, 3  # held-out rows that are recorded; answers per query
 ROLES = "query", "positive", "text"
 
 
-def record(out, step, policy, heldout):
-    """Write what the policy makes of the first held-out rows: at step 0 as `before`, later as `after`.
+def probe(policy, heldout):
+    """`_probe` of the first held-out rows, or None.
 
     Rows whose positive is the query itself, and a single text, have nothing to find and are left out.
     """
     rows = [row for row in heldout if "text" in row or row["query"] != row["positive"]][:ROWS]
-    if len({row[role] for row in rows for role in ROLES if role in row}) > 1:
-        moments = _read(out) if step else {}
-        moments["after" if step else "before"] = {"step": step, **probe(policy, rows)}
-        write_atomically(os.path.join(out, "probe.json"), json.dumps(moments))
+    return _probe(policy, rows) if len({row[role] for row in rows for role in ROLES if role in row}) > 1 else None
 
 
-def _read(out):
-    """What is recorded so far, `{}` where nothing can be read."""
-    try:
-        with open(os.path.join(out, "probe.json")) as file:
-            moments = json.load(file)
-    except (OSError, ValueError):
-        return {}
-    return moments if isinstance(moments, dict) else {}
-
-
-def probe(policy, rows):
+def _probe(policy, rows):
     """What each query finds among the rows' documents, and where its embedding lies.
 
     Supervised rows: a query searches all positives and the first negative of each row, and its own positive is right.

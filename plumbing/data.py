@@ -279,7 +279,7 @@ def load_rows(config, skipped=None):
     if config.mode == "unsupervised":
         rows = read_texts(config.data, skipped=skipped)
     else:
-        rows = read_triplets(config.data, config.negatives, skipped=skipped)
+        rows = read_triplets(config.data, skipped=skipped)
     if not heldout:
         rows = random.Random(config.seed).sample(rows, len(rows))
         size = min(256, len(rows) // 10)

@@ -11,8 +11,8 @@ class NotFinite(GraceError):
     """A number that no update may be made of."""
 
 
-def finite(what, *tensors):
-    """Raise NotFinite, naming it, unless every number in the tensors is finite."""
+def require_finite(what, *tensors):
+    """Raises NotFinite, naming it, unless every number in the tensors is finite."""
     if not all(bool(torch.isfinite(x).all()) for x in tensors):
         raise NotFinite(f"{what} is not finite")
 

@@ -1,163 +1,381 @@
-"""A run's folder: what goes into --out and when, so that a run can be stopped, resumed and judged.
+"""A run's folder: what stands in --out and when, so that a run can be stopped, resumed and judged.
 
-    OUT/model files       the trained policy, an ordinary checkpoint folder
-    OUT/metrics.jsonl     one line per step
-    OUT/rationales.md     the same texts' rationales along the training
-    OUT/run.json          the configuration and the scores of the start
-    OUT/summary.json      before, after, configuration; written last, so where it is, the run is finished
+    OUT/run.json                  the configuration and the scores of the start
+    OUT/metrics.jsonl             a line per step
+    OUT/rationales.md             the same texts' rationales along the training
+    OUT/checkpoints/00000050/     the policy as a model folder; trainer.pt: optimizer, step, settings, progress
+    OUT/model files               the trained policy, an ordinary checkpoint folder
+    OUT/summary.json              before, after, configuration; written last, so where it is, the run is finished
 
-The training loop is `grace.train`; it calls `Run.record` after each step. How checkpoints are written is
-checkpoint.py's matter, what stops a run guard.py's, what a reader sees report.py's.
+What is written here is written beside its place, flushed to the disk, and renamed: a kill or a power cut leaves the old
+one or the new one. No file is ever unpickled: weights are safetensors, trainer.pt is read with `weights_only=True`.
+Neither data nor sampling needs a cursor: a step's batch and what it draws are functions of seed and step.
+
+Of several ranks the first writes; the others read the same files.
 """
 
+import contextlib
 import dataclasses
+import hashlib
 import json
+import math
 import os
+import platform
+import shutil
+import signal
 import sys
+import threading
 import time
 
+import torch
 from tqdm import tqdm
 
 from plumbing import ranks
-from plumbing.checkpoint import append, digest, read_state, restore, save_checkpoint, save_model, write_atomically
-from plumbing.errors import GraceError
-from plumbing.guard import Signals, claim, delete_stale
-from plumbing.report import show_rationales, show_skipped, show_summary, tensorboard, versions
+from plumbing.errors import GraceError, first_line
+
+# ---------------------------------------------------------------- files
+
+
+@contextlib.contextmanager
+def _writing(path, beside=None):
+    """Any failure in here becomes a GraceError of one sentence, and `beside`, the half that was written, is removed."""
+    try:
+        yield
+    except Exception as error:  # safetensors, torch and tokenizers each have their own for a full disk
+        if beside and os.path.isdir(beside):
+            shutil.rmtree(beside)
+        elif beside and os.path.lexists(beside):
+            os.remove(beside)
+        why = getattr(error, "strerror", None) or first_line(error)
+        raise GraceError(f"{path}: cannot be written ({why}); make room, or give the right to write there") from error
+
+
+def _flush(path):
+    """Wait until a file, or a folder with all that is in it, is on the disk and not only on its way."""
+    for inside, _, names in os.walk(path) if os.path.isdir(path) else [(path, None, [])]:
+        for name in (inside, *(os.path.join(inside, name) for name in names)):
+            handle = os.open(name, os.O_RDONLY)
+            try:
+                os.fsync(handle)
+            finally:
+                os.close(handle)
+
+
+def write_atomically(path, text):
+    """A reader of `path` sees the old file or the new one, never half of one. Raises GraceError where it cannot be written."""
+    if not ranks.first():
+        return
+    beside = f"{path}.tmp"
+    with _writing(path, beside):
+        with open(beside, "w") as file:
+            file.write(text)
+        _flush(beside)
+        os.replace(beside, path)
+
+
+def read_json(path):
+    """A JSON object; None where there is no such file. Raises GraceError where it cannot be read."""
+    if not os.path.isfile(path):
+        return None
+    try:
+        with open(path) as file:
+            return dict(json.load(file))
+    except (OSError, ValueError, TypeError) as error:
+        raise GraceError(f"{path}: cannot be read ({first_line(error)}); delete it to finish the run again") from error
+
+
+def read_metrics(path):
+    """The lines of a metrics.jsonl as dicts. Lines torn by a kill, and lines of other content, are skipped."""
+    lines = []
+    if os.path.isfile(path):
+        with open(path, errors="replace") as file:
+            for line in file:
+                with contextlib.suppress(ValueError):
+                    metrics = json.loads(line)
+                    if isinstance(metrics, dict) and "step" in metrics:
+                        lines.append(metrics)
+    return lines
+
+
+def checkpoints(out):
+    """The checkpoint folders of a run, oldest first."""
+    folder = os.path.join(out, "checkpoints")
+    names = sorted(n for n in os.listdir(folder) if n.isdigit()) if os.path.isdir(folder) else []
+    return [os.path.join(folder, n) for n in names]
+
+
+def newest_checkpoint(out):
+    """The newest checkpoint of a run, or None. A folder that is there is whole."""
+    return (checkpoints(out) or [None])[-1]
+
+
+def digest(rows):
+    """A fingerprint of the training rows: a file can change under its name."""
+    hasher = hashlib.sha256()
+    for row in rows:
+        hasher.update(json.dumps(row, sort_keys=True).encode())
+    return hasher.hexdigest()[:16]
+
+
+# ---------------------------------------------------------------- one run
 
 
 class Run:
-    """What stands around the steps of one training run. In the order of use:
+    """What stands around the steps of one training run; the loop is `grace.train`.
 
-        run = Run(config)                  claims --out; `run.checkpoint` is the one to resume from, or None
-        run.check(rows)                    the checkpoint must be of these settings and rows
-        run.begin(trainer, ...)            restores the checkpoint or clears --out, evaluates the start
-        with run: run.record(metrics)      after every step; ends the process after a stop signal
-        run.finish()                       saves the model, evaluates it, writes summary.json
+    checkpoint   the folder to resume from, or None
+    summary      of a run that --resume finds finished, or None
 
-    Raises GraceError for anything that the user can put right.
+    Raises GraceError, before anything is loaded, if --out holds a result or checkpoints, and neither --resume nor --overwrite
+    says what becomes of them; or if they are of a run with other settings. Nothing is deleted before `begin`.
     """
 
     def __init__(self, config):
         for name in ("model", "data", "out"):
             if not getattr(config, name):
                 raise GraceError(f"--{name} is missing")
-        self.config, self.signals = config, Signals()
-        self.checkpoint, self.state = claim(config), None
-        self.skipped = [] if config.on_bad_row == "skip" else None  # load_rows lists unusable rows here
-        self.metrics_file = self.path("metrics.jsonl")
-        self.progress = {"before": None, "history": [], "seconds": 0.0}
+        out, model = config.out, os.path.realpath(config.model)
+        try:
+            os.makedirs(out, exist_ok=True)
+            weights = any(name.endswith(".safetensors") or name == "adapter" for name in os.listdir(out))
+        except OSError as error:
+            raise GraceError(f"--out {out}: cannot be written to ({error.strerror})") from error
+        inside = [os.path.realpath(os.path.join(out, name)) for name in ("", "adapter", "checkpoints")]
+        if model in inside or os.path.dirname(model) == inside[-1]:
+            raise GraceError(f"--out {out} is where --model is: give another folder")
+        self.config, self.progress = config, {"before": None, "history": [], "seconds": 0.0}
+        self.checkpoint, self.summary = newest_checkpoint(out), read_json(self.path("summary.json"))
+        content = "a finished run" if self.summary else "a model" if weights else None
+        if (content or self.checkpoint) and not (config.resume or config.overwrite):
+            content = content or "the checkpoints of a run"
+            raise GraceError(
+                f"--out {out} holds {content}: --resume continues it, --overwrite starts anew, or give another folder"
+            )
+        if not config.resume:
+            self.checkpoint = self.summary = None
+        elif self.summary:
+            config.must_match(self.summary["config"], out)
+            self.summary = self.summary if self.summary["config"]["steps"] >= config.steps else None
+        if config.resume and weights and not self.checkpoint and not self.summary:
+            raise GraceError(f"--out {out} holds {content} and no checkpoint to resume from: --overwrite starts anew")
 
     def path(self, name):
         """A file in --out."""
         return os.path.join(self.config.out, name)
 
-    def check(self, rows):
-        """Reads the checkpoint, if there is one; raises GraceError if it is of other settings or other training rows."""
-        if self.checkpoint:
-            self.state = read_state(self.checkpoint, self.config, rows)
-
-    def begin(self, trainer, evaluate, rationales):
-        """Put the trainer where the checkpoint left it, or start with a clean folder; then evaluate the start.
-
-        evaluate    `(rationale=True) -> {name: score}` of the policy as it is now, on held-out rows
-        rationales  `() -> {text: rationale}` of the texts that rationales.md shows
-        """
-        self.trainer, self.scores, self.rationales = trainer, evaluate, rationales
-        if self.state:
-            self.progress = restore(trainer, self.state, self.metrics_file)
-            print(f"resumed from {self.checkpoint}")
-        elif self.config.resume:
+    def restore(self, trainer):
+        """Put the trainer where the checkpoint left it, and metrics.jsonl too. Returns whether there is one."""
+        if self.config.resume and not self.checkpoint:
             print(f"no checkpoint under {self.config.out} to resume from: starting at step 0")
-        delete_stale(self.config.out, self.checkpoint, keep_metrics=not self.config.overwrite)
-        if self.skipped:
-            write_atomically(self.path("skipped_rows.json"), json.dumps(self.skipped, indent=1))
-            print(show_skipped(self.skipped, self.config.out))
-        self.progress["rows"] = digest(trainer.rows)
-        self.board = tensorboard(self.config.out, trainer.step_number) if ranks.first() else None
-        self.progress["before"] = self.progress["before"] or self.evaluate()
-        about = {"before": self.progress["before"], "config": dataclasses.asdict(self.config)}
+        if not self.checkpoint:
+            return False
+        state = torch.load(os.path.join(self.checkpoint, "trainer.pt"), map_location="cpu", weights_only=True)
+        self.config.must_match(state["config"], self.checkpoint)
+        if state["progress"]["rows"] != digest(trainer.rows):
+            raise GraceError(f"{self.checkpoint} is of a run on other rows than {self.config.data} has now: give those rows")
+        trainer.optimizer.load_state_dict(state["optimizer"])
+        trainer.step_number, self.progress = state["step"], state["progress"]
+        kept = [metrics for metrics in read_metrics(self.path("metrics.jsonl")) if metrics["step"] <= state["step"]]
+        write_atomically(self.path("metrics.jsonl"), "".join(json.dumps(metrics) + "\n" for metrics in kept))
+        if ranks.first() and os.path.isfile(self.path("summary.json")):  # it goes on for more steps
+            os.remove(self.path("summary.json"))
+        print(f"resumed from {self.checkpoint}")
+        self._start_clock(trainer)
+        return True
+
+    def begin(self, trainer, scores, *shown):
+        """Clear the folder of an earlier run, then write down what the start is like; see `note`."""
+        out = self.config.out
+        for name in os.listdir(out) if ranks.first() else []:
+            if name in ("checkpoints", "adapter", "final.tmp"):
+                shutil.rmtree(self.path(name))
+            elif ".safetensors" in name or name.startswith("not_finite_step_") or name in RESULTS:
+                os.remove(self.path(name))
+        write_atomically(self.path("metrics.jsonl"), "")
+        self.progress |= {"before": scores, "rows": digest(trainer.rows)}
+        about = {"before": scores, "config": dataclasses.asdict(self.config)}
         about["max_new_tokens"] = trainer.policy.reading.max_new_tokens
         write_atomically(self.path("run.json"), json.dumps(about, indent=2))
+        self._start_clock(trainer)
+        self.note(0, scores, *shown)
 
-    def evaluate(self):
-        """Scores of the policy as it is now; the texts' rationales are added to rationales.md."""
-        scores, step, rationales = self.scores(), self.trainer.step_number, self.rationales()
+    def _start_clock(self, trainer):
+        self.started = time.time() - self.progress["seconds"]
+        self.board = tensorboard(self.config.out, trainer.step_number) if ranks.first() else None
+
+    def note(self, step, scores, rationales, probe):
+        """Print the scores `{name: score}` of the policy as it is now, and return them.
+
+        rationales  `{text: rationale}`, added to rationales.md
+        probe       what held-out queries find, for the run's page: `before` in probe.json, later `after`; or None
+        """
         self.progress["history"].append((step, list(rationales.values())))
         write_atomically(self.path("rationales.md"), show_rationales(self.progress["history"], list(rationales)))
-        tqdm.write(f"step {step:4d}  " + "  ".join(f"{k} {v:.3f}" for k, v in scores.items()))
+        if probe:
+            moments = (read_json(self.path("probe.json")) or {}) if step else {}
+            moments["after" if step else "before"] = {"step": step, **probe}
+            write_atomically(self.path("probe.json"), json.dumps(moments))
+        tqdm.write(f"step {step:4d}  " + "  ".join(f"{name} {score:.3f}" for name, score in scores.items()))
         return scores
 
-    def __enter__(self):
-        start, hidden = self.trainer.step_number, not ranks.first()
-        self.bar = tqdm(total=self.config.steps, initial=start, unit="step", dynamic_ncols=True, disable=hidden)
-        self.seconds_before, self.started = self.progress["seconds"], time.time()
-        self.saved, self.saved_at = self.trainer.step_number, time.time()
-        self.signals.__enter__()
-        return self
-
-    def __exit__(self, kind, error, trace):
-        self.bar.close()
-        # A step of one update fails before that update, so that the state is the last step's. Of several, some may be done.
-        whole = self.config.minibatches * self.config.epochs == 1
-        if isinstance(error, Exception) and whole and self.trainer.step_number > self.saved:
-            try:
-                self.save()
-                print(f"step {self.trainer.step_number} was the last whole one and is saved: --resume continues from it")
-            except GraceError as problem:  # a full disk stops the run and then the saving; the first error is raised
-                if str(problem) != str(error):
-                    print(problem)
-        self.signals.__exit__(kind, error, trace)
-
-    def save(self):
-        """Write a checkpoint of the trainer as it is now."""
-        save_checkpoint(self.trainer, self.config.out, **self.progress)
-        self.saved, self.saved_at = self.trainer.step_number, time.time()
-
-    def record(self, metrics):
-        """Log one step; evaluate and write a checkpoint where one is due. Raises SystemExit after SIGTERM or Ctrl-C."""
-        config, step = self.config, self.trainer.step_number
-        self.bar.set_postfix({name: f"{metrics[name]:.2f}" for name in ("reward", "length", "distinct")})
-        self.bar.update()
-        if step == 1 and metrics.get("no_spread") == 1 and metrics["grad_norm"] == 0:
-            tqdm.write(
-                "step 1 had no gradient: all rollouts of a text got one reward, and "
-                f"{metrics['truncated']:.0%} of rationales never end. Try more --max-new-tokens, another --instruction, "
-                "--relative-length-penalty"
-            )
-        try:
-            if config.eval_every and step % config.eval_every == 0 and step < config.steps:
-                metrics = metrics | {f"heldout_{k}": v for k, v in self.evaluate().items()}
-        finally:  # a step that was made has its line, even where its evaluation fails
-            append(self.metrics_file, json.dumps(metrics) + "\n")
+    def log(self, metrics):
+        """Add a step's line to metrics.jsonl; a resumed run drops a torn one."""
+        if not ranks.first():
+            return
+        path = self.path("metrics.jsonl")
+        with _writing(path), open(path, "a") as file:
+            file.write(json.dumps(metrics) + "\n")
         if self.board:
             for name, value in metrics.items():
-                self.board.add_scalar(name, value, step)
-        self.progress["seconds"] = self.seconds_before + time.time() - self.started
-        # After the last step, too, unless nothing is to be saved: the evaluation that follows can be stopped, or fail.
-        last = step == config.steps and (config.save_every or config.save_minutes)
-        by_steps = last or (config.save_every and step % config.save_every == 0)
-        by_time = config.save_minutes and time.time() - self.saved_at >= 60 * config.save_minutes
-        # A signal to one rank, or one rank's clock, is enough for all.
-        stop, by_time = map(max, zip(*ranks.exchange((self.signals.received, by_time))))
-        if stop or by_steps or by_time:
-            self.save()
-        if stop:
-            self.bar.close()
-            print(f"stopped after step {step}, with a checkpoint: the same command with --resume continues")
-            sys.exit(128 + stop)
+                self.board.add_scalar(name, value, metrics["step"])
 
-    def finish(self):
-        """Save the model, evaluate it with and without rationales, write summary.json. Returns the summary."""
-        save_model(self.trainer.policy, self.config.out)  # first: the evaluation can take long, and be stopped
-        summary = {"before": self.progress["before"], "after": self.evaluate()}
-        summary["after_without_rationale"] = self.scores(rationale=False)  # what is the rationale worth?
-        summary |= {
-            "seconds": self.progress["seconds"],
+    def save(self, trainer):
+        """Write a checkpoint: all that a resumed run needs, whole or not at all. The last two stay."""
+        self.progress["seconds"] = time.time() - self.started
+        if not ranks.first():
+            return
+        folder = self.path(f"checkpoints/{trainer.step_number:08d}")
+        beside = f"{folder}.tmp"
+        state = {"step": trainer.step_number, "config": dataclasses.asdict(self.config), "progress": self.progress}
+        with _writing(folder, beside):
+            shutil.rmtree(beside, ignore_errors=True)
+            os.makedirs(beside)
+            trainer.policy.save(beside)
+            torch.save(state | {"optimizer": trainer.optimizer.state_dict()}, os.path.join(beside, "trainer.pt"))
+            _flush(beside)
+            _flush(self.path("metrics.jsonl"))  # its lines up to this step belong to the checkpoint
+            shutil.rmtree(folder, ignore_errors=True)
+            os.replace(beside, folder)
+        for old in checkpoints(self.config.out)[:-2]:
+            shutil.rmtree(old)
+
+    def save_model(self, policy):
+        """The trained model into --out, each file of it whole; adapters, if it has any, into --out/adapter."""
+        if not ranks.first():
+            return
+        beside = self.path("final.tmp")
+        with _writing(self.config.out, beside):
+            shutil.rmtree(beside, ignore_errors=True)
+            os.makedirs(beside)
+            policy.save_result(beside)
+            _flush(beside)
+            for name in sorted(os.listdir(beside)):
+                if os.path.isdir(self.path(name)):  # a folder replaces only an empty one
+                    shutil.rmtree(self.path(name))
+                os.replace(os.path.join(beside, name), self.path(name))
+            os.rmdir(beside)
+
+    def finish(self, trainer, after, without):
+        """Write summary.json, the mark of a finished run. after, without: scores with and without rationales."""
+        self.summary = {
+            "before": self.progress["before"],
+            "after": after,
+            "after_without_rationale": without,
+            "seconds": time.time() - self.started,
             "seed": self.config.seed,
             "config": dataclasses.asdict(self.config),
-            "reading": dataclasses.asdict(self.trainer.policy.reading),
+            "reading": dataclasses.asdict(trainer.policy.reading),
             "versions": versions(),
         }
-        write_atomically(self.path("summary.json"), json.dumps(summary, indent=2))
-        print("\n" + show_summary(summary))
-        return summary
+        write_atomically(self.path("summary.json"), json.dumps(self.summary, indent=2))
+        print("\n" + show_summary(self.summary))
+        return self.summary
+
+
+RESULTS = "summary.json", "run.json", "probe.json", "report.html", "rationales.md"  # of a run, deleted by the next one
+
+# ---------------------------------------------------------------- what stops a run
+
+
+class Signals(contextlib.AbstractContextManager):
+    """The stop signal received so far (SIGTERM, or SIGINT by Ctrl-C) or 0; a second one ends the process at once.
+
+    Outside the main thread, where Python delivers no signals, `received` stays 0.
+    """
+
+    def __init__(self):
+        self.received, self.handlers = 0, {}
+
+    def __enter__(self):
+        if threading.current_thread() is threading.main_thread():
+            self.handlers = {n: signal.signal(n, self._receive) for n in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number, _):
+        self.received = number
+        for n in self.handlers:
+            signal.signal(n, signal.SIG_DFL)
+        if ranks.first():  # not by print: the signal may have come in the middle of one
+            os.write(2, f"\n{signal.Signals(number).name}: finishing this step, then saving. Again: end at once.\n".encode())
+
+
+def save_batch(path, trainer):
+    """Write a trainer's last batch as JSON for a person to read: each text, its rationales, and each one's figures."""
+    batch, groups = trainer.batch, []
+    texts = [(role, text) for role in trainer.config.roles for text in batch.texts[role]]
+    figures = {name: x.tolist() for name, x in batch.figures.items()}
+    for i, (role, text) in enumerate(texts):
+        rationales = trainer.policy.tokenizer.batch_decode(batch.rollouts[i : i + 1].rationales()[0])
+        rollouts = []
+        for k, rationale in enumerate(rationales):
+            numbers = {name: x[i][k] if math.isfinite(x[i][k]) else str(x[i][k]) for name, x in figures.items()}
+            rollouts.append({"rationale": rationale, "finished": bool(batch.rollouts.finished[i, k]), **numbers})
+        groups.append({"role": role, "text": text, "rollouts": rollouts})
+    write_atomically(path, json.dumps(groups, indent=1))
+
+
+# ---------------------------------------------------------------- what a run shows
+
+
+def peak_memory_gb(device):
+    """Peak memory so far: the GPU's, else the process's."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    import resource  # not on Windows, which has no CUDA-less path worth measuring here
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform != "darwin" else 2**30)
+
+
+def versions():
+    """What a result depends on besides the code: `{name: version}` of Python and of the libraries in use."""
+    names = "torch", "transformers", "datasets", "numpy", "sklearn"  # sklearn defines two of the evaluation's scores
+    loaded = {name: sys.modules[name].__version__ for name in names if name in sys.modules}
+    return {"python": platform.python_version(), **loaded}
+
+
+def show_rationales(history, texts):
+    """rationales.md: what the policy writes about the same texts along the training (Table 6)."""
+    lines = ["# Rationales along the training\n"]
+    for i, text in enumerate(texts):
+        lines += [f"**{text}**\n", "| step | rationale |", "| ---: | --- |"]
+        cells = ((step, " ".join(rationales[i].replace("|", " ").split())) for step, rationales in history)
+        lines += [*(f"| {step} | {cell} |" for step, cell in cells), ""]
+    return "\n".join(lines)
+
+
+def show_summary(summary):
+    """Before, after, and after without rationales, as a table for the terminal."""
+    names = list(summary["after"])
+    width = {name: max(12, len(name) + 2) for name in names}
+    lines = [f"{'':24}" + "".join(f"{name:>{width[name]}}" for name in names)]
+    for moment in ("before", "after", "after_without_rationale"):
+        if scores := summary.get(moment):
+            cells = (f"{scores[name]:{width[name]}.3f}" if name in scores else " " * width[name] for name in names)
+            lines.append(f"{moment.replace('_', ' '):24}" + "".join(cells))
+    return "\n".join(lines)
+
+
+def tensorboard(out, step):
+    """A TensorBoard writer where that is installed, else None: metrics.jsonl has the same figures.
+
+    What a run that was killed later wrote for steps after `step` is dropped.
+    """
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(out, purge_step=step + 1)

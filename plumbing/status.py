@@ -11,9 +11,8 @@ import os
 import statistics
 import time
 
-from plumbing.checkpoint import checkpoints
 from plumbing.errors import GraceError
-from plumbing.report import read_metrics, show_summary
+from plumbing.run import checkpoints, read_metrics, show_summary
 
 
 def alike(a, b):
@@ -66,7 +65,7 @@ def status(arguments):
     parser.add_argument("folder", help="the --out of a run, running or not")
     out = parser.parse_args(arguments).folder
     metrics_file = os.path.join(out, "metrics.jsonl")
-    steps = [metrics for _, metrics in read_metrics(metrics_file)]
+    steps = read_metrics(metrics_file)
     try:
         with open(os.path.join(out, "run.json")) as file:
             run = json.load(file)

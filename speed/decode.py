@@ -37,9 +37,6 @@ from transformers.masking_utils import sdpa_mask
 
 from speed import runs
 
-kernel = "auto"  # attention in Triton on CUDA, where it is installed, unless this is "off"
-BUCKET = 128  # without Triton's, a captured step attends to this many positions of the buffer, or twice, three times as many
-
 
 def attend(module, query, key, value, attention_mask, scaling=None, shared_cache=None, **kwargs):
     """Attention over a prompt kept once and the rationales' own keys. Called by the model's layers.
@@ -70,8 +67,6 @@ def attend(module, query, key, value, attention_mask, scaling=None, shared_cache
     on_prompt = on_prompt.masked_fill(~attention_mask, -torch.inf)
     on_prompt = on_prompt.view(N, heads, K, G, P).transpose(1, 2).reshape(R, heads, G, P)
     on_own = query.view(R, heads, G, d) @ key.transpose(2, 3)  # [R, heads, G, t]
-    if shared_cache.filled is not None:
-        on_own = on_own.masked_fill(~shared_cache.filled, -torch.inf)
     # One softmax over both stretches; in float32, as the library's attention does it.
     precise = torch.promote_types(query.dtype, torch.float32)
     weights = torch.cat([on_prompt, on_own], 3).softmax(3, dtype=precise).to(query.dtype)
@@ -117,7 +112,6 @@ class SharedCache(Cache):
     def __init__(self, cache, K, T, device):
         self.at = torch.zeros(1, dtype=torch.long, device=device)  # where the next token's keys go
         self.length = 0  # how much of the buffer a step attends to
-        self.filled = None  # `[length]` bool: which of it holds a token; None: all
         self.fused = False  # whether the attention is Triton's, which reads `at` by itself
         super().__init__(layers=[SharedLayer(layer, K, T, self) for layer in cache.layers])
 
@@ -126,26 +120,41 @@ class SharedCache(Cache):
 
 
 class Decoder:
-    """What both kinds share: which rows are still in the batch, how many tokens were fed, where each row's next one stands.
+    """One more token for each of N * K rollouts. Rollouts that have ended are left out of the work, out of sight.
 
-    rows  `[R]`, the batch's rows as places among all N * K rollouts; `drop_finished` takes rows out
+    Looking for them costs a host sync on CUDA, and leaving them out a new capture, so that happens rarely there.
     """
 
-    # Look for finished rows after every so many tokens, and drop them if at most this share of the batch stays. On CUDA
-    # looking is a host sync and dropping a new capture; on a CPU both are cheap.
-    look_every, drop_below = 1, 0.9
-
     def __init__(self, policy, mask, K):
-        self.policy, self.K, self.t = policy, K, 0
-        self.rows = torch.arange(len(mask) * K, device=mask.device)
+        self.policy, self.K, self.t = policy, K, 0  # t: tokens fed so far
+        self.rows = torch.arange(len(mask) * K, device=mask.device)  # the rollouts still in the batch
         self.position = mask.sum(1).repeat_interleave(K)[:, None]  # [R, 1]
-        if mask.is_cuda:
-            self.look_every, self.drop_below = 16, 0.5
+        self.look_every, self.leave_out_at = (16, 0.5) if mask.is_cuda else (1, 0.1)  # so many tokens; share of the batch
+        self.states = None
 
-    def drop_finished(self, writing):
-        """Leave finished rows out of the batch, where that makes it smaller by enough. `[N * K]` bool: not yet finished."""
+    def step(self, token, writing):
+        """Feed each rollout's token. `[n], [n] bool -> [n, D], [n, D]`: states for the head, and states to pool.
+
+        writing: which rollouts have not ended. What is returned for the others means nothing.
+        """
+        if self.t and self.t % self.look_every == 0:
+            self._leave_out(writing)
+        states = [x[:, 0] for x in self.feed(token[self.rows])]
+        self.t += 1
+        if len(self.rows) == len(token):
+            return states
+        if self.states is None:
+            self.states = [x.new_zeros(len(token), x.shape[1]) for x in states]
+        return [whole.index_copy_(0, self.rows, x) for whole, x in zip(self.states, states)]
+
+    def all_ended(self, writing):
+        """Whether no rollout is being written any more. On CUDA a late answer: it is looked for every 16 tokens."""
+        return self.t % self.look_every == 0 and not writing.any()
+
+    def _leave_out(self, writing):
+        """Continue without the rollouts that have ended, where that makes the batch smaller by enough."""
         keep, groups = pack(writing[self.rows].view(-1, self.K))
-        if len(keep) <= self.drop_below * len(self.rows):
+        if len(keep) <= (1 - self.leave_out_at) * len(self.rows):
             self.rows, self.K = self.rows[keep], len(keep) // len(groups)
             self.position = self.position[keep]
             self.keep(keep, groups)
@@ -172,10 +181,10 @@ class PlainDecoder(Decoder):
         cache.batch_repeat_interleave(K)
         self.mask = torch.cat([mask, mask.new_ones(N, policy.reading.max_new_tokens)], 1).repeat_interleave(K, 0)
 
-    def step(self, token):
-        """Feed one token per row. `[R] -> [R, 1, D]` twice: states for the head, and states to pool."""
-        self.t += 1
-        hidden, to_pool, _ = self.policy.forward(token[:, None], self.mask[:, : self.P + self.t], self.position, self.cache)
+    def feed(self, token):
+        """One token per row of the batch. `[R] -> [R, 1, D]` twice: states for the head, and states to pool."""
+        mask = self.mask[:, : self.P + self.t + 1]
+        hidden, to_pool, _ = self.policy.forward(token[:, None], mask, self.position, self.cache)
         self.position = self.position + 1
         return hidden, to_pool
 
@@ -210,48 +219,35 @@ def side_stream():
 class SharedDecoder(Decoder):
     """Prompts once, rationales in a buffer; on CUDA a captured graph. Gives what PlainDecoder gives.
 
-    capture: whether the step is captured; a step that cannot be is run as it is, with a warning.
-    fused: the attention is Triton's. fixed: without that, attend to the buffer by the bucket, with a mask, as a captured
-    step has to.
+    fused: the attention is Triton's. capture: the step is captured, which needs that attention: it reads on the device how
+    many tokens there are. A step that cannot be captured is run as it is, with a warning.
     """
 
-    def __init__(self, policy, cache, mask, K, capture=None, fused=None, fixed=None):
+    def __init__(self, policy, cache, mask, K, fused=None, capture=None):
         super().__init__(policy, mask, K)
         self.T = policy.reading.max_new_tokens
-        self.capture = mask.is_cuda if capture is None else capture
         self.cache = SharedCache(cache, K, self.T, mask.device)
-        if fused is None and (fused := mask.is_cuda and kernel != "off"):
+        if fused is None and (fused := mask.is_cuda):
             keys, H = self.cache.layers[0].keys, policy.model.config.get_text_config().num_attention_heads
             fused = can_fuse(H, keys.shape[1], keys.shape[3], keys.dtype, mask.device)
         self.cache.fused = fused
-        self.fixed = not self.cache.fused and (self.capture if fixed is None else fixed)
+        self.capture = fused and mask.is_cuda if capture is None else capture
         self.mask = mask.bool()[:, None, None]  # [N, 1, 1, P]
-        self.place = torch.arange(self.T, device=mask.device)
         self.replay = None
 
     def _forward(self):
         """The step itself, over tensors that stay where they are."""
-        if self.fixed:
-            self.cache.filled = self.place[: self.cache.length] <= self.cache.at
         return self.policy.forward(self.token, self.mask, self.position, self.cache, shared_cache=self.cache)[:2]
 
-    def step(self, token):
-        """As PlainDecoder.step. What it returns is overwritten by the next step."""
-        if self.cache.fused:
-            length = self.T
-        elif self.fixed:
-            length = min(self.T, -(-(self.t + 1) // BUCKET) * BUCKET)
-        else:
-            length = self.t + 1
-        if length != self.cache.length:
-            self.cache.length, self.replay = length, None
+    def feed(self, token):
+        """As PlainDecoder.feed. What it returns is overwritten by the next call."""
+        self.cache.length = self.T if self.cache.fused else self.t + 1
         if self.replay is None:
             self.token = token[:, None].clone()
             self.replay = self._captured() if self.capture else self._forward
         self.token.copy_(token[:, None])
         states = self.replay()
         # In place: a captured step reads these very tensors again.
-        self.t += 1
         self.position += 1
         self.cache.at += 1
         return states
@@ -266,7 +262,7 @@ class SharedDecoder(Decoder):
             torch.cuda.current_stream().wait_stream(side)
             with torch.cuda.graph(graph, stream=side):
                 states = self._forward()
-        except torch.OutOfMemoryError:  # a RuntimeError, too, but of another kind: `within_memory` makes the batch smaller
+        except torch.OutOfMemoryError:  # a RuntimeError, too, but of another kind: the training loop makes the batch smaller
             raise
         except RuntimeError as error:
             warnings.warn(f"the decoding step cannot be captured as a CUDA graph, so it is slower ({error})", stacklevel=2)

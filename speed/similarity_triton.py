@@ -10,7 +10,7 @@ digit. bfloat16 inputs are widened as they are loaded.
                          ├── dot ──>  s  [ROWS, GROUPS * MEMBERS]  =  | m m m m m . . . | m m m m m . . . | ...
     columns  .. x D    ──┘                              reshaped to [ROWS, GROUPS, MEMBERS], "." being padding
 
-forward     a program turns its tile into four numbers per row. `forward` adds those of a row's tiles, or, for the two
+forward     a program turns its tile into four numbers per row. `forward_in_tiles` adds those of a row's tiles, or, for the two
             log-sum-exps, takes the log-sum-exp of them: tiles x N numbers are all that leaves the chip.
 backward    a program makes its tile again, turns it into ds, and writes that down, for a band of rows at a time, so
             small that it stays in the GPU's cache. Two library products give dx = ds @ columns and dc += ds' @ rows.
@@ -48,12 +48,12 @@ def members(first, B, K, GROUPS: tl.constexpr, MEMBERS: tl.constexpr):
 
 
 @triton.jit
-def kinds(barred, n, first, has_n, B, R, GROUPS: tl.constexpr):
+def kinds(excluded, n, first, has_n, B, R, GROUPS: tl.constexpr):
     """Which groups of a tile are a row's own, and which are others to it, `[ROWS, GROUPS]`; R rows per group."""
     group, mine = first + tl.arange(0, GROUPS), n // R
     here = has_n[:, None] & (group < B)[None, :]
     own = here & (mine[:, None] == group[None, :])
-    bar = tl.load(barred + mine[:, None] * B + group[None, :], mask=here, other=1)
+    bar = tl.load(excluded + mine[:, None] * B + group[None, :], mask=here, other=1)
     return own, here & (bar == 0)
 
 
@@ -77,16 +77,16 @@ def log_sum_exp(x, valid):
 
 @triton.jit
 def forward_kernel(
-    rows, columns, barred, out, N, B, K, D, R, inverse_t,
+    rows, columns, excluded, out, N, B, K, D, R, inverse_t,
     ROWS: tl.constexpr, GROUPS: tl.constexpr, MEMBERS: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """What one tile adds to the four numbers of its rows, into out `[4, tiles, N]`; barred `[B, B]` uint8; R = N / B."""
+    """What one tile adds to the four numbers of its rows, into out `[4, tiles, N]`; excluded `[B, B]` uint8; R = N / B."""
     tile, tiles = tl.program_id(1), tl.num_programs(1)
     n, first = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tile * GROUPS
     has_n = n < N
     c, has_c = members(first, B, K, GROUPS, MEMBERS)
     s = cosines(rows, columns, n, c, has_n, has_c, D, ROWS, GROUPS * MEMBERS, DEPTH, PRECISION)
-    own, other = kinds(barred, n, first, has_n, B, R, GROUPS)
+    own, other = kinds(excluded, n, first, has_n, B, R, GROUPS)
     _, mean, nearest = by_group(s, has_c, K, ROWS, GROUPS, MEMBERS)
     at, step = out + tile * N + n, tiles * N
     tl.store(at, tl.sum(tl.where(own, mean, 0.0), 1), mask=has_n)
@@ -97,7 +97,7 @@ def forward_kernel(
 
 @triton.jit(do_not_specialize=["start", "end"])
 def backward_kernel(
-    rows, columns, barred, saved, ds_band, start, end, N, B, K, D, R, inverse_t,
+    rows, columns, excluded, saved, ds_band, start, end, N, B, K, D, R, inverse_t,
     ROWS: tl.constexpr, GROUPS: tl.constexpr, MEMBERS: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One tile of ds, into ds_band `[end - start, B * K]`. saved `[6, N]`: both log-sum-exps, then the four weights."""
@@ -105,7 +105,7 @@ def backward_kernel(
     has_n = n < end
     c, has_c = members(first, B, K, GROUPS, MEMBERS)
     s = cosines(rows, columns, n, c, has_n, has_c, D, ROWS, GROUPS * MEMBERS, DEPTH, PRECISION)
-    own, other = kinds(barred, n, first, has_n, B, R, GROUPS)
+    own, other = kinds(excluded, n, first, has_n, B, R, GROUPS)
     s, mean, nearest = by_group(s, has_c, K, ROWS, GROUPS, MEMBERS)
     lse_mean = tl.load(saved + n, mask=has_n, other=0.0)[:, None]
     lse_near = tl.load(saved + N + n, mask=has_n, other=0.0)[:, None]
@@ -146,20 +146,20 @@ def _launch(kernel, n, rows, columns, tensors, temperature):
     kernel[grid](rows, columns, *tensors, N, B, K, D, N // B, 1 / temperature, **sizes)
 
 
-def forward(rows, columns, barred, temperature):
+def forward_in_tiles(rows, columns, excluded, temperature):
     """The four numbers of each row, `[N]` float32 each."""
-    rows, columns, byte = rows.contiguous(), columns.contiguous(), barred.to(torch.uint8)
+    rows, columns, byte = rows.contiguous(), columns.contiguous(), excluded.to(torch.uint8)
     N, (B, K, _) = len(rows), columns.shape
     out = torch.empty(4, triton.cdiv(B, _padded(K)[1]), N, dtype=torch.float32, device=rows.device)
     _launch(forward_kernel, N, rows, columns, (byte, out), temperature)
     own, mean, nearest, hard = out
-    others = (~barred).sum(1).clamp(min=1).repeat_interleave(N // B)
+    others = (~excluded).sum(1).clamp(min=1).repeat_interleave(N // B)
     return own.sum(0), mean.logsumexp(0), nearest.logsumexp(0), hard.sum(0) / others
 
 
-def backward(rows, columns, barred, temperature, lse_mean, lse_nearest, w_own, w_mean, w_nearest, w_hard):
+def backward_in_tiles(rows, columns, excluded, temperature, lse_mean, lse_nearest, w_own, w_mean, w_nearest, w_hard):
     """The gradients at rows and columns, float32, given those of the four numbers."""
-    rows, columns, barred = rows.contiguous(), columns.contiguous(), barred.to(torch.uint8)
+    rows, columns, excluded = rows.contiguous(), columns.contiguous(), excluded.to(torch.uint8)
     saved = torch.stack([x.float() for x in (lse_mean, lse_nearest, w_own, w_mean, w_nearest, w_hard)])
     wide_rows, wide_columns = rows.float(), columns.flatten(0, 1).float()  # [N, D], [B * K, D]
     d_rows, d_columns = torch.empty_like(wide_rows), torch.zeros_like(wide_columns)
@@ -167,7 +167,7 @@ def backward(rows, columns, barred, temperature, lse_mean, lse_nearest, w_own, w
     ds = rows.new_empty(min(size, len(rows)), len(wide_columns), dtype=torch.float32)
     for start in range(0, len(rows), size):
         end = min(start + size, len(rows))
-        _launch(backward_kernel, end - start, rows, columns, (barred, saved, ds, start, end), temperature)
+        _launch(backward_kernel, end - start, rows, columns, (excluded, saved, ds, start, end), temperature)
         band = ds[: end - start]
         torch.mm(band, wide_columns, out=d_rows[start:end])
         d_columns.addmm_(band.T, wide_rows[start:end])

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROWS, command, config
+from plumbing.checkpoint import checkpoints, damage, newest_whole
 
 import grace
 from grace import Trainer
 from plumbing import checkpoint
-from plumbing.checkpoint import checkpoints, damage, newest_whole
 from plumbing.errors import GraceError
 
 FILES = [

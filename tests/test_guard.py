@@ -10,13 +10,13 @@ import threading
 import pytest
 import torch
 from conftest import ROWS, command, descent, same, weights
+from plumbing.checkpoint import checkpoints
+from plumbing.guard import Signals, within_memory
 
 import grace
 import rollout
 from evaluation import encoder
-from plumbing.checkpoint import checkpoints
 from plumbing.errors import GraceError
-from plumbing.guard import Signals, within_memory
 
 # ---------------------------------------------------------------- signals
 

@@ -14,12 +14,12 @@ import pytest
 import torch
 import transformers
 from conftest import ROWS, TEXTS, adapted, command, config, rolled, same, weights
+from plumbing.checkpoint import checkpoints
 from safetensors.torch import load_file, save_file
 from test_policy import Evil
 
 import grace
 from evaluation.encoder import GraceEncoder
-from plumbing.checkpoint import checkpoints
 from plumbing.errors import GraceError
 from policy import Policy
 from rollout import score

@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 from chromium import BROWSER, WHY, Chromium
+from plumbing.report import show_rationales
 
 import grace
 from evaluation.encoder import encode_texts
@@ -15,7 +16,6 @@ from evaluation.page import build_page, changes, finish_page, rationales, write_
 from evaluation.probe import probe, record, two_components
 from plumbing.data import read_triplets
 from plumbing.errors import GraceError
-from plumbing.report import show_rationales
 from policy import Policy
 
 SCRIPT = "<script>document.title = 'a text ran'</script>"

@@ -9,9 +9,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import command, same, same_weights
+from plumbing.checkpoint import checkpoints
 
 import grace
-from plumbing.checkpoint import checkpoints
 from plumbing.errors import GraceError
 
 # ---------------------------------------------------------------- the run never stopped

@@ -11,11 +11,11 @@ from unittest.mock import Mock
 import pytest
 import torch
 from conftest import SMALL, TEXTS, gradient, rolled
+from speed.recompute import recompute_layers
 
 from plumbing.errors import GraceError
 from rollout import sample, score
 from speed import decode
-from speed.recompute import recompute_layers
 
 # ---------------------------------------------------------------- decoding
 

@@ -21,6 +21,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from conftest import ROWS, build, command, config  # noqa: E402
+from plumbing.checkpoint import checkpoints  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
 import eval_mteb_subset  # noqa: E402
@@ -28,7 +29,6 @@ import grace  # noqa: E402
 import toy  # noqa: E402
 from evaluation.encoder import GraceEncoder, text_loss  # noqa: E402
 from plumbing import ranks  # noqa: E402
-from plumbing.checkpoint import checkpoints  # noqa: E402
 from plumbing.errors import GraceError  # noqa: E402
 from policy import Policy  # noqa: E402
 from prompt import Reading  # noqa: E402
