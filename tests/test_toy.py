@@ -6,8 +6,8 @@ from itertools import islice
 
 import pytest
 
-import toy
 from worlds import EVENTS, TOWN, WORLDS
+from worlds.make import build_world
 from worlds.town import CLOSING, DIRECTIONS, PLACES, WALKERS
 
 SLOT_WORLDS = {name: world for name, world in WORLDS.items() if not name.startswith("town")}
@@ -42,7 +42,7 @@ def test_first_answers_of_the_warm_start_are_well_formed(world):
 
 
 def test_the_same_seed_writes_the_same_files(tiny_world, tmp_path):
-    toy.build(str(tmp_path), seed=0, train=64, heldout=16, steps=30)
+    build_world(str(tmp_path), seed=0, train=64, heldout=16, steps=30)
     for name in ("model/model.safetensors", "model/tokenizer.json", "data/train.jsonl", "data/graded.jsonl"):
         assert (tmp_path / name).read_bytes() == (tiny_world / name).read_bytes(), name
 
@@ -58,7 +58,7 @@ def rows_of(path):
 def town(tmp_path_factory):
     """The town's folder, its policy as good as random."""
     folder = tmp_path_factory.mktemp("town")
-    toy.build(str(folder), seed=0, train=64, heldout=32, steps=1, world=TOWN)
+    build_world(str(folder), seed=0, train=64, heldout=32, steps=1, world=TOWN)
     return folder
 
 

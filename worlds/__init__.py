@@ -1,6 +1,6 @@
 """The embedded worlds: texts whose meaning is known, made without end, from which a tiny policy can be taught.
 
-Every world offers the same to toy.py, which writes it out as ordinary files. A meaning is whatever the world says it is.
+Every world offers the same to make.py, which writes it out as ordinary files. A meaning is whatever the world says it is.
 
     instruction, words             the system message, and every word that its texts and answers are made of
     warm_up, max_prompt_tokens, max_new_tokens      steps of the warm start, and how a text is read

@@ -1,6 +1,6 @@
 """The small worlds: texts, a tokenizer, and a tiny language model that can be taught.
 
-    python toy.py --out runs/town           # two minutes on two cores
+    python -m worlds.make --out runs/town           # two minutes on two cores
 
 writes `runs/town/model` (an ordinary checkpoint folder) and `runs/town/data` (ordinary jsonl files);
 the method sees nothing else of a world. What the texts are about is in worlds/: the town, in which
@@ -24,12 +24,12 @@ from torch.nn.utils.rnn import pad_sequence
 
 from worlds import EVENTS, WORLDS
 
-TEMPLATE = (  # ChatML in small: one special token opens each message
+CHAT_TEMPLATE = (  # ChatML in small: one special token opens each message
     "{% for m in messages %}{{ '<' + m.role + '> ' + m.content + ' ' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
 )
 INSTRUCTION = EVENTS.instruction  # the tests read with it
-SPECIAL = ("<pad>", "<unk>", "<system>", "<user>", "<assistant>", "<end>")
+SPECIAL_TOKENS = ("<pad>", "<unk>", "<system>", "<user>", "<assistant>", "<end>")
 
 
 # ---------------------------------------------------------------- tokenizer, network, warm start
@@ -40,7 +40,7 @@ def build_tokenizer(world=EVENTS):
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    words = [*SPECIAL, *sorted(world.words)]
+    words = [*SPECIAL_TOKENS, *sorted(world.words)]
     core = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(
@@ -50,7 +50,7 @@ def build_tokenizer(world=EVENTS):
         eos_token="<end>",
         additional_special_tokens=["<system>", "<user>", "<assistant>"],
     )
-    tokenizer.chat_template = TEMPLATE
+    tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
 
 
@@ -128,7 +128,7 @@ def write_tasks(folder, heldout, graded):
     write_rows(os.path.join(folder, "ToyPairs", "test.jsonl"), graded)
 
 
-def build(out, seed=0, train=4096, heldout=256, steps=None, world=EVENTS):
+def build_world(out, seed=0, train=4096, heldout=256, steps=None, world=EVENTS):
     """Write the world's data and the warmed-up model under `out`. The same seed gives the same files.
 
     steps: length of the warm start; None: as many as the world asks for.
@@ -164,7 +164,8 @@ def main():
     parser.add_argument("--world", default="town", choices=tuple(WORLDS), help="what the texts are about")
     args = parser.parse_args()
     start = time.time()
-    print(f"wrote {build(args.out, args.seed, steps=args.steps, world=WORLDS[args.world])} in {time.time() - start:.0f} s")
+    folder = build_world(args.out, args.seed, steps=args.steps, world=WORLDS[args.world])
+    print(f"wrote {folder} in {time.time() - start:.0f} s")
 
 
 if __name__ == "__main__":
