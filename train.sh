@@ -46,7 +46,7 @@ esac
 #    two ways (the town) or poorly (events). An ordinary checkpoint and ordinary jsonl files.
 folder=runs/$world-world-$SEED
 if [ ! -f "$folder/model/grace_config.json" ]; then
-  "$PYTHON" toy.py --out "$folder" --seed "$SEED" --world "$world"
+  "$PYTHON" -m worlds.make --out "$folder" --seed "$SEED" --world "$world"
 fi
 files=(--model "$folder/model" --data "$folder/data/train.jsonl" --heldout "$folder/data/heldout.jsonl"
   --graded "$folder/data/graded.jsonl" --seed "$SEED" --overwrite)

@@ -22,7 +22,7 @@ from policy import Policy
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--world", default="runs/toy-world-0", help="the output folder of toy.py")
+    parser.add_argument("--world", default="runs/toy-world-0", help="the output folder of worlds/make.py")
     parser.add_argument("--repeats", type=int, default=5, help="blocks of 50 steps of each kind")
     args = parser.parse_args()
     config = Config(batch=16, rollouts=8, lr=5e-4)

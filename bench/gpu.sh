@@ -30,7 +30,7 @@ if [ -n "${TINY:-}" ]; then
   model="--shape 0.4m"
   sizes="$model --batch 2 --rollouts 2 $lengths" half="$model --batch 2 --rollouts 2 $lengths"
   similarity="--rows 64 --group 4 --dim 32 --device cpu" encode="--n 6 --batch 4 --repeats 1"
-  world="python toy.py --out $folder/world --world events --steps 20"
+  world="python -m worlds.make --out $folder/world --world events --steps 20"
   world+=" && python grace.py --model $folder/world/model --data $folder/world/data/train.jsonl --out $folder/town"
   world+=" --batch 4 --rollouts 2 --steps 2 --eval-every 0 --overwrite --device cpu"
   peer="$sizes --micro-batch 2 --steps 1"

@@ -27,7 +27,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from plumbing.data import READERS  # noqa: E402
 from plumbing.errors import GraceError  # noqa: E402
-from toy import write_rows  # noqa: E402
+from worlds.make import write_rows  # noqa: E402
 
 FUNCTION_WORDS = frozenset(
     """a about above across after against all along also am an and another any are around as at away back be because been before

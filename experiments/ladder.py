@@ -33,14 +33,14 @@ def show(curves):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--world", required=True, help="the town's folder, as toy.py writes it")
+    parser.add_argument("--world", required=True, help="the town's folder, as worlds/make.py writes it")
     parser.add_argument("--grace", required=True, help="a checkpoint that GRACE trained")
     parser.add_argument("--loss", help="a checkpoint that the loss trained")
     parser.add_argument("--rows", type=int, default=128, help="queries per number of steps [128]")
     parser.add_argument("--out", help="write a picture here, and the figures beside it as .json")
     args = parser.parse_args()
     if not os.path.isfile(os.path.join(args.world, "data", "heldout-steps-1.jsonl")):
-        parser.error(f"{args.world}/data has no heldout-steps-*.jsonl: python toy.py --world town writes them")
+        parser.error(f"{args.world}/data has no heldout-steps-*.jsonl: python -m worlds.make --world town writes them")
     policies = {which: Policy.load(folder) for which in ("grace", "loss") if (folder := getattr(args, which))}
     curves = {
         name: ladder(policies[which], args.world, rationale, args.rows)

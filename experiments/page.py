@@ -12,7 +12,7 @@ from scores import GENRES, SCORES, TASKS, WAYS, better_way, value, ways
 HEAD = """# The paper in miniature
 
 `python experiments/run.py` writes this page from the records in `experiments/results/`; no figure in a table is typed. The
-sections from *Real text* on are on real text, all others on the embedded worlds (toy.py): a model of 0.35 M parameters, greedy
+sections from *Real text* on are on real text, all others on the embedded worlds (worlds/): a model of 0.35 M parameters, greedy
 rationales, 256 held-out queries among 512 texts, half of them negatives that copy the query's words. A figure is the mean over
 seeds, with the lowest and the highest.
 

@@ -36,7 +36,6 @@ from baselines import Contrastive, ForcedContrastive, PathwiseAlone, SimCSE, lon
 from scores import WAYS  # noqa: E402
 
 import grace  # noqa: E402
-import toy  # noqa: E402
 from config import RECIPES, Config  # noqa: E402
 from evaluation.encoder import GraceEncoder, encode_texts, text_loss  # noqa: E402
 from evaluation.tasks import evaluate_tasks, evaluate_triplets  # noqa: E402
@@ -46,6 +45,8 @@ from plumbing.report import read_metrics, versions  # noqa: E402
 from policy import Policy  # noqa: E402
 from pool import length_mask  # noqa: E402
 from rollout import Rollouts, sample, score, token_logprobs, uniforms  # noqa: E402
+from worlds import WORLDS  # noqa: E402
+from worlds.make import build_world  # noqa: E402
 
 TRAINERS = {
     "contrastive": Contrastive, "forced": ForcedContrastive, "simcse": SimCSE, "pathwise": PathwiseAlone, **ALGORITHMS,
@@ -187,7 +188,7 @@ class Place:
         suffix = "" if world == "events" else f"-{world}"
         out = os.path.join(self.worlds, f"{'quick' if self.quick else 'toy'}-world{suffix}-{run['seed']}")
         if not os.path.isfile(os.path.join(out, "model", "grace_config.json")):
-            toy.build(out, run["seed"], world=toy.WORLDS[world], **(QUICK_WORLD if self.quick else {}))
+            build_world(out, run["seed"], world=WORLDS[world], **(QUICK_WORLD if self.quick else {}))
         return out
 
 
@@ -387,7 +388,7 @@ def make(run, place):
         }
         texts = [row["query"] for row in heldout]
         plain = [row["text"] for row in read_texts(place.plain)] if place.plain else []
-        world = toy.WORLDS[run.get("world") or "events"] if on_toy and not place.data else None
+        world = WORLDS[run.get("world") or "events"] if on_toy and not place.data else None
         for moment, which in (("before", start), ("after", policy)):
             record[moment] = record[moment] | measure(which, start, texts, world, plain, instructed=not on_toy)
         if run.get("probe") in ("captions", "captions tasks", "search"):

@@ -13,12 +13,12 @@ import transformers  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
 import grace  # noqa: E402
-import toy  # noqa: E402
 from config import Config  # noqa: E402
 from policy import Policy  # noqa: E402
 from pool import unit  # noqa: E402
 from prompt import Reading  # noqa: E402
 from rollout import sample, uniforms  # noqa: E402
+from worlds.make import INSTRUCTION, build_tokenizer, build_world  # noqa: E402
 
 TEXTS = [
     "the angry doctor bought the lamp near the forest around noon .",
@@ -67,7 +67,7 @@ def build(architecture, vocab_size, seed=0, **overrides):
 
 @pytest.fixture(scope="session")
 def tokenizer():
-    return toy.build_tokenizer()
+    return build_tokenizer()
 
 
 @pytest.fixture
@@ -76,7 +76,7 @@ def make_policy(tokenizer):
 
     def make(architecture="Llama", seed=0, double=False, max_new_tokens=6, pooling="mean", lora=None, **overrides):
         model = build(architecture, len(tokenizer), seed, **overrides)
-        reading = Reading(toy.INSTRUCTION, max_prompt_tokens=64, max_new_tokens=max_new_tokens, pooling=pooling)
+        reading = Reading(INSTRUCTION, max_prompt_tokens=64, max_new_tokens=max_new_tokens, pooling=pooling)
         policy = Policy(model.double() if double else model, tokenizer, reading)
         return adapted(policy, lora) if lora else policy
 
@@ -171,7 +171,7 @@ def descent(policy, **settings):
 def tiny_world(tmp_path_factory):
     """The embedded default after a warm start of a few steps: a real folder, a poor policy. Not to be written to."""
     folder = tmp_path_factory.mktemp("world")
-    toy.build(str(folder), seed=0, train=64, heldout=16, steps=30)
+    build_world(str(folder), seed=0, train=64, heldout=16, steps=30)
     return folder
 
 

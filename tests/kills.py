@@ -23,8 +23,8 @@ import torch  # noqa: E402
 from conftest import command, same, same_weights  # noqa: E402
 
 import grace  # noqa: E402
-import toy  # noqa: E402
 from policy import Policy  # noqa: E402
+from worlds.make import build_world  # noqa: E402
 
 
 def child(arguments, prepare=None):
@@ -135,7 +135,7 @@ def main(arguments=None):
         world = args.world or os.path.join(folder, "world")
         with contextlib.redirect_stdout(sys.stderr):
             if not args.world:
-                toy.build(world, seed=0, train=64, heldout=16, steps=30)
+                build_world(world, seed=0, train=64, heldout=16, steps=30)
             grace.main(command(world, os.path.join(folder, "warm"), "--steps 1"))  # imports what is only imported in a run
 
         def report(function, *more):

@@ -66,12 +66,12 @@ def test_every_task_of_a_starter_is_to_do_and_all_else_works(tmp_path):
 def test_train_sh_of_a_starter_asks_only_for_files_that_it_holds(tmp_path, world):
     build(str(tmp_path / "starter"))
     python = tmp_path / "python"
-    python.write_text('#!/bin/sh\n[ -f "$1" ] && echo "ran $1"\n')
+    python.write_text('#!/bin/sh\n[ "$1" != -m ] || set -- "$(echo "$2" | tr . /).py"\n[ -f "$1" ] && echo "ran $1"\n')
     python.chmod(0o755)
     there = dict(cwd=tmp_path / "starter", env={**os.environ, "PYTHON": str(python)})
     ran = subprocess.run(["bash", "train.sh", world], **there, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stdout + ran.stderr
-    assert re.findall("ran (.*)", ran.stdout) == ["toy.py", "grace.py", "eval_mteb_subset.py", "grace.py"]
+    assert re.findall("ran (.*)", ran.stdout) == ["worlds/make.py", "grace.py", "eval_mteb_subset.py", "grace.py"]
 
 
 def test_an_outline_has_what_stands_outside_of_bodies():

@@ -15,7 +15,6 @@ from chromium import BROWSER, WHY, Chromium
 from conftest import ARCHITECTURES, TEXTS, build, command
 
 import grace
-import toy
 from evaluation.encoder import encode_texts
 from evaluation.explain import WORD, compare, load_newest, model_folder, nearest, show, split, spread, subtotals, token_parts
 from plumbing.errors import GraceError
@@ -23,6 +22,7 @@ from policy import Policy
 from pool import POOLS
 from prompt import Reading
 from rollout import sample
+from worlds.make import CHAT_TEMPLATE, SPECIAL_TOKENS
 
 A, B = TEXTS[0], "near the woods the furious physician purchased the lamp around noon ."
 
@@ -84,11 +84,11 @@ def byte_policy():
     core = Tokenizer(models.BPE())
     core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=290, special_tokens=list(toy.SPECIAL), initial_alphabet=alphabet)
+    trainer = trainers.BpeTrainer(vocab_size=290, special_tokens=list(SPECIAL_TOKENS), initial_alphabet=alphabet)
     core.train_from_iterator(TEXTS * 3, trainer)
     marks = dict(unk_token="<unk>", pad_token="<pad>", eos_token="<end>", additional_special_tokens=["<user>", "<assistant>"])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, **marks)
-    tokenizer.chat_template = toy.TEMPLATE
+    tokenizer.chat_template = CHAT_TEMPLATE
     model = build("Llama", len(tokenizer), max_position_embeddings=256, eos_token_id=5)
     return Policy(model, tokenizer, Reading("explain", max_prompt_tokens=128, max_new_tokens=24))
 

@@ -16,7 +16,7 @@ FLOORS = [  # a room imports from floors below its own; a folder also from itsel
     "similarity prompt",
     "reward policy config rollout",
     "evaluation",
-    "grace eval_mteb_subset toy",
+    "grace eval_mteb_subset",
 ]
 
 

@@ -8,12 +8,12 @@ import pytest
 import torch
 from conftest import TEXTS, build, by_full_forward, rolled
 
-import toy
 from evaluation.encoder import encode_texts
 from plumbing.errors import GraceError
 from policy import Policy
 from prompt import Reading
 from rollout import score
+from worlds.make import INSTRUCTION, build_tokenizer
 
 # ---------------------------------------------------------------- models that are refused, and limits
 
@@ -29,24 +29,24 @@ def test_model_that_does_more_than_its_head(tokenizer):
 
     model.forward = bent
     with pytest.raises(GraceError, match="not its output head"):
-        Policy(model, tokenizer, Reading(toy.INSTRUCTION, 64, 4))
+        Policy(model, tokenizer, Reading(INSTRUCTION, 64, 4))
 
 
 def test_no_end_token(monkeypatch):
-    tokenizer = toy.build_tokenizer()
+    tokenizer = build_tokenizer()
     monkeypatch.setattr(tokenizer, "_special_tokens_map", {**tokenizer._special_tokens_map, "eos_token": None})
     with pytest.raises(GraceError, match="no end token"):
-        Policy(build("Qwen2", len(tokenizer), eos_token_id=None), tokenizer, Reading(toy.INSTRUCTION, 64, 4))
+        Policy(build("Qwen2", len(tokenizer), eos_token_id=None), tokenizer, Reading(INSTRUCTION, 64, 4))
 
 
 def test_rationale_as_long_as_the_context(tokenizer):
     with pytest.raises(GraceError, match="fills the model's context"):
-        Policy(build("GPT2", len(tokenizer)), tokenizer, Reading(toy.INSTRUCTION, max_new_tokens=128))
+        Policy(build("GPT2", len(tokenizer)), tokenizer, Reading(INSTRUCTION, max_new_tokens=128))
 
 
 def test_prompt_limit_gives_way_to_the_context(tokenizer):
     with pytest.warns(UserWarning, match="limited to 120 tokens"):
-        policy = Policy(build("GPT2", len(tokenizer)), tokenizer, Reading(toy.INSTRUCTION, max_new_tokens=8))
+        policy = Policy(build("GPT2", len(tokenizer)), tokenizer, Reading(INSTRUCTION, max_new_tokens=8))
     assert policy.reading.max_prompt_tokens == 120
 
 
@@ -56,7 +56,7 @@ def test_positions_counted_in_the_mask(tokenizer):
 
     torch.manual_seed(0)
     model = MptForCausalLM(MptConfig(d_model=32, n_heads=4, n_layers=2, vocab_size=len(tokenizer), max_seq_len=128))
-    policy = Policy(model, tokenizer, Reading(toy.INSTRUCTION, 64, 6))
+    policy = Policy(model, tokenizer, Reading(INSTRUCTION, 64, 6))
     assert not policy.can_share
     rollouts = rolled(policy)
     with torch.no_grad():

@@ -4,10 +4,10 @@ import pytest
 import torch
 from conftest import TEXTS, build, by_full_forward, rolled
 
-import toy
 from plumbing.errors import GraceError
 from policy import Policy
 from prompt import Reading
+from worlds.make import INSTRUCTION
 
 
 def decoded(policy, prompts, mask):
@@ -17,7 +17,7 @@ def decoded(policy, prompts, mask):
 def test_what_counts_starts_with_the_text(make_policy):
     policy = make_policy()
     x = policy.prompts(TEXTS)
-    assert decoded(policy, x, x.mask - x.counted) == [f"<system> {toy.INSTRUCTION} <user>"] * 3
+    assert decoded(policy, x, x.mask - x.counted) == [f"<system> {INSTRUCTION} <user>"] * 3
     assert decoded(policy, x, x.text) == TEXTS
     assert decoded(policy, x, x.counted) == [f"{text} <assistant>" for text in TEXTS]
     assert x.n_shared == 5 and x.mask[:, :5].all() and (x.mask[:, 5:].diff(dim=1) >= 0).all()

@@ -1,6 +1,6 @@
 """Runs two ranks, forked from this process, and compares them with one process. tests/test_ranks.py asserts what it prints.
 
-python tests/two_ranks.py WORLD [NAME...]        a line of JSON per check; WORLD: an embedded world (toy.py)
+python tests/two_ranks.py WORLD [NAME...]        a line of JSON per check; WORLD: an embedded world (worlds/make.py)
 
 The ranks are started, and ended when one of them fails, as torchrun does it, but from a process that has imported
 everything once. A test runs torchrun itself.
@@ -26,12 +26,12 @@ from safetensors.torch import load_file  # noqa: E402
 
 import eval_mteb_subset  # noqa: E402
 import grace  # noqa: E402
-import toy  # noqa: E402
 from evaluation.encoder import GraceEncoder, text_loss  # noqa: E402
 from plumbing import ranks  # noqa: E402
 from plumbing.errors import GraceError  # noqa: E402
 from policy import Policy  # noqa: E402
 from prompt import Reading  # noqa: E402
+from worlds.make import INSTRUCTION, build_tokenizer  # noqa: E402
 
 # ---------------------------------------------------------------- two processes
 
@@ -102,11 +102,11 @@ CASES = {  # settings of a run of two steps
 
 def two_steps(settings, starve=False):
     """Ids, weights and metrics of two steps in float64, by gradient descent. starve: the second rank runs out of memory."""
-    tokenizer, rows = toy.build_tokenizer(), ROWS[:3] + MORE
+    tokenizer, rows = build_tokenizer(), ROWS[:3] + MORE
     if settings.get("mode") == "unsupervised":
         rows = [{"text": text} for row in rows for text in (row["query"], row["positive"])]
     model = build("Qwen2", len(tokenizer), tie_word_embeddings=True).double()
-    policy = Policy(model, tokenizer, Reading(toy.INSTRUCTION, max_prompt_tokens=64, max_new_tokens=6))
+    policy = Policy(model, tokenizer, Reading(INSTRUCTION, max_prompt_tokens=64, max_new_tokens=6))
     given = {**settings, "shard": settings.get("shard", False) and ranks.size() > 1}
     trainer = grace.Trainer(policy, copy.deepcopy(policy), rows, config(max_grad_norm=1e9, **given))
     trainer.optimizer = torch.optim.SGD(policy.model.parameters(), lr=1e-2)

@@ -1,27 +1,26 @@
-"""Worlds of slots: something happened, told in many words; a rationale names what is in each slot.
+"""Worlds in which naming is enough: something happened, told in many words, and a rationale names what is in each slot.
 
-An event has six slots (who did what to which thing, where and when), a slot one of eight concepts, a concept three
-synonyms: "the angry physician purchased the lantern ..." and "... the furious doctor bought the lamp" are the same
-event. A query and its positive tell one event in different sentence forms and mostly different words; the hard negative
-changes one slot and copies all its other words, so whoever compares words prefers it.
+An event has six slots (who did what to which thing, where and when). A slot has one of eight concepts, and a concept three
+synonyms: "the angry physician purchased the lantern ..." and "... the furious doctor bought the lamp" are the same event. A
+query and its positive tell one event in different sentence forms and mostly different words. The hard negative changes one
+slot and copies all other words of the query, so whoever compares words prefers it.
 
-The warm start's answers name the slots, one word each, in a fixed order. First they are complete; then they are noisy: a
-slot named with probability 0.5, wrong with 0.2, any synonym at random, and 15 % empty talk. So the policy that GRACE
-starts from writes poor and varied rationales, and has learned enough to do better.
+The answers of the warm start name the slots, one word each, in a fixed order. At first they are complete. Then they are
+noisy: a slot is named with probability 0.5 and named wrongly with 0.2, and 15 % of the answers are empty talk. So the policy
+that GRACE starts from writes poor and varied rationales, and has learned enough to do better.
 
-`EVENTS` is the one to start with; `MEALS` and `PARCELS` are two more of other builds, to see whether a claim holds there.
-None of them needs a rationale: what the rationale names stands in the text, and a loss finds it there (see town.py for a
-world in which it does not).
+None of these worlds needs a rationale: what it names is in the text, where a contrastive loss finds it too. (town.py has a
+world that does.) `PARCELS` is a second world of this kind, for which no setting was chosen: does a claim hold there?
 """
 
 
 class SlotWorld:
-    """Slots, the words for their concepts, and the sentence forms they are told in. A meaning is an event.
+    """Slots, words for their concepts, and sentence forms. A meaning is an event, `{slot: number of its concept}`.
 
-    slots    {slot: concepts}, a concept its synonyms, as in "old elderly|young youthful"
+    slots    {slot: concepts}; a concept is its synonyms, as in "old elderly|young youthful"
     forms    sentences with every slot in them
     phrases  {slot: how a rationale names it}, in the rationale's order
-    talk     what an answer says that names nothing
+    talk     answers that name nothing
     """
 
     warm_up, max_prompt_tokens, max_new_tokens = 800, 64, 20
@@ -35,18 +34,14 @@ class SlotWorld:
 
     # ------------------------------------------------------------ meanings
 
-    def event(self, rng):
-        """A concept for every slot, by number."""
-        return {slot: rng.randrange(len(concepts)) for slot, concepts in self.slots.items()}
-
     def held_out(self, event):
         """Whether an event is kept from training: one in eight is, by its slots alone."""
         return sum(c * 3**i for i, c in enumerate(event.values())) % 8 == 0
 
     def meanings(self, rng, held_out=False):
-        """Events without end, all held out or none."""
+        """An endless stream of events, all held out or none."""
         while True:
-            event = self.event(rng)
+            event = {slot: rng.randrange(len(concepts)) for slot, concepts in self.slots.items()}
             if self.held_out(event) == held_out:
                 yield event
 
@@ -56,7 +51,11 @@ class SlotWorld:
 
     # ------------------------------------------------------------ texts
 
-    def worded(self, event, rng, avoid=()):
+    def word(self, event, slot, rng):
+        """Any word for what is in a slot."""
+        return rng.choice(self.slots[slot][event[slot]])
+
+    def words_for(self, event, rng, avoid=()):
         """A word for every slot. Words in `avoid` are passed over with probability 0.7. `-> {slot: word}`."""
         words = {}
         for slot, concept in event.items():
@@ -66,46 +65,42 @@ class SlotWorld:
 
     def tell(self, event, rng):
         """An event as a sentence."""
-        words = self.worded(event, rng)
+        words = self.words_for(event, rng)
         return rng.choice(self.forms).format(**words)
 
     def triplet(self, event, rng):
-        """A query, its positive, and a negative that copies the query's words but for one slot."""
+        """A query, its positive, and a negative that copies the query's words except in one slot."""
         form, other = rng.sample(self.forms, 2)
-        words = self.worded(event, rng)
-        positive = other.format(**self.worded(event, rng, avoid=set(words.values())))
+        words = self.words_for(event, rng)
+        positive = other.format(**self.words_for(event, rng, avoid=set(words.values())))
         slot = rng.choice(list(self.slots))
-        wrong = rng.choice(self.slots[slot][self.changed(event, slot, rng)[slot]])
+        wrong = self.word(self.changed(event, slot, rng), slot, rng)
         negative = rng.choice([f for f in self.forms if f != form]).format(**{**words, slot: wrong})
         return {"query": form.format(**words), "positive": positive, "negative": negative}
 
     def graded_pair(self, event, rng):
-        """Two sentences that agree in none, some or all of the slots; the score is how many."""
+        """Two sentences that agree in none, some or all of the slots. The score is how many."""
         S = len(self.slots)
         differ, other = rng.sample(list(self.slots), rng.randint(0, S)), dict(event)
         for slot in differ:
             other = self.changed(other, slot, rng)
         return {"sentence1": self.tell(event, rng), "sentence2": self.tell(other, rng), "score": float(S - len(differ))}
 
-    def ladder(self, n, rng):
-        """No text of these worlds is harder than another: there are no files by difficulty."""
-        return {}
-
     # ------------------------------------------------------------ answers
 
     def rationale(self, event, rng, keep=1.0, wrong=0.0):
-        """The slots of an event, one phrase each, in order; a slot may be left out or wrong."""
-        said = []
+        """The slots of an event, one phrase each, in order. A slot may be left out or wrong."""
+        parts = []
         for slot, phrase in self.phrases.items():
             luck = rng.random()
             if luck < keep:
-                said.append(phrase.format(rng.choice(self.slots[slot][event[slot]])))
+                parts.append(phrase.format(self.word(event, slot, rng)))
             elif luck < keep + wrong:
-                said.append(phrase.format(rng.choice(self.slots[slot][self.changed(event, slot, rng)[slot]])))
-        return " ".join(said)
+                parts.append(phrase.format(self.word(self.changed(event, slot, rng), slot, rng)))
+        return " ".join(parts)
 
     def chat(self, event, rng, progress):
-        """A text and its answer for the warm start: complete in the first half, then poor. `-> (instruction, text, answer)`."""
+        """A chat of the warm start: complete answers in the first half, then poor ones. `-> (instruction, text, answer)`."""
         if progress <= 0.5:
             answer = self.rationale(event, rng)
         elif rng.random() < 0.15:
@@ -114,18 +109,18 @@ class SlotWorld:
             answer = self.rationale(event, rng, keep=0.5, wrong=0.2)
         return self.instruction, self.tell(event, rng), answer
 
+    # ------------------------------------------------------------ what an answer says
+
     def named(self, written, text):
-        """How much of a text its rationale names: `(recall over the slots, precision of what is named)`."""
-        told = {self.concept[w] for w in text.split() if w in self.concept}
-        claims = {self.concept[w] for w in written.split() if w in self.concept}
+        """How much of a text an answer names: `(recall over the slots, precision of what is named)`."""
+        told, claims = ({self.concept[w] for w in part.split() if w in self.concept} for part in (text, written))
         return len(told & claims) / len(told), len(told & claims) / max(len(claims), 1)
 
     def well_formed(self, written):
-        """Whether a rationale is what the warm start was taught to write: phrases in order, each slot at most once."""
-        named = [w for w in written.split() if w in self.concept]
-        slots = [self.concept[w][0] for w in named]
-        in_order = [slot for slot in self.phrases if slot in slots]
-        return slots == in_order != [] and written == " ".join(self.phrases[s].format(w) for s, w in zip(slots, named))
+        """Whether an answer has the form of the warm start's: phrases in order, each slot at most once."""
+        named = {self.concept[w][0]: w for w in written.split() if w in self.concept}
+        phrases = [phrase.format(named[slot]) for slot, phrase in self.phrases.items() if slot in named]
+        return phrases != [] and written == " ".join(phrases)
 
 
 EVENTS = SlotWorld(
@@ -155,36 +150,7 @@ EVENTS = SlotWorld(
     {slot: "{}" for slot in ("attribute", "agent", "act", "object", "place", "time")},
     ("something happened somewhere", "it was the usual", "somebody was there"),
 )
-MEALS = SlotWorld(  # another build: seven slots, six concepts, two synonyms, and rationales with small words
-    "say who had what",
-    {
-        "weather": "rain drizzle|snow sleet|fog mist|storm gale|heat swelter|frost ice",
-        "mood": "calm serene|nervous anxious|proud haughty|tired weary|curious inquisitive|grumpy sullen",
-        "guest": "nurse caregiver|lawyer attorney|painter artist|pilot aviator|monk friar|clown jester",
-        "deed": "ordered requested|tasted sampled|spilled dropped|praised lauded|cooked prepared|refused declined",
-        "dish": "soup broth|cake tart|bread loaf|fish trout|stew casserole|salad greens",
-        "drink": "coffee espresso|tea infusion|wine claret|beer ale|juice nectar|milk cream",
-        "venue": "kitchen galley|garden orchard|tavern pub|train railcar|balcony terrace|cellar basement",
-    },
-    (
-        "in the {venue} , despite {weather} , a {mood} {guest} {deed} some {dish} with {drink} .",
-        "{dish} and {drink} were {deed} by one {guest} , rather {mood} , in our {venue} during {weather} .",
-        "they say a {guest} {deed} {dish} , {drink} beside it , while {weather} ruled outside the {venue} ; how {mood} !",
-        "{weather} again : {mood} as ever , the {guest} of the {venue} {deed} her {drink} and her {dish} .",
-        "was it {dish} or {drink} that the {guest} {deed} , {mood} about the {weather} , back at the {venue} ?",
-    ),
-    {
-        "guest": "{}",
-        "deed": "who {}",
-        "dish": "some {}",
-        "drink": "with {}",
-        "venue": "at the {}",
-        "weather": "in {}",
-        "mood": "and felt {}",
-    },
-    ("nothing worth noting", "people were busy", "such is life"),
-)
-PARCELS = SlotWorld(  # a third, on which nothing was ever chosen: five slots of nine concepts, what went where and how it fared
+PARCELS = SlotWorld(  # five slots of nine concepts of two synonyms, and rationales with small words
     "report the parcel",
     {
         "cargo": "letter message|crate chest|violin fiddle|carpet rug|clock timepiece|mirror glass|stove oven|"

@@ -2,10 +2,10 @@
 
     ann leaves the mill and goes west north south . from the tower bob goes east east west .
 
-From every place four one-way streets, one in each direction, lead to four other places. Which ones is the town's map: drawn
-once, the same in every text, told in none, and learned in the warm start. A text says where two people start and which way
-they go, and its meaning is where they end. A query and its positive share the two ends and neither starts nor ways; the
-hard negative is the query with one direction changed, so whoever compares words prefers it.
+Four one-way streets lead from every place, one in each direction, to four other places. This map is drawn once. It is the same
+for all texts, no text tells it, and the warm start teaches it. A text says where two people start and which way they go. A
+query and its positive share the two ends and neither starts nor ways. The hard negative is the query with one direction
+changed, so whoever compares words prefers it.
 
 Why thinking pays. One look-up in the map is easy. Three in a row, each of the last one's result, are more than a network of
 three layers does while it reads: its guesses are as good as chance, however long it trains. Written down place by place,
@@ -15,13 +15,12 @@ by the place and two words that belong to that place alone:
     guess   ann so market stalls fish bob so well bucket stones
     think   ann mill west library north forest south market so market stalls fish bob tower east ... well so well bucket stones
 
-Guesses are mostly wrong, thinking is mostly right, and the policy mostly guesses. Two words that belong to an end alone tell
-it from a place on the way, in the mean over a rationale's hidden states that the embedding is.
+Guesses are mostly wrong, thinking is mostly right, and the policy mostly guesses. The two words of an end tell it from a place
+on the way in the embedding, which is a mean over the rationale's hidden states.
 
-The warm start has walks of one to six steps, and so the language for them; what is trained by reward has one to four.
-Held-out files by the number of steps show whether thinking, once discovered, goes on in longer walks than any rewarded.
-One chat in ten follows another instruction, which no reward ever touches: whether it is still followed shows what training
-took from the model.
+The warm start has walks of one to six steps, and reward trains those of one to four. Held-out files by their number show whether
+the policy still thinks in walks that are longer than any rewarded one. One chat in ten follows another instruction, which no
+reward ever touches. Whether it is still followed shows what training took from the model.
 """
 
 import random
@@ -65,47 +64,40 @@ class Town:
 
     def __init__(self, thinking=0.35):
         self.thinking = thinking
-        self.map = self.streets(random.Random(0))
+        self.map = draw_map(random.Random(0))
         self.back = {way: {there: here for here, there in street.items()} for way, street in self.map.items()}
         plain = " ".join((*FORMS, *DIRECTIONS, *WALKERS, "so", self.instruction, self.other_instruction)).split()
         closing = " ".join(" ".join(words) for words in CLOSING.values()).split()
         self.words = {w for w in plain if "{" not in w} | {*PLACES, *closing}
 
-    def streets(self, rng):
-        """`{direction: {place: place}}`: permutations that never stay, nor lead from anywhere to where another one leads."""
-        streets = {}
-        for direction in DIRECTIONS:
-            while True:  # one draw in fifty is good enough for the last
-                street = dict(zip(PLACES, rng.sample(PLACES, len(PLACES))))
-                if all(there not in (here, *(s[here] for s in streets.values())) for here, there in street.items()):
-                    break
-            streets[direction] = street
-        return streets
-
     # ------------------------------------------------------------ meanings
-
-    def meanings(self, rng, held_out=False):
-        """An endless stream of pairs of ends, all held out or none. They come in shuffled rounds, each once in a round."""
-        pairs = [(a, b) for a in PLACES for b in PLACES if self.held_out((a, b)) == held_out]
-        while True:
-            yield from rng.sample(pairs, len(pairs))
 
     def held_out(self, ends):
         """Whether a pair of ends is kept from training: four in nine are, by the two places alone."""
         a, b = (PLACES.index(end) for end in ends)
         return (a + 5 * b) % 9 < 4
 
-    # ------------------------------------------------------------ texts
+    def meanings(self, rng, held_out=False):
+        """An endless stream of pairs of ends, all held out or none, in shuffled rounds that have each pair once."""
+        pairs = [(a, b) for a in PLACES for b in PLACES if self.held_out((a, b)) == held_out]
+        while True:
+            yield from rng.sample(pairs, len(pairs))
+
+    # ------------------------------------------------------------ walks
 
     def walk(self, start, way):
-        """The places of a walk, the first and the last among them."""
+        """The places of a walk, with the first and the last."""
         places = [start]
         for direction in way:
             places.append(self.map[direction][places[-1]])
         return places
 
+    def ends(self, walks):
+        """Where walks end. `-> (place, place)`."""
+        return tuple(self.walk(start, way)[-1] for start, way in walks.values())
+
     def plan(self, ends, rng, n=None):
-        """Two walks to given ends, drawn from the end backwards. n: steps per walk. `-> {walker: (start, way)}`."""
+        """Two walks of n steps to given ends, drawn from the end backwards. `-> {walker: (start, way)}`."""
         n, walks = n or rng.choice(self.HELD_OUT if self.held_out(ends) else self.TRAIN), {}
         for walker, place in zip(WALKERS, ends):
             way = rng.choices(DIRECTIONS, k=n)
@@ -114,30 +106,8 @@ class Town:
             walks[walker] = (place, way)
         return walks
 
-    def told(self, walks, rng):
-        """Walks as a text: a sentence each, in either order."""
-        order = rng.sample(sorted(walks.items()), len(walks))
-        return " ".join(rng.choice(FORMS).format(walker=w, start=start, way=" ".join(way)) for w, (start, way) in order)
-
-    def read(self, text):
-        """The walks that a text tells of. `-> {walker: (start, way)}`, in the order of WALKERS."""
-        walks = {}
-        for sentence in text.split(" ."):
-            words = sentence.split()
-            for walker in (w for w in words if w in WALKERS):
-                walks[walker] = (next(w for w in words if w in PLACES), [w for w in words if w in DIRECTIONS])
-        return {walker: walks[walker] for walker in WALKERS}
-
-    def ends(self, walks):
-        """Where walks end. `-> (place, place)`."""
-        return tuple(self.walk(start, way)[-1] for start, way in walks.values())
-
-    def tell(self, ends, rng, n=None):
-        """A text about two walks to these ends."""
-        return self.told(self.plan(ends, rng, n), rng)
-
     def changes(self, walks):
-        """All that differ from these walks in one direction; each of them ends elsewhere."""
+        """All walks that differ from these in one direction. Each of them ends elsewhere."""
         return [
             {**walks, walker: (start, [*way[:at], other, *way[at + 1 :]])}
             for walker, (start, way) in walks.items()
@@ -146,27 +116,47 @@ class Town:
             if other != way[at]
         ]
 
+    # ------------------------------------------------------------ texts
+
+    def describe(self, walks, rng):
+        """Walks as a text: one sentence per walker, in either order."""
+        order = rng.sample(sorted(walks.items()), len(walks))
+        return " ".join(rng.choice(FORMS).format(walker=w, start=start, way=" ".join(way)) for w, (start, way) in order)
+
+    def read(self, text):
+        """The walks that a text describes. `-> {walker: (start, way)}`, in the order of WALKERS."""
+        walks = {}
+        for sentence in text.split(" ."):
+            words = sentence.split()
+            for walker in (w for w in words if w in WALKERS):
+                walks[walker] = (next(w for w in words if w in PLACES), [w for w in words if w in DIRECTIONS])
+        return {walker: walks[walker] for walker in WALKERS}
+
+    def tell(self, ends, rng, n=None):
+        """A text about two walks to these ends."""
+        return self.describe(self.plan(ends, rng, n), rng)
+
     def triplet(self, ends, rng, n=None):
         """A query, its positive by other ways, and a negative that is the query with one direction changed.
 
-        No negative has a held-out meaning: what a held-out query asks for, only its positive answers.
+        No negative has a held-out meaning. So a held-out query has one right answer, its positive.
         """
         near = []
         while not near:  # a walk may have no such neighbour, though hardly one in a hundred
             walks = self.plan(ends, rng, n)
             near = [changed for changed in self.changes(walks) if not self.held_out(self.ends(changed))]
-        negative = self.told(rng.choice(near), rng)
-        return {"query": self.told(walks, rng), "positive": self.tell(ends, rng, n), "negative": negative}
+        negative = self.describe(rng.choice(near), rng)
+        return {"query": self.describe(walks, rng), "positive": self.tell(ends, rng, n), "negative": negative}
 
     def graded_pair(self, ends, rng):
-        """Two texts that share none, one or both of the ends; the score is how many."""
+        """Two texts that share none, one or both of the ends. The score is how many."""
         shared = rng.sample(range(2), rng.randint(0, 2))
         other = tuple(end if i in shared else rng.choice([p for p in PLACES if p != end]) for i, end in enumerate(ends))
         one, two = (self.tell(pair, rng, rng.choice(self.HELD_OUT)) for pair in (ends, other))
         return {"sentence1": one, "sentence2": two, "score": float(len(shared))}
 
     def ladder(self, n, rng):
-        """Held-out triplets by the number of steps of every walk in them. `-> {"heldout-steps-1": n rows, ...}`."""
+        """n held-out triplets for each number of steps per walk. `-> {"heldout-steps-1": triplets, ...}`."""
         rungs = {}
         for steps in self.WARM:
             held_out = self.meanings(rng, True)
@@ -175,8 +165,12 @@ class Town:
 
     # ------------------------------------------------------------ answers
 
+    def closing(self, walker, end):
+        """The words that name the end of a walker's walk."""
+        return f"{end} {CLOSING[end][WALKERS.index(walker)]}"
+
     def rationale(self, walks, think=True):
-        """The answer about some walks: where each ends, and before that, if it thinks, the way there."""
+        """The answer about some walks: where each ends and, if it thinks, the way there first."""
         words = []
         for walker, (start, way) in walks.items():
             places = self.walk(start, way)
@@ -184,31 +178,27 @@ class Town:
             words += [walker, *thought, "so", self.closing(walker, places[-1])]
         return " ".join(words)
 
-    def closing(self, walker, end):
-        """The words that name the end of a walker's walk."""
-        return f"{end} {CLOSING[end][WALKERS.index(walker)]}"
+    def starts(self, walks):
+        """The answer to the other instruction: where each walk starts."""
+        return " ".join(f"{walker} {start}" for walker, (start, _) in walks.items())
 
     def chat(self, ends, rng, progress):
         """A chat of the warm start. Thinking is common at first, then rare. `-> (instruction, text, answer)`."""
         walks = self.plan(ends, rng, rng.choice(self.WARM))
         if rng.random() < 0.1:
-            return self.other_instruction, self.told(walks, rng), self.starts(walks)
+            return self.other_instruction, self.describe(walks, rng), self.starts(walks)
         answer = self.rationale(walks, think=rng.random() < (0.9 if progress <= 0.65 else self.thinking))
-        return self.instruction, self.told(walks, rng), answer
-
-    def starts(self, walks):
-        """The answer to the other instruction: where each walk starts."""
-        return " ".join(f"{walker} {start}" for walker, (start, _) in walks.items())
+        return self.instruction, self.describe(walks, rng), answer
 
     def other_chats(self, n, rng, held_out=True):
         """Texts and the right answers to the other instruction. `-> [(text, answer)] * n`."""
         walks = [self.plan(ends, rng) for ends in islice(self.meanings(rng, held_out), n)]
-        return [(self.told(w, rng), self.starts(w)) for w in walks]
+        return [(self.describe(w, rng), self.starts(w)) for w in walks]
 
     # ------------------------------------------------------------ what an answer says
 
     def said(self, written):
-        """What an answer says of each walker: the words up to "so", and those after it. `-> {walker: (words, words)}`."""
+        """An answer, split at its walkers and at "so". `-> {walker: (words of the thought, words of the closing)}`."""
         said = {}
         for part in re.split(rf"\b(?={'|'.join(WALKERS)})", written):
             walker, _, rest = part.partition(" ")
@@ -221,9 +211,9 @@ class Town:
         return any(thought for thought, _ in self.said(written).values())
 
     def true_steps(self, written, text):
-        """The share of a text's steps that an answer writes down truly and in their order.
+        """The share of a text's steps that an answer writes down correctly and in order.
 
-        A start counts as a step; what is left out counts as an untrue one, and so does what is too much.
+        A start counts as a step. A missing step is a wrong one, and so is one too many.
         """
         right = total = 0
         for (thought, _), (start, way) in zip(self.said(written).values(), self.read(text).values()):
@@ -240,13 +230,23 @@ class Town:
         return right / 2, right / max(len(claims) - claims.count(None), 1)
 
     def well_formed(self, written):
-        """Whether an answer has the form of the warm start's: for each walker a guess, or thinking and then the same."""
-        kinds = {**dict.fromkeys(WALKERS, "w"), **dict.fromkeys(DIRECTIONS, "d"), **dict.fromkeys(PLACES, "p"), "so": "s"}
-        shape = "".join(kinds.get(word, "?") for word in written.split())
-        if not re.fullmatch(r"(w(p(dp)+)?sp\?\?){2}", shape):
-            return False
-        ends = {walker: closing for walker, (_, closing) in self.said(written).items()}
-        return all(end and " ".join(end) == self.closing(walker, end[0]) for walker, end in ends.items())
+        """Whether an answer has the form of the warm start's: for each walker a guess, or thinking and then a guess."""
+        place, direction = (f"({'|'.join(words)})" for words in (PLACES, DIRECTIONS))
+        closing = {w: "|".join(self.closing(w, end) for end in PLACES) for w in WALKERS}
+        part = {w: f"{w} ({place}( {direction} {place})+ )?so ({closing[w]})" for w in WALKERS}
+        return any(re.fullmatch(" ".join(part[w] for w in order), written) for order in (WALKERS, WALKERS[::-1]))
+
+
+def draw_map(rng):
+    """The streets, `{direction: {place: place}}`. From every place the four of them lead to four other places."""
+    streets = {}
+    for direction in DIRECTIONS:
+        while True:  # for the last direction one draw in fifty will do
+            street = dict(zip(PLACES, rng.sample(PLACES, len(PLACES))))
+            if all(there not in (here, *(s[here] for s in streets.values())) for here, there in street.items()):
+                break
+        streets[direction] = street
+    return streets
 
 
 TOWN = Town()

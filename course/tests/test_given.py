@@ -5,12 +5,12 @@ import os
 
 from outline import outline
 
-import toy
 from policy import Policy
+from worlds.make import build_world
 
 
 def test_the_embedded_world_is_built_and_opens(tmp_path):
-    policy = Policy.load(toy.build(str(tmp_path), train=8, heldout=4, steps=1))
+    policy = Policy.load(build_world(str(tmp_path), train=8, heldout=4, steps=1))
     assert policy.prompts.render("x").endswith("<user> x <assistant>") and len(policy.end_ids) == 1
 
 

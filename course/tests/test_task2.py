@@ -9,8 +9,8 @@ import torch
 import policy as policies
 import pool
 import rollout
-import toy
 from prompt import Reading
+from worlds.make import build_tokenizer
 
 pytestmark = pytest.mark.task2
 
@@ -187,7 +187,7 @@ def test_a_rollout_draws_at_each_position_by_the_number_there(drops, generator):
 def network():
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    tokenizer = toy.build_tokenizer()
+    tokenizer = build_tokenizer()
     torch.manual_seed(0)
     sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
     ends = list(range(5, 150, 6))

@@ -1,14 +1,12 @@
-"""The small worlds: texts, a tokenizer, and a tiny language model that can be taught.
+"""The command that makes a small world: texts, a tokenizer, and a tiny language model that can be taught.
 
-    python toy.py --out runs/town           # two minutes on two cores
+    python -m worlds.make --out runs/town           # two minutes on two cores
 
-writes `runs/town/model` (an ordinary checkpoint folder) and `runs/town/data` (ordinary jsonl files);
-the method sees nothing else of a world. What the texts are about is in worlds/: the town, in which
-only a policy that thinks knows what a text means, and worlds in which naming what happened is enough.
+It writes `runs/town/model` (an ordinary checkpoint folder), `runs/town/data` (ordinary jsonl files) and `runs/town/tasks`
+(the held-out files as evaluation tasks). The method sees nothing else of a world.
 
-Model. A Llama-architecture network of about 0.35 M parameters, warmed up as a language model on
-the world's chats: first with good answers, then with worse ones. So the policy that GRACE starts
-from has learned enough to do better, but does not do so.
+The model is a Llama-architecture network of about 0.35 M parameters, warmed up as a language model on the world's chats:
+first with good answers, then with worse ones. So the policy that GRACE starts from could do better, but does not.
 """
 
 import argparse
@@ -20,27 +18,26 @@ from itertools import islice
 
 import torch
 import torch.nn.functional as F
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.nn.utils.rnn import pad_sequence
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from worlds import EVENTS, WORLDS
 
-TEMPLATE = (  # ChatML in small: one special token opens each message
+INSTRUCTION = EVENTS.instruction  # of the world that is made by default
+SPECIAL_TOKENS = ("<pad>", "<unk>", "<system>", "<user>", "<assistant>", "<end>")
+CHAT_TEMPLATE = (  # ChatML in small: one special token opens each message
     "{% for m in messages %}{{ '<' + m.role + '> ' + m.content + ' ' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
 )
-INSTRUCTION = EVENTS.instruction  # the tests read with it
-SPECIAL = ("<pad>", "<unk>", "<system>", "<user>", "<assistant>", "<end>")
 
 
-# ---------------------------------------------------------------- tokenizer, network, warm start
+# ---------------------------------------------------------------- the model
 
 
 def build_tokenizer(world=EVENTS):
     """A word-level tokenizer over a world's words, with a chat template and an end token."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    words = [*SPECIAL, *sorted(world.words)]
+    words = [*SPECIAL_TOKENS, *sorted(world.words)]
     core = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(
@@ -50,14 +47,12 @@ def build_tokenizer(world=EVENTS):
         eos_token="<end>",
         additional_special_tokens=["<system>", "<user>", "<assistant>"],
     )
-    tokenizer.chat_template = TEMPLATE
+    tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
 
 
 def build_model(tokenizer, seed):
     """A random Llama-architecture network. The initial scale D**-0.5 is what lets it learn to copy."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     torch.manual_seed(seed)
     D = 96
     return LlamaForCausalLM(
@@ -102,7 +97,9 @@ def warm_up(model, tokenizer, world, rng, steps, B=96, lr=3e-3):
         optimizer.step()
         if step % 50 == 0 or step == steps - 1:
             print(f"warm-up step {step:4d}  loss {total:.3f}", flush=True)
-    return model
+
+
+# ---------------------------------------------------------------- the files
 
 
 def write_rows(path, rows):
@@ -115,23 +112,23 @@ def write_rows(path, rows):
 def write_tasks(folder, heldout, graded):
     """Write the held-out sets as two evaluation tasks in the hub's layout: retrieval, and graded pairs."""
     documents = dict.fromkeys([row["positive"] for row in heldout] + [row["negative"] for row in heldout])
-    number = {text: f"d{i}" for i, text in enumerate(documents)}
-    asked = {text: f"q{i}" for i, text in enumerate(dict.fromkeys(row["query"] for row in heldout))}
-    judged = {(asked[row["query"]], number[row["positive"]]) for row in heldout}
+    document_ids = {text: f"d{i}" for i, text in enumerate(documents)}
+    query_ids = {text: f"q{i}" for i, text in enumerate(dict.fromkeys(row["query"] for row in heldout))}
+    answers = {(query_ids[row["query"]], document_ids[row["positive"]]) for row in heldout}
     parts = {
-        "corpus": [{"_id": i, "title": "", "text": text} for text, i in number.items()],
-        "queries": [{"_id": i, "text": text} for text, i in asked.items()],
-        "qrels": [{"query-id": q, "corpus-id": d, "score": 1} for q, d in sorted(judged)],
+        "corpus": [{"_id": i, "title": "", "text": text} for text, i in document_ids.items()],
+        "queries": [{"_id": i, "text": text} for text, i in query_ids.items()],
+        "qrels": [{"query-id": q, "corpus-id": d, "score": 1} for q, d in sorted(answers)],
     }
     for part, rows in parts.items():
         write_rows(os.path.join(folder, "ToyRetrieval", part, "test.jsonl"), rows)
     write_rows(os.path.join(folder, "ToyPairs", "test.jsonl"), graded)
 
 
-def build(out, seed=0, train=4096, heldout=256, steps=None, world=EVENTS):
-    """Write the world's data and the warmed-up model under `out`. The same seed gives the same files.
+def build_world(out, seed=0, train=4096, heldout=256, steps=None, world=EVENTS):
+    """Write a world's data and its warmed-up model under `out`. The same seed gives the same files.
 
-    steps: length of the warm start; None: as many as the world asks for.
+    train, heldout: numbers of rows. steps: length of the warm start; None: the world's own. `-> the model's folder`.
     """
     rng = random.Random(seed)
     draw = lambda n, held_out=False: islice(world.meanings(rng, held_out), n)
@@ -140,14 +137,15 @@ def build(out, seed=0, train=4096, heldout=256, steps=None, world=EVENTS):
         "texts": [{"text": world.tell(meaning, rng)} for meaning in draw(train)],
         "heldout": [world.triplet(meaning, rng) for meaning in draw(heldout, True)],
         "graded": [world.graded_pair(meaning, rng) for meaning in draw(2 * heldout, True)],
-        **world.ladder(heldout, rng),
     }
+    if hasattr(world, "ladder"):
+        files |= world.ladder(heldout, rng)
     for name, rows in files.items():
         write_rows(os.path.join(out, "data", f"{name}.jsonl"), rows)
     write_tasks(os.path.join(out, "tasks"), files["heldout"], files["graded"])
-    tokenizer = build_tokenizer(world)
-    model = warm_up(build_model(tokenizer, seed), tokenizer, world, rng, steps or world.warm_up)
-    folder = os.path.join(out, "model")
+    tokenizer, folder = build_tokenizer(world), os.path.join(out, "model")
+    model = build_model(tokenizer, seed)
+    warm_up(model, tokenizer, world, rng, steps or world.warm_up)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     reading = {k: getattr(world, k) for k in ("instruction", "max_prompt_tokens", "max_new_tokens")}
@@ -158,13 +156,14 @@ def build(out, seed=0, train=4096, heldout=256, steps=None, world=EVENTS):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", default="runs/town", help="folder to write model/ and data/ into")
+    parser.add_argument("--out", default="runs/town", help="folder to write model/, data/ and tasks/ into")
     parser.add_argument("--seed", type=int, default=0, help="seed of the data and of the warm start")
     parser.add_argument("--steps", type=int, help="steps of the warm start (default: the world's own; fewer: a worse start)")
     parser.add_argument("--world", default="town", choices=tuple(WORLDS), help="what the texts are about")
     args = parser.parse_args()
     start = time.time()
-    print(f"wrote {build(args.out, args.seed, steps=args.steps, world=WORLDS[args.world])} in {time.time() - start:.0f} s")
+    folder = build_world(args.out, args.seed, steps=args.steps, world=WORLDS[args.world])
+    print(f"wrote {folder} in {time.time() - start:.0f} s")
 
 
 if __name__ == "__main__":
