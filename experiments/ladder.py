@@ -15,6 +15,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from experiments import pictures
 from experiments.measure import ladder
+from plumbing.errors import GraceError
 from policy import Policy
 
 CURVES = {  # its name: which checkpoint, and whether it writes a rationale
@@ -46,4 +47,7 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except GraceError as error:
+        sys.exit(f"ladder.py: {error}")

@@ -1,7 +1,7 @@
 """The paper's tables and figures in miniature, one command each; the records and docs/results.md are written by it.
 
     python experiments/run.py table1                 one table or figure: makes its missing runs, then its part of the page
-    python experiments/run.py all                    all of them: about four hours on two cores, where no run has a record
+    python experiments/run.py all                    all of them: four to five hours on two cores, where no run has a record
     python experiments/run.py --list                 the names, their runs, and the minutes each takes by itself
     python experiments/run.py table1 --quick         one step per run, into a temporary folder: does it work at all?
     python experiments/run.py table4 --out runs/x    your own runs, made anew: records, pictures and page go there

@@ -227,7 +227,7 @@ TABLES = {
     "table6": Table(some(SUPERVISED, PAPERS, REWARD_ALONE, BEST) | {f"unsupervised, {VIEWS}": UNSUPERVISED[VIEWS]}, seeds=(0,)),
     "figure3": Table(GRID),
     "figure6": Table(POOLINGS, (*SCORES, "text loss", "recall")),
-    "figure7": Table(SIZES, (*SCORES, "recall")),
+    "figure7": Table(SIZES, (*SCORES, "text loss", "recall")),
     "collapse": Table(some(SUPERVISED, PAPERS, BEST)),
     "frontier": Table({label: run for knob in KNOBS.values() for label, run in knob.items()}, (*SCORES, *NAMED)),
     "yardstick": Table(AGAINST_THE_LOSS, (*SCORES, *NAMED, "well_formed", "seconds"), (0, 1, 2, 3, 4)),
