@@ -1,9 +1,9 @@
 """What GRACE is compared with: contrastive fine-tuning and SimCSE, with the same policy, pooling, data and evaluation.
 
-Base is P(x) pooled; Base with reasoning adds the untrained policy's rationale. Neither is trained, so neither is in this
-file (`evaluate_triplets`, without and with rationale). The two that are trained are Trainers with a step of their own:
-they write no rationale while they learn, and what is a reward in GRACE is their loss. A third has that loss over rationales
-that are forced on it, and a fourth removes GRPO from GRACE.
+Base is P(x) pooled, and Base with reasoning adds the untrained policy's rationale; neither is trained, so neither is in
+this file. `Contrastive` and `SimCSE` are Trainers with a step of their own: they write no rationale while they learn, and
+what is a reward in GRACE is their loss. `ForcedContrastive` has that loss over rationales that it is given, and
+`PathwiseAlone` removes GRPO from GRACE.
 
 Shapes: B instances, M hard negatives per instance, n texts, D hidden size.
 """
@@ -17,7 +17,6 @@ import torch
 from grace import Trainer
 from plumbing import ranks
 from plumbing.errors import GraceError
-from policy import Policy
 from pool import fold, unit
 from reward import infonce
 from rollout import make_batch, sample, score, text_logprobs, uniforms
@@ -82,7 +81,7 @@ class SimCSE(LossTrainer):
         return -contrast.mean() - self.config.text_weight * text_logprob.mean()
 
     def view(self, texts, number):
-        """`embed` under dropout; texts with another number have other inputs dropped."""
+        """`embed` under dropout; a view of another number has other inputs dropped."""
 
         def drop(module, inputs, output):
             chance = uniforms([self.config.seed, self.step_number, 4, number], *output.shape, device=output.device)
@@ -100,7 +99,7 @@ class ForcedContrastive(Contrastive):
 
     def __init__(self, policy, reference, rows, config):
         super().__init__(policy, reference, rows, config)
-        self.start = Policy(copy.deepcopy(policy.model), policy.tokenizer, policy.reading, policy.dtype)
+        self.start = copy.deepcopy(policy)
 
     def embed(self, texts, share=True):
         """P(x) and its forced rationale pooled, and the mean log-probability of the text. `-> [n, D], [n]`."""
@@ -113,9 +112,8 @@ def longest(policy, texts, seed, K=8):
 
     `-> Rollouts` of n texts with one rationale each.
     """
-    prompts = policy.prompts(texts)
     chance = uniforms(seed, len(texts), K, policy.reading.max_new_tokens, device=policy.device)
-    drawn = sample(policy, prompts, K, 1.0, chance)
+    drawn = sample(policy, policy.prompts(texts), K, 1.0, chance)
     at = torch.arange(len(texts), device=policy.device), (drawn.mask.sum(-1) * drawn.finished).argmax(1)
     parts = ("ids", "mask", "logprobs", "embeddings", "finished")
     return dataclasses.replace(drawn, **{name: getattr(drawn, name)[at][:, None] for name in parts})
@@ -126,3 +124,6 @@ class PathwiseAlone(Trainer):
 
     def advantage(self, R, batch):
         return torch.zeros_like(R)
+
+
+BASELINES = {"contrastive": Contrastive, "forced": ForcedContrastive, "simcse": SimCSE, "pathwise": PathwiseAlone}
