@@ -9,7 +9,8 @@ median step after one to warm up. Every flag of grace.py works here: `--kl 0`, `
 
 With --peer trl both sides start from the same checkpoint, train on the same prompts in the same compute type, and take
 turns step by step. TRL's reward runs the model over prompt and completion, pools, and takes a cosine. Neither side
-has a KL or a text term. TRL's micro-batches hold as many groups as --tokens-per-batch allows here.
+has a KL or a text term. TRL's micro-batches hold as many groups as --tokens-per-batch allows here. Texts of roles that
+are not trained are read here alone.
 """
 
 import statistics
