@@ -81,7 +81,7 @@ def write_model(shape, folder):
 
 def make_texts(n, policy, tokens):
     """n different texts whose prompts have 0.9 to 1 times as many tokens, where a word is one token."""
-    rng, around = random.Random(0), policy.prompts(["x"]).ids.shape[1]  # around: the instruction and the template
+    rng, around = random.Random(0), policy.template(["x"]).ids.shape[1]  # around: the instruction and the template
     words = max(2, tokens - around)
     return [" ".join(rng.choices(WORDS, k=words - rng.randrange(words // 10 + 1))) for _ in range(n)]
 
@@ -96,7 +96,7 @@ def load_library(args):
 
 def generate(model, policy, texts, K=1, **how):
     """K rationales per text by `generate()`. Returns ids, what is a token, and what counts: `[n*K, P + T]` each."""
-    x = policy.prompts(texts, share=False)  # plain left padding
+    x = policy.template(texts, share=False)  # plain left padding
     ids = model.generate(
         input_ids=x.ids, attention_mask=x.mask, num_return_sequences=K, max_new_tokens=policy.reading.max_new_tokens,
         eos_token_id=policy.end_ids.tolist(), pad_token_id=int(policy.end_ids[0]), **how,

@@ -21,10 +21,10 @@ def main():
         policy = policy.frozen_copy(torch.bfloat16)
     model, texts, K = load_library(args), make_texts(args.batch, policy, args.prompt_tokens), args.rollouts
     uniform = uniforms(0, args.batch, K, args.max_new_tokens, device=args.device)
-    P = policy.prompts(texts, share=False).ids.shape[1]
+    P = policy.template(texts, share=False).ids.shape[1]
 
     def here():
-        return sample(policy, policy.prompts(texts), K, 1.0, uniform)
+        return sample(policy, policy.template(texts), K, 1.0, uniform)
 
     def by_generate():
         return generate(model, policy, texts, K, do_sample=True, temperature=1.0, top_k=0, top_p=1.0)

@@ -62,7 +62,7 @@ def against_trl(ours, step, prompt_tokens, steps):
     config, tokenizer, bfloat16 = ours.config, ours.policy.tokenizer, ours.config.dtype == "bfloat16"
     model = transformers.AutoModelForCausalLM.from_pretrained(config.model, dtype=torch.float32).to(config.device)
     by_role = make_batch(ours.rows).texts
-    prompts = [ours.policy.prompts.render(text) for role in config.roles for text in by_role[role]]
+    prompts = [ours.policy.template.render(text) for role in config.roles for text in by_role[role]]
     group = prompt_tokens + config.rollouts * config.max_new_tokens  # its padded tokens, in our update
     fitting = [n for n in range(1, len(prompts) + 1) if len(prompts) % n == 0 and n * group <= config.tokens_per_batch]
     micro, seconds = config.rollouts * max(fitting, default=1), []

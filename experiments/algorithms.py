@@ -86,11 +86,11 @@ class ReMax(Trainer):
 
     def advantage(self, R, batch):
         config, texts, roles = self.config, batch.texts, self.config.roles
-        greedy = sample(self.policy, self.policy.prompts(texts_of(texts, roles)))
+        greedy = sample(self.policy, self.policy.template(texts_of(texts, roles)))
         sizes, baseline = [len(texts[role]) for role in roles], []
         for role, h, finished in zip(roles, greedy.embeddings.split(sizes), greedy.finished.split(sizes)):
             alone = dataclasses.replace(config, train_roles=role)
-            reward, _, _ = judge({**batch.embeddings, role: h}, finished, batch.twins, alone)
+            reward, _, _ = judge({**batch.embeddings, role: h}, finished, batch.same_text, alone)
             # A group of one has no consistency. So its consistency is that with the sampled rollouts of its text.
             near = torch.einsum("bkd,bjd->bk", h, batch.embeddings[role]) / config.rollouts
             baseline.append(reward + config.lambda_consistency * near / config.tau)

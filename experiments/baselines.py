@@ -26,15 +26,14 @@ class LossTrainer(Trainer):
     """One AdamW step on a loss of the prompts' embeddings. Subclasses have `loss(batch)`. For one process."""
 
     def __init__(self, policy, reference, rows, config):
-        if ranks.size() > 1:
+        if ranks.size > 1:
             raise GraceError("a loss reads its whole batch at once, in one process: leave out torchrun")
         super().__init__(policy, reference, rows, config)
 
     def step(self):
         """One step. Returns its metrics."""
         start = time.perf_counter()
-        batch = make_batch(self.next_rows())
-        batch.twins = batch.twins.to(self.policy.device)
+        batch = make_batch(self.next_rows(), device=self.policy.device)
         loss = self.loss(batch)
         loss.backward()
         norm = self.optimizer_step()
@@ -44,7 +43,7 @@ class LossTrainer(Trainer):
 
     def embed(self, texts, share=True):
         """P(x) pooled, and the mean log-probability of its text, with gradients. `-> [n, D], [n]`."""
-        policy, x = self.policy, self.policy.prompts(texts, share)
+        policy, x = self.policy, self.policy.template(texts, share)
         hidden, to_pool, _ = policy.prefill(x.ids, x.mask, x.n_shared)
         ids, counted = x.ids[:, x.n_shared :], x.counted[:, x.n_shared :]
         return unit(fold(None, to_pool, counted, policy.reading.pooling)), text_logprobs(policy, hidden, ids, counted)
@@ -61,7 +60,7 @@ class Contrastive(LossTrainer):
         t, texts, B = self.config.infonce_temperature, batch.texts, len(batch.texts["query"])
         h, text_logprob = self.embed(texts["query"] + texts["positive"] + texts["negative"])
         q, p, n = h[:B, None], h[B : 2 * B, None], h[2 * B :].view(B, -1, 1, h.shape[-1])  # [B, 1, D] x 2, [B, M, 1, D]
-        contrast = infonce(q, p, t, n, batch.twins) + infonce(p, q, t, None, batch.twins)
+        contrast = infonce(q, p, t, n, batch.same_text) + infonce(p, q, t, None, batch.same_text)
         return -contrast.mean() / 2 - self.config.text_weight * text_logprob.mean()
 
 
@@ -77,7 +76,7 @@ class SimCSE(LossTrainer):
     def loss(self, batch):
         """The mean negative log-softmax of a text's own second view among the batch's second views."""
         (one, text_logprob), (two, _) = (self.view(batch.texts["text"], number) for number in range(2))
-        contrast = infonce(one[:, None], two[:, None], self.config.infonce_temperature, None, batch.twins)
+        contrast = infonce(one[:, None], two[:, None], self.config.infonce_temperature, None, batch.same_text)
         return -contrast.mean() - self.config.text_weight * text_logprob.mean()
 
     def view(self, texts, number):
@@ -103,7 +102,7 @@ class ForcedContrastive(Contrastive):
 
     def embed(self, texts, share=True):
         """P(x) and its forced rationale pooled, and the mean log-probability of the text. `-> [n, D], [n]`."""
-        scores = score(self.policy, longest(self.start, texts, [self.config.seed, self.step_number, 5]), text=True)
+        scores = score(self.policy, longest(self.start, texts, [self.config.seed, self.step_number, 5]))
         return scores.embeddings[:, 0], scores.text_logprobs
 
 
@@ -113,7 +112,7 @@ def longest(policy, texts, seed, K=8):
     `-> Rollouts` of n texts with one rationale each.
     """
     chance = uniforms(seed, len(texts), K, policy.reading.max_new_tokens, device=policy.device)
-    drawn = sample(policy, policy.prompts(texts), K, 1.0, chance)
+    drawn = sample(policy, policy.template(texts), K, 1.0, chance)
     at = torch.arange(len(texts), device=policy.device), (drawn.mask.sum(-1) * drawn.finished).argmax(1)
     parts = ("ids", "mask", "logprobs", "embeddings", "finished")
     return dataclasses.replace(drawn, **{name: getattr(drawn, name)[at][:, None] for name in parts})

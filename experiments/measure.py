@@ -17,7 +17,7 @@ from evaluation.encoder import encode_texts
 from evaluation.tasks import evaluate_tasks, evaluate_triplets
 from experiments.baselines import longest
 from plumbing.data import read_triplets
-from plumbing.report import read_metrics
+from plumbing.run import read_metrics
 from policy import Policy
 from pool import length_mask
 from rollout import sample, score, uniforms
@@ -57,7 +57,7 @@ def answers_loss(start, policy, texts):
     """
     total = count = 0
     for i in range(0, len(texts), 64):
-        prompts = start.prompts(texts[i : i + 64])
+        prompts = start.template(texts[i : i + 64])
         chance = uniforms([0, i], len(prompts.ids), 1, start.reading.max_new_tokens, device=start.device)
         rollouts = sample(start, prompts, 1, 1.0, chance)
         total -= float((score(policy, rollouts).logprobs * rollouts.mask).sum())
@@ -74,7 +74,7 @@ def follow_other(policy, world, n):
     """
     other, tokenizer = reading_otherwise(policy, instruction=world.other_instruction), policy.tokenizer
     texts, answers = zip(*world.other_chats(n, random.Random(0), held_out=True))
-    greedy = sample(other, other.prompts(list(texts)))
+    greedy = sample(other, other.template(list(texts)))
     written = [tokenizer.decode(group[0], skip_special_tokens=True).strip() for group in greedy.rationales()]
     rows = [[*tokenizer(answer, add_special_tokens=False)["input_ids"], int(policy.end_ids[0])] for answer in answers]
     lengths = torch.tensor([len(row) for row in rows], device=policy.device)
@@ -120,7 +120,7 @@ TRACED = "step", "contrastive_std", "consistency_std", "hard_std", "cosine", "sa
 
 def course(folder):
     """From a run's folder: held-out figures along the training, a dozen lines of its metrics, and one text's rationales."""
-    metrics = [line for _, line in read_metrics(os.path.join(folder, "metrics.jsonl"))]
+    metrics = read_metrics(os.path.join(folder, "metrics.jsonl"))
     every = max(1, len(metrics) // 12)
     curve = [{k.removeprefix("heldout_"): v for k, v in m.items() if k == "step" or k.startswith("heldout_")} for m in metrics]
     trace = [{k: m[k] for k in TRACED if k in m} for m in metrics if m["step"] == 1 or m["step"] % every == 0]

@@ -12,16 +12,16 @@ import tempfile
 import time
 
 import grace
-import toy
 from config import Config
 from evaluation.tasks import evaluate_triplets
 from experiments import measure
 from experiments.algorithms import ALGORITHMS
 from experiments.baselines import BASELINES, LossTrainer
-from plumbing.checkpoint import write_atomically
 from plumbing.data import load_rows
-from plumbing.report import versions
+from plumbing.run import versions, write_atomically
 from policy import Policy
+from worlds import WORLDS
+from worlds.make import build_world
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 RESULTS = os.path.join(ROOT, "experiments", "results")
@@ -72,12 +72,12 @@ def keep(record, folder):
 # ---------------------------------------------------------------- a run
 
 
-def build_world(run, worlds, quick=False):
+def world_of(run, worlds, quick=False):
     """The folder of a run's world, built where it is missing: `WORLD-world-SEED`, as train.sh has it."""
     folder = os.path.join(worlds, f"{run['world']}-world-{run['seed']}")
     if not os.path.isfile(os.path.join(folder, "model", "grace_config.json")):
         small = dict(train=64, heldout=16, steps=5) if quick else {}
-        toy.build(folder, run["seed"], world=toy.WORLDS[run["world"]], **small)
+        build_world(folder, run["seed"], world=WORLDS[run["world"]], **small)
     return folder
 
 
@@ -88,7 +88,7 @@ def config_of(run, **more):
 
 def make(run, worlds, quick=False):
     """Train and measure one run, in its world below `worlds`. `-> its record`."""
-    began, folder, world = time.time(), build_world(run, worlds, quick), toy.WORLDS[run["world"]]
+    began, folder, world = time.time(), world_of(run, worlds, quick), WORLDS[run["world"]]
     names = {"data": "texts" if run.get("mode") == "unsupervised" else "train", "heldout": "heldout", "graded": "graded"}
     files = {setting: f"{folder}/data/{name}.jsonl" for setting, name in names.items()}
     with tempfile.TemporaryDirectory() as scratch, open(os.path.join(scratch, "log.txt"), "w") as log:
