@@ -111,12 +111,8 @@ def gumbel_max(weights, uniform):
     """
     R, V = weights.shape
     n = next(n for n in range(round(V ** (1 / 3)), V + 1) if n**3 >= V)
-    noise = -(-hashed(uniform, 3 * n).log()).log().to(weights.dtype)
-    noise, tree, rows = (
-        noise.view(R, 3, n),
-        F.pad(weights, (0, n**3 - V)).view(R, n, n, n),
-        torch.arange(R, device=weights.device),
-    )
+    noise = -(-hashed(uniform, 3 * n).log()).log().view(R, 3, n)
+    tree, rows = F.pad(weights, (0, n**3 - V)).view(R, n, n, n), torch.arange(R, device=weights.device)
     block = (tree.sum((2, 3)).log() + noise[:, 0]).argmax(1)
     tree = tree[rows, block]  # [R, n, n]
     part = (tree.sum(2).log() + noise[:, 1]).argmax(1)
@@ -125,11 +121,11 @@ def gumbel_max(weights, uniform):
 
 
 def hashed(uniform, n):
-    """n numbers in (0, 1), float64, from each given number, by a hash (MurmurHash3's last step). `[R] -> [R, n]`."""
-    x = (uniform.double() * 2**24).long()[:, None] * n + torch.arange(n, device=uniform.device)
+    """n numbers in (0, 1) from each given number, by a hash (MurmurHash3's last step). `[R] -> [R, n]`, float32."""
+    x = (uniform * 2**24).long()[:, None] * n + torch.arange(n, device=uniform.device)
     for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
         x = ((x ^ (x >> shift)) * factor) & 0xFFFFFFFF
-    return ((x ^ (x >> 16)).double() + 0.5) / 2**32
+    return (((x ^ (x >> 16)) >> 9) + 0.5) / 2**23  # 23 bits: a float32 next to 1 has no more
 
 
 def uniforms(seed, *shape, device=None):
