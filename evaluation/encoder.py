@@ -215,8 +215,6 @@ class GraceEncoder:
         for i, text in enumerate(texts):
             if not isinstance(text, str):
                 raise GraceError(f"text {i} is {text!r:.60}, not a string")
-        if not texts:
-            raise GraceError("no texts to encode")
         distinct = list(dict.fromkeys(texts))
         with self._usable():
             known = {text: row for text in distinct if (row := self._remembered(text))}

@@ -57,7 +57,7 @@ def finish_page(out, file=None):
     """Write the page, as OUT/report.html unless `file` says where. Raises GraceError as `build_page` does."""
     path = file or os.path.join(out, "report.html")
     write_atomically(path, build_page(out))
-    print(f"{path} shows the run")
+    print(f"{path} shows this run")
 
 
 def build_page(out):

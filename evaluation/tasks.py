@@ -137,10 +137,7 @@ def columns(rows, name, *wanted):
         present = next((c for c in column.split("|") if c in rows.column_names), None)
         if present is None:
             raise GraceError(f"{name}: no column {column!r}; it has {', '.join(rows.column_names)}")
-        values = list(rows[present])
-        if None in values:
-            raise GraceError(f"{name}, row {values.index(None) + 1}: no {present}")
-        lists.append(values)
+        lists.append(list(rows[present]))
     return lists
 
 

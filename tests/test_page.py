@@ -89,7 +89,7 @@ def test_the_record_along_a_training(make_policy, tmp_path):
 
 def test_a_finished_run(folder, capsys):
     grace.main(["report", str(folder)])
-    assert "report.html shows the run" in capsys.readouterr().out
+    assert "report.html shows this run" in capsys.readouterr().out
     page = (folder / "report.html").read_text()
     assert headings(page) == HEADINGS and "Finished after 4 steps" in page
     summary = json.loads((folder / "summary.json").read_text())

@@ -155,11 +155,6 @@ def test_a_split_is_not_replaced_by_another(tmp_path):
         evaluate_tasks(one_hot, ["Banking77Classification"], str(tmp_path))
 
 
-def test_holes_in_the_data(tmp_path):
-    with pytest.raises(GraceError, match="row 2: no score"):
-        evaluate_tasks(one_hot, ["STSBenchmark"], sts(tmp_path, [GOOD[0], {**GOOD[1], "score": None}]))
-
-
 def test_what_the_encoder_must_not_do(tmp_path):
     folder = sts(tmp_path, GOOD)
     with pytest.raises(GraceError, match="the vector of 'b' is not finite"):
