@@ -43,7 +43,7 @@ def token_batches(texts, tokens_per_batch, policy):
     A text's tokens are estimated, at three bytes each, so that no text is tokenized twice.
     """
     size = [len(text.encode("utf-8", "surrogatepass")) for text in texts]
-    overhead = len(policy.prompts.prefix) // 4 + policy.reading.max_new_tokens
+    overhead = len(policy.template.prefix) // 4 + policy.reading.max_new_tokens
     part = []
     for i in sorted(range(len(texts)), key=lambda i: -size[i]):
         longest = min(policy.reading.max_prompt_tokens, size[part[0] if part else i] // 3) + overhead
@@ -62,7 +62,7 @@ def encode_batch(policy, texts, temperature=0.0, seed=0, rationale=True):
     What is sampled about a text depends on seed and text alone, not on the batch it is in. An empty text is
     allowed: its prompt still has tokens that count.
     """
-    prompts = policy.prompts(texts)
+    prompts = policy.template(texts)
     if rationale:
         T, uniform = policy.reading.max_new_tokens, None
         if temperature:
@@ -119,7 +119,7 @@ def text_loss(policy, texts, tokens_per_batch=8192):
     nats, count = 0.0, 0
     for part in token_batches(texts, tokens_per_batch, policy):
         # Not shared: the text's first token is predicted by the instruction's last.
-        prompts = policy.prompts([texts[i] for i in part], share=False)
+        prompts = policy.template([texts[i] for i in part], share=False)
         hidden, _, _ = policy.prefill(prompts.ids, prompts.mask, 0)
         keep = prompts.text[:, 1:].bool()
         nats -= float(token_logprobs(policy, hidden[:, :-1][keep], prompts.ids[:, 1:][keep]).sum())
@@ -178,7 +178,7 @@ class GraceEncoder:
         self.settings = {
             "fingerprint": fingerprint(model.model),
             **dataclasses.asdict(model.reading),
-            "template": [model.prompts.prefix, model.prompts.suffix],
+            "template": [model.template.prefix, model.template.suffix],
             "end_tokens": model.end_ids.tolist(),
             "rationale": rationale,
             "temperature": temperature,

@@ -29,9 +29,8 @@ import torch.nn.functional as F
 
 from evaluation.encoder import token_batches
 from evaluation.render import SHADES, comparison, document, escape
-from plumbing.checkpoint import checkpoints
 from plumbing.errors import GraceError
-from plumbing.run import write_atomically
+from plumbing.run import checkpoints, write_atomically
 from policy import Policy
 from rollout import sample
 
@@ -85,7 +84,7 @@ def split(policy, texts, tokens_per_batch=8192):
 
 @torch.inference_mode()
 def _split_batch(policy, texts):
-    prompts, tokenizer = policy.prompts(texts), policy.tokenizer
+    prompts, tokenizer = policy.template(texts), policy.tokenizer
     rollouts = sample(policy, prompts)
     ids = torch.cat([prompts.ids, rollouts.ids[:, 0]], 1)
     mask = torch.cat([prompts.mask, rollouts.mask[:, 0]], 1)
@@ -93,7 +92,7 @@ def _split_batch(policy, texts):
     _, to_pool, _ = policy.prefill(ids, mask, prompts.n_shared)
     sizes = zip(*(x.sum(1).tolist() for x in (prompts.mask, prompts.counted, prompts.text)))
     for i, (text, size, (rationale,)) in enumerate(zip(texts, sizes, rollouts.rationales())):
-        words = [*_prompt_words(policy.prompts, text, *size), *_rationale_words(tokenizer, rationale)]
+        words = [*_prompt_words(policy.template, text, *size), *_rationale_words(tokenizer, rationale)]
         parts = token_parts(to_pool[i][counted[i]].cpu(), policy.reading.pooling)
         vectors = torch.stack([part.sum(0) for part in parts.split([n for *_, n in words])]).numpy()
         shown = tokenizer.decode(rationale, skip_special_tokens=True).strip()
@@ -103,7 +102,7 @@ def _split_batch(policy, texts):
 def _prompt_words(template, text, n_kept, n_counted, n_text):
     """`(word, part, number of tokens)` of a prompt's counted tokens. The three numbers are the prompt's, in tokens."""
     string, n_after = template.render(text), n_counted - n_text
-    offsets = template.tokenizer(string, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    ((_, offsets),) = template.encode([text])
     offsets = offsets[: n_kept - n_after] + offsets[len(offsets) - n_after :]  # a long text has lost its end
     offsets = offsets[n_kept - n_counted :]
     first, last = len(template.prefix), len(string) - len(template.suffix)

@@ -12,8 +12,7 @@ import os
 
 from evaluation.render import SHADES, comparison, curve, document, escape
 from plumbing.errors import GraceError, first_line
-from plumbing.report import read_metrics
-from plumbing.run import write_atomically
+from plumbing.run import read_metrics, write_atomically
 from plumbing.status import SIGNS, health
 
 SCORES = {  # score: its name, what it is, and 1 where more is better, -1 where less is
@@ -65,7 +64,7 @@ def build_page(out):
     run, recorded = read_json(out, "run.json") | read_json(out, "summary.json"), read_json(out, "probe.json")
     if "config" not in run:
         raise GraceError(f"{out}: no run is here, or it has not evaluated its start yet")
-    steps = [line for _, line in read_metrics(os.path.join(out, "metrics.jsonl"))]
+    steps = read_metrics(os.path.join(out, "metrics.jsonl"))
     body = about(run, steps), scores(run, steps), rationales(recorded), queries(recorded), curves(run, steps), settings(run)
     return document(os.path.basename(os.path.abspath(out)), "GRACE · one run", "".join(body))
 

@@ -63,7 +63,7 @@ def test_too_little_memory(make_policy, monkeypatch, capsys):
 def test_without_rationale(make_policy):
     """The prompt alone, pooled."""
     policy = make_policy()
-    x = policy.prompts(TEXTS[:1])
+    x = policy.template(TEXTS[:1])
     with torch.no_grad():
         states = policy.model.base_model(input_ids=x.ids).last_hidden_state[0][x.counted[0].bool()]
     encoder = GraceEncoder(policy, rationale=False)
@@ -76,7 +76,7 @@ def test_text_loss(make_policy):
     policy = make_policy()
     nats, count = 0.0, 0
     for text in TEXTS:
-        x = policy.prompts([text])
+        x = policy.template([text])
         logprobs = torch.log_softmax(policy.model(input_ids=x.ids).logits, -1)[0]
         for at in x.text[0].nonzero()[:, 0].tolist():
             nats -= logprobs[at - 1, x.ids[0, at]].item()
@@ -227,7 +227,7 @@ def test_the_papers_mean_stands_beside_all_sixteen_alone():
         ("--tasks STS99", "unknown task"),
         ("--tasks STS12", "no such folder"),
         ("--tasks ToyPairs --temperature -1", "give 0 for greedy"),
-        ("--tasks ToyPairs --model no/such/model", "cannot be loaded"),
+        ("--tasks ToyPairs --model no/such/model", "no such folder"),
         ("--tasks ToyPairs --model no/such/model --out /proc/x/r.json", "--out /proc/x/r.json: cannot be written"),
         ("--tasks ToyPairs --model no/such/model --out /tmp", "--out /tmp: cannot be written"),
     ],

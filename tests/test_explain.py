@@ -42,7 +42,7 @@ def test_a_share_is_what_the_formula_says(make_policy):
     policy = make_policy("Llama")
     hidden, embeddings = [], []
     for text in (A, B):
-        prompts = policy.prompts([text], share=False)
+        prompts = policy.template([text], share=False)
         rationale = sample(policy, prompts).rationales()[0][0]
         ids = torch.cat([prompts.ids[0], torch.tensor(rationale)])[None]
         with torch.no_grad():
@@ -85,7 +85,7 @@ def test_words_over_tokens():
     words = [word for word, part in one.words if part == "text"]
     assert words == ["The", "doctor's", "naïve", "café", ",", "42", "τέλος", "🙂", "东", "京", "!"] == WORD.findall(one.text)
     # The words of a rationale are, in order, what its ids decode to: no id is lost, not even one inside a character.
-    ids = sample(policy, policy.prompts([one.text])).rationales()[0][0]
+    ids = sample(policy, policy.template([one.text])).rationales()[0][0]
     decoded = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
     written = "".join(word for word, part in one.words if part == "rationale")
     assert re.sub(r"\s", "", written) == re.sub(r"\s", "", decoded) != ""
