@@ -91,12 +91,12 @@ def run(tiny_world, no_page, tmp_path_factory):
     return arguments, near
 
 
-def in_second_rank(method, act, at=1):
-    """In the second rank only: `act()` before a method of the trainer in step `at + 1`."""
+def in_rank(rank, method, act, at=1):
+    """In one of the ranks: `act()` before a method of the trainer in step `at + 1`."""
     original = getattr(grace.Trainer, method)
 
     def acting(trainer, *args):
-        if not ranks.first() and trainer.step_number == at:
+        if ranks.rank == rank and trainer.step_number == at:
             act()
         return original(trainer, *args)
 
@@ -108,7 +108,7 @@ def test_a_rank_that_is_killed(run, tmp_path):
     arguments, near = run
     out, began = tmp_path / "out", time.time()
     to_self = lambda: os.kill(os.getpid(), signal.SIGKILL)
-    (code, printed), (killed, _) = fork_ranks(lambda: (in_second_rank("update", to_self), grace.main(arguments(out))), tmp_path)
+    (code, printed), (killed, _) = fork_ranks(lambda: (in_rank(1, "update", to_self), grace.main(arguments(out))), tmp_path)
     assert (code, killed) == (1, -signal.SIGKILL) and time.time() - began < 60
     assert "grace.py: another rank has ended (" in printed and "--resume continues" in printed and "Traceback" not in printed
     assert [os.path.basename(x) for x in checkpoints(out)] == ["00000001"]
@@ -118,12 +118,12 @@ def test_a_rank_that_is_killed(run, tmp_path):
 
 
 def test_a_signal_to_one_rank(run, tmp_path):
-    """Both finish the step and end, but not before the checkpoint is on the disk."""
+    """Both finish the step. The second one does not end before the checkpoint is written: the first would be ended, too."""
     arguments, near = run
     out = tmp_path / "out"
 
     def program():
-        in_second_rank("update", lambda: os.kill(os.getpid(), signal.SIGTERM))
+        in_rank(0, "update", lambda: os.kill(os.getpid(), signal.SIGTERM))
         save = torch.save
         torch.save = lambda *args: (time.sleep(0.5), save(*args))
         grace.main(arguments(out, "--save-every 0"))
@@ -147,7 +147,7 @@ def test_errors_of_all_ranks_are_told_once_and_those_of_one_too(run, tmp_path):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     (first, one), (second, two) = fork_ranks(
-        lambda: (in_second_rank("objective", out_of_memory), grace.main(arguments(tmp_path / "b"))), tmp_path
+        lambda: (in_rank(1, "objective", out_of_memory), grace.main(arguments(tmp_path / "b"))), tmp_path
     )
     assert (first, second) == (1, 1) and "another rank has ended" in one
     assert len(told(two)) == 1 and "step 2: out of memory with --tokens-per-batch 4096; lower it, and --resume" in two
