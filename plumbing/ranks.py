@@ -60,12 +60,12 @@ def end(message):
 
 @contextlib.contextmanager
 def _together():
-    """Raises GraceError where another rank is no longer there. (On GPUs nothing is raised: torchrun ends those that wait.)"""
+    """Raises GraceError where another rank is gone. (On GPUs a rank may wait for it instead, until torchrun ends it.)"""
     try:
         yield
     except RuntimeError as error:
         advice = "--resume continues from the newest checkpoint"
-        raise GraceError(f"another rank has ended ({first_line(error)}); {advice}") from error
+        raise GraceError(f"another rank does not answer ({first_line(error)}); {advice}") from error
 
 
 def gather(x):

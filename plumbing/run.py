@@ -80,7 +80,7 @@ def _flush(path):
 def write_atomically(path, text):
     """A reader of `path` sees the old file or the new one, never half of one. Raises GraceError where it cannot be written."""
     if ranks.first():
-        with _replacing(path) as beside, open(beside, "w") as file:
+        with _replacing(path) as beside, open(beside, "w", encoding="utf-8") as file:
             file.write(text)
 
 
@@ -127,7 +127,7 @@ def digest(rows):
 
 # ---------------------------------------------------------------- one run
 
-# What a run leaves and the next one in its folder deletes, in this order: a summary would call a run without a model finished.
+# What --overwrite deletes of an earlier run, in this order: with a summary, a folder without a model would be a finished run.
 RESULTS = (
     "summary.json", "checkpoints", "checkpoints.tmp", "adapter", "final.tmp", "run.json", "probe.json", "rationales.md",
     "report.html",

@@ -156,14 +156,6 @@ def test_resumed_is_never_stopped(tiny_world, tmp_path, monkeypatch, more):
     same(tmp_path / "straight", out)
 
 
-@pytest.fixture(scope="module")
-def two_steps(tiny_world, no_page, tmp_path_factory):
-    """A run of two steps, to be continued. Not to be written to."""
-    out = tmp_path_factory.mktemp("two")
-    grace.main(command(tiny_world, out, "--steps 2"))
-    return out
-
-
 def kill_at(module, name, path):
     """Have this process kill itself when a function of this name is called with the path: `torch.save` when half is written."""
     usual = getattr(module, name)
@@ -182,23 +174,24 @@ def kill_at(module, name, path):
 @pytest.mark.parametrize(
     "moment",
     [
-        (os, "remove", "summary.json"),  # of the two steps
+        (os, "remove", "summary.json"),  # of the first four steps
         (os, "replace", "metrics.jsonl.tmp"),
-        (torch, "save", "00000003.tmp/trainer.pt"),
-        (os, "replace", "00000004.tmp"),
-        (shutil, "rmtree", "00000002"),
+        (torch, "save", "00000005.tmp/trainer.pt"),
+        (os, "replace", "00000006.tmp"),
+        (shutil, "rmtree", "00000003"),
         (os, "replace", "final.tmp/model.safetensors"),
         (os, "replace", "summary.json.tmp"),
     ],
 )
-def test_killed_while_writing(tiny_world, finished_run, two_steps, tmp_path, moment):
+def test_killed_while_writing(tiny_world, finished_run, six_steps, tmp_path, moment):
+    """Between a resume and the summary."""
     out = tmp_path / "out"
-    shutil.copytree(two_steps, out)
-    arguments = command(tiny_world, out, "--steps 4 --resume")
+    shutil.copytree(finished_run, out)
+    arguments = command(tiny_world, out, "--steps 6 --resume")
     assert ended(fork(lambda: (kill_at(*moment), grace.main(arguments)))) == -signal.SIGKILL
     grace.main(arguments)
-    same(finished_run, out)
-    assert saved(out)[-2:] == [3, 4] and not list(out.rglob("*.tmp"))
+    same(six_steps, out)
+    assert saved(out)[-2:] == [5, 6] and not list(out.rglob("*.tmp"))
 
 
 def test_killed_at_random_moments(tiny_world, finished_run, tmp_path):
