@@ -175,9 +175,7 @@ def kill_at(module, name, path):
     "moment",
     [
         (os, "remove", "summary.json"),  # of the first four steps
-        (os, "replace", "metrics.jsonl.tmp"),
         (torch, "save", "00000005.tmp/trainer.pt"),
-        (os, "replace", "00000006.tmp"),
         (shutil, "rmtree", "00000003"),
         (os, "replace", "final.tmp/model.safetensors"),
         (os, "replace", "summary.json.tmp"),
