@@ -199,8 +199,8 @@ class Run:
         self._start(trainer)
         return True
 
-    def begin(self, trainer, scores, *shown):
-        """Clear the folder of an earlier run, then write down what the start is like; see `note`."""
+    def begin(self, trainer, scores):
+        """Clear the folder of an earlier run, then write down the scores of the start."""
         if ranks.first():
             if os.path.isdir(self.path("checkpoints")):  # first renamed: a kill then leaves no half checkpoint behind
                 _delete(self.path("checkpoints.tmp"))
@@ -211,7 +211,6 @@ class Run:
         write_atomically(self.path("metrics.jsonl"), "")
         self.progress |= {"before": scores, "rows": digest(trainer.rows)}
         self._start(trainer)
-        self.note(0, scores, *shown)
 
     def _start(self, trainer):
         """Start the clock, which goes on where the checkpoint stopped it, and write run.json for `status` and the page."""
@@ -220,18 +219,10 @@ class Run:
         about["max_new_tokens"] = trainer.policy.reading.max_new_tokens
         write_atomically(self.path("run.json"), json.dumps(about, indent=2))
 
-    def note(self, step, scores, rationales, probe):
-        """Print the scores `{name: score}` of the policy as it is now, and return them.
-
-        rationales  `{text: rationale}`, added to rationales.md
-        probe       what held-out queries find, for the run's page: `before` in probe.json, later `after`; or None
-        """
+    def note(self, step, scores, rationales):
+        """Print the scores `{name: score}`, add the rationales `{text: rationale}` to rationales.md. Returns the scores."""
         self.progress["history"].append((step, list(rationales.values())))
         write_atomically(self.path("rationales.md"), show_rationales(self.progress["history"], list(rationales)))
-        if probe:
-            moments = (read_json(self.path("probe.json")) or {}) if step else {}
-            moments["after" if step else "before"] = {"step": step, **probe}
-            write_atomically(self.path("probe.json"), json.dumps(moments))
         tqdm.write(f"step {step:4d}  " + "  ".join(f"{name} {score:.3f}" for name, score in scores.items()))
         return scores
 
