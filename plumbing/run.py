@@ -215,6 +215,7 @@ class Run:
     def _start(self, trainer):
         """Start the clock, which goes on where the checkpoint stopped it, and write run.json for `status` and the page."""
         self.started = time.time() - self.progress["seconds"]
+        self.board = tensorboard(self.config.out, trainer.step_number) if ranks.first() else None
         about = {"before": self.progress["before"], "config": dataclasses.asdict(self.config)}
         about["max_new_tokens"] = trainer.policy.reading.max_new_tokens
         write_atomically(self.path("run.json"), json.dumps(about, indent=2))
@@ -232,6 +233,9 @@ class Run:
         if ranks.first():
             with _writing(path), open(path, "a") as file:
                 file.write(json.dumps(metrics) + "\n")
+        if self.board:
+            for name, value in metrics.items():
+                self.board.add_scalar(name, value, metrics["step"])
 
     def save(self, trainer):
         """Write a checkpoint: all that a resumed run needs, whole or not at all. The last two stay."""
@@ -356,3 +360,15 @@ def show_summary(summary):
             cells = (f"{scores[name]:{width[name]}.3f}" if name in scores else " " * width[name] for name in names)
             lines.append(f"{moment.replace('_', ' '):24}" + "".join(cells))
     return "\n".join(lines)
+
+
+def tensorboard(out, step):
+    """A TensorBoard writer where that is installed, else None: metrics.jsonl has the same figures.
+
+    What a run that was killed later wrote for steps after `step` is dropped.
+    """
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(out, purge_step=step + 1)
