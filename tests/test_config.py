@@ -23,7 +23,6 @@ CUDA = torch.cuda.is_available()
         ("--reward paper --train-roles query,positive", "use --train-roles positive"),
         ("--batch 2 --minibatches 5", "a batch of 4 groups cannot be shared out to --minibatches 5"),
         ("--temperature 0", "--temperature 0.0: must be above 0"),
-        ("--mode semi", "--mode semi: choose one of supervised, unsupervised"),
         ("--lr inf", "--lr inf: give a finite number"),
         ("--tokens-per-batch 0", "--tokens-per-batch 0: must be at least 1"),
         ("--mode unsupervised --prompt-weight 1", "without labels a text's prompt has no pair"),
@@ -45,22 +44,26 @@ def test_bad_settings(tiny_world, tmp_path, flags, message):
 
 
 def test_groups_are_counted_with_the_negatives_that_there_are(monkeypatch):
-    """4 instances with one negative are 12 groups, with two 16."""
-    config = Config(batch=4, minibatches=4, train_roles="query,positive,negative")
-    config.minibatches = 14
+    """4 instances with one negative are 12 groups, with two 16; and every rank needs an instance."""
+    config = Config(batch=4, minibatches=12, train_roles="query,positive,negative")
+    config.check_groups(1)
+    with pytest.raises(GraceError, match="the rows have no negatives"):
+        config.check_groups(0)
+    config.minibatches = 13
     config.check_groups(2)
     with pytest.raises(GraceError, match="a batch of 12 groups"):
         config.check_groups(1)
-    with pytest.raises(GraceError, match="the rows have no negatives"):
-        config.check_groups(0)
     monkeypatch.setattr(ranks, "size", 5)
     with pytest.raises(GraceError, match="5 ranks"):
         config.check_groups(2)
 
 
-def test_recipes_only_set_defaults():
+def test_config_made_in_python():
+    """A recipe only sets defaults; choices are checked here, too."""
     assert (Config(recipe="paper").pathwise, Config().pathwise, Config(recipe="paper", pathwise=0.5).pathwise) == (0, 0.3, 0.5)
     assert Config().reward == "infonce" and Config(recipe="paper").reward == "paper"
+    with pytest.raises(GraceError, match="--mode semi: choose one of supervised, unsupervised"):
+        Config(mode="semi")
 
 
 def test_help_shows_defaults(capsys):

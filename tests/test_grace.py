@@ -283,7 +283,7 @@ def test_prompt_term(make_policy):
     trainer = descent(policy, prompt_weight=0.7, lambda_hard=0.5, infonce_temperature=0.3)
     trainer.update = lambda rollouts, A, g, g_prompt: updates.append(g_prompt) or {}
     trainer.step()
-    texts = make_batch(trainer.next_rows()).texts
+    texts = trainer.batch.texts
     h = {role: torch.stack([embedded(policy, text)[0] for text in texts[role]]).detach() for role in texts}
     trained = h["query"].requires_grad_(), h["positive"].requires_grad_()
     rewards = 1.5 * infonce_terms(*trained, h["negative"], 0.3)  # of one prompt each: the mean is the nearest

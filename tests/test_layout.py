@@ -1,6 +1,7 @@
 """The house: what imports what. No arrow runs upward or in a circle, and nothing in plumbing/ knows the method."""
 
 import ast
+import functools
 import graphlib
 import re
 import sys
@@ -25,6 +26,7 @@ def files(room):
     return sorted((ROOT / room).glob("*.py")) if room in FOLDERS else [ROOT / f"{room}.py"]
 
 
+@functools.cache
 def imported(path):
     """The modules that a file imports at its top or inside a function, and what it imports from them: `{"a", "a.b"}`."""
     names = set()

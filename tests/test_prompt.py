@@ -117,10 +117,14 @@ def test_other_templates(byte_tokenizer, template, before, after):
     assert decoded(policy, x, x.text) == ["the cat"] and decoded(policy, x, x.counted) == [f"the cat{after}"]
 
 
-def test_template_that_drops_the_instruction(byte_tokenizer):
-    template = "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}"
+def test_templates_that_are_refused(byte_tokenizer):
+    """One without the instruction, and one that writes something else around some texts: where these start is unknown."""
     with pytest.raises(GraceError, match="system prefix"):
-        byte_policy(byte_tokenizer, template)
+        byte_policy(byte_tokenizer, "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}")
+    policy = byte_policy(byte_tokenizer, BYTES.replace("<|im_end|>\n", "<|im_end|>{{ '!' if 'cat' in m.content else '\n' }}"))
+    policy.template(["the dog"])
+    with pytest.raises(GraceError, match="rewrites this text, so where it starts is unknown: 'the cat'"):
+        policy.template(["the dog", "the cat"])
 
 
 def test_tokenizer_without_offsets(make_policy):
@@ -130,11 +134,3 @@ def test_tokenizer_without_offsets(make_policy):
     tokenizer.chat_template = BYTES
     with pytest.raises(GraceError, match="ByT5Tokenizer does not say which characters"):
         Policy(make_policy().model, tokenizer, Reading("Say what it means.", 100, 4))
-
-
-def test_template_that_depends_on_the_text(byte_tokenizer):
-    """Where what stands around a text is another for this one, it is unknown where the text starts."""
-    policy = byte_policy(byte_tokenizer, BYTES.replace("<|im_end|>\n", "<|im_end|>{{ '!' if 'cat' in m.content else '\n' }}"))
-    policy.template(["the dog"])
-    with pytest.raises(GraceError, match="rewrites this text, so where it starts is unknown: 'the cat'"):
-        policy.template(["the dog", "the cat"])

@@ -108,39 +108,36 @@ def outranked_by_loop(n, q, p, t, mined=False):
     return expected
 
 
-@pytest.mark.parametrize("mined", [False, True])
-@pytest.mark.parametrize("same_text", [None, pairs(5, (0, 3))])
-@pytest.mark.parametrize("M", [None, 0, 3])
-def test_infonce(mined, same_text, M):
-    rows, columns = units(5, 3, 8), units(5, 4, 8, seed=1)
-    negatives = None if M is None else units(5, M, 2, 8, seed=2)
-    given = rows, columns, 0.1, negatives, same_text, mined
-    close(reward.infonce(*given), infonce_by_loop(*given))
-
-
-def test_what_each_role_is_rewarded_for():
-    """The components of every role, by the loops above: whose columns, whose negatives, and what is mined."""
-    t, same_text = 0.2, pairs(4, (1, 2))
-    q, p, n, text = units(4, 2, 6), units(4, 3, 6, seed=1), units(4, 2, 3, 6, seed=2), units(4, 3, 6, seed=3)
+@pytest.mark.parametrize("M", [0, 2])
+@pytest.mark.parametrize("same_text", [None, pairs(4, (1, 2))])
+def test_infonce_of_each_role(M, same_text):
+    """Whose columns are its candidates, whose negatives, and what is mined."""
+    t, q, p, n, text = 0.2, units(4, 2, 6), units(4, 3, 6, seed=1), units(4, M, 3, 6, seed=2), units(4, 3, 6, seed=3)
     roles = {"query": q, "positive": p, "negative": n, "text": text}
     for mined, name in ((False, "contrastive"), (True, "hard")):
         expected = {
             "query": infonce_by_loop(q, p, t, n, same_text, mined),
             "positive": infonce_by_loop(p, q, t, None, same_text, mined),
-            "negative": outranked_by_loop(n, q, p, t, mined),
-            "text": infonce_by_loop(text, text, t, None, same_text, mined, True),
+            "text": infonce_by_loop(text, text, t, None, same_text, mined, leave_one_out=True),
         }
+        if M:
+            expected["negative"] = outranked_by_loop(n, q, p, t, mined)
         for role, values in expected.items():
             components = reward.infonce_components(roles, role, t, same_text)
             close(components[name], values)
             close(components["consistency"], reward.consistency(roles[role].flatten(0, -3)).tolist())
-    anchored = reward.paper_components({"query": q[:, :1], "positive": p, "negative": n[:, :, :1]}, same_text)
-    close(anchored["contrastive"], reward.contrastive(q[:, 0], p, n[:, :, 0]).tolist())
-    by_anchor = reward.paper_components({"anchor": q[:, :1], "text": text}, same_text)
-    close(by_anchor["contrastive"], reward.self_similarity(q[:, 0], text).tolist())
-    for components, group in ((anchored, p), (by_anchor, text)):
-        close(components["hard"], reward.hard_negative(q[:, 0], group, same_text)[:, None].expand(4, 3).tolist())
-        close(components["consistency"], reward.consistency(group).tolist())
+
+
+def test_paper_components_of_both_modes():
+    same_text = pairs(4, (1, 2))
+    q, p, n = units(4, 1, 6), units(4, 3, 6, seed=1), units(4, 2, 1, 6, seed=2)
+    supervised = reward.paper_components({"query": q, "positive": p, "negative": n}, same_text)
+    unsupervised = reward.paper_components({"anchor": q, "text": p}, same_text)
+    close(supervised["contrastive"], reward.contrastive(q[:, 0], p, n[:, :, 0]).tolist())
+    close(unsupervised["contrastive"], reward.self_similarity(q[:, 0], p).tolist())
+    for components in (supervised, unsupervised):
+        close(components["hard"], reward.hard_negative(q[:, 0], p, same_text)[:, None].expand(4, 3).tolist())
+        close(components["consistency"], reward.consistency(p).tolist())
 
 
 def test_infonce_ignores_a_rise_of_all():
