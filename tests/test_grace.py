@@ -424,6 +424,28 @@ def test_a_step_made_again_is_the_step(make_policy, monkeypatch, name, fails):
     assert (updates[1] - updates[0]).norm() < 1e-9 * updates[0].norm()
 
 
+class FailsOnce(torch.optim.AdamW):
+    """Out of memory in its first step, when one weight's moments are half made."""
+
+    fails = True
+
+    def step(self):
+        if self.fails:
+            self.fails, self.state[self.param_groups[0]["params"][0]]["step"] = False, torch.tensor(0.0)
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        super().step()
+
+
+def test_out_of_memory_for_the_moments(make_policy):
+    ends = []
+    for make in (torch.optim.AdamW, FailsOnce):
+        trainer = Trainer(make_policy(), None, ROWS, config(kl=0.0))
+        trainer.optimizer = make(trainer.policy.model.parameters(), lr=1e-3)
+        safe_step(trainer)
+        ends.append(weights(trainer.policy))
+    assert torch.equal(*ends)
+
+
 @pytest.mark.parametrize("minibatches, message", [(1, "3, one group at a time; lower --rollouts"), (2, "60; lower it, and")])
 def test_out_of_memory_for_ever(make_policy, monkeypatch, minibatches, message):
     """Once the weights may have moved, at the first time; else with a budget of one group."""
