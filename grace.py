@@ -379,6 +379,8 @@ def safe_step(trainer):
             advice = f"lower --lr, or inspect the data; {path} shows the batch"
             raise GraceError(f"step {trainer.step_number + 1}: {error}: {advice}") from error
         trainer.optimizer.zero_grad(set_to_none=True)
+        if trainer.step_number == 0:
+            trainer.optimizer.state.clear()  # it is made in the first step: half of it could be there
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         where = f"step {trainer.step_number + 1}: out of memory with --tokens-per-batch {config.tokens_per_batch}"
@@ -399,9 +401,9 @@ def main(arguments, make_trainer=Trainer):
         ranks.start()
         train(parse(arguments, __doc__), make_trainer)
     except GraceError as error:
-        sys.exit(f"grace.py: {error}")
+        ranks.end(f"grace.py: {error}")
     except torch.OutOfMemoryError as error:
-        sys.exit(f"grace.py: out of memory outside the training steps ({first_line(error)})")
+        ranks.end(f"grace.py: out of memory outside the training steps ({first_line(error)})")
     except KeyboardInterrupt:  # before or after the training steps: nothing to save
         sys.exit(130)
 

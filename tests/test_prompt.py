@@ -16,19 +16,15 @@ def decoded(policy, prompts, mask):
 
 def test_what_counts_starts_with_the_text(make_policy):
     policy = make_policy()
-    x = policy.prompts(TEXTS)
+    x = policy.template(TEXTS)
     assert decoded(policy, x, x.mask - x.counted) == [f"<system> {INSTRUCTION} <user>"] * 3
     assert decoded(policy, x, x.text) == TEXTS
     assert decoded(policy, x, x.counted) == [f"{text} <assistant>" for text in TEXTS]
     assert x.n_shared == 5 and x.mask[:, :5].all() and (x.mask[:, 5:].diff(dim=1) >= 0).all()
-    apart = policy.prompts(TEXTS, share=False)
+    apart = policy.template(TEXTS, share=False)
     assert apart.n_shared == 0 and (apart.mask.diff(dim=1) >= 0).all()  # left-padded
     for one, two in zip(*(p.ids[p.mask.bool()].split(p.mask.sum(1).tolist()) for p in (x, apart))):
         assert torch.equal(one, two)
-
-
-def test_some_rows_of_the_prompts(make_policy):
-    x = make_policy().prompts(TEXTS)
     part = x[torch.tensor([2, 0])]
     for name in ("ids", "mask", "counted", "text", "cut"):
         assert torch.equal(getattr(part, name), getattr(x, name)[[2, 0]])
@@ -69,7 +65,7 @@ def test_byte_level_prompt(byte_tokenizer):
     """It equals the library's, and counts exactly."""
     policy = byte_policy(byte_tokenizer)
     for text in ("the cat", "naïve — 猫", "ends in <|im_end|> itself", ""):
-        x = policy.prompts([text])
+        x = policy.template([text])
         messages = [{"role": "system", "content": "Say what it means."}, {"role": "user", "content": text}]
         expected = byte_tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
         assert x.ids[0].tolist() == expected
@@ -92,39 +88,43 @@ def test_pad_equal_to_end_token(byte_tokenizer):
 def test_long_text_is_cut(byte_tokenizer):
     """It loses its own end, not the template's, and is counted."""
     policy = byte_policy(byte_tokenizer, max_prompt_tokens=70)
-    x = policy.prompts(["b" * 200, "the cat"])
-    assert x.cut.tolist() == [True, False] and x.n_cut == 1 and x.ids.shape[1] == 70
+    x = policy.template(["b" * 200, "the cat"])
+    assert x.cut.tolist() == [True, False] and x.ids.shape[1] == 70
     shortened = decoded(policy, x, x.counted)[0]
     assert shortened.endswith("<|im_end|>\n<|im_start|>assistant\n") and set(shortened.split("<|im_end|>")[0]) == {"b"}
-
-
-def test_limit_below_the_template(byte_tokenizer):
     with pytest.raises(GraceError, match="leaves no room for a text"):
-        byte_policy(byte_tokenizer, max_prompt_tokens=20).prompts(["the cat sat on the mat"])
+        byte_policy(byte_tokenizer, max_prompt_tokens=20).template(["the cat sat on the mat"])
 
 
-def test_template_without_a_system_role(byte_tokenizer):
-    template = (
-        "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
-        "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}<|im_start|>model\n"
-    )
+NO_SYSTEM = (
+    "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+    "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}<|im_start|>model\n"
+)
+
+
+@pytest.mark.parametrize(
+    "template, before, after",
+    [
+        (NO_SYSTEM, "<|im_start|>user\nSay what it means.\n\n", "<|im_end|>\n<|im_start|>model"),
+        (None, "Say what it means.\n\nText: ", "\n\nRationale:"),
+    ],
+    ids=["without a system role", "no template"],
+)
+def test_other_templates(byte_tokenizer, template, before, after):
     policy = byte_policy(byte_tokenizer, template)
-    x = policy.prompts(["the cat"])
-    assert decoded(policy, x, x.mask - x.counted)[0] == "<|im_start|>user\nSay what it means.\n\n"
-    assert decoded(policy, x, x.text)[0] == "the cat"
+    x = policy.template(["the cat"])
+    assert decoded(policy, x, x.mask) == [f"{before}the cat{after}"]
+    assert decoded(policy, x, x.text) == ["the cat"] and decoded(policy, x, x.counted) == [f"the cat{after}"]
 
 
-def test_no_template_at_all(byte_tokenizer):
-    policy = byte_policy(byte_tokenizer, None)
-    x = policy.prompts(["the cat"])
-    assert decoded(policy, x, x.mask)[0] == "Say what it means.\n\nText: the cat\n\nRationale:"
-    assert decoded(policy, x, x.text)[0] == "the cat"
-
-
-def test_template_that_drops_the_instruction(byte_tokenizer):
-    template = "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}"
+def test_templates_that_are_refused(byte_tokenizer):
+    """One without the instruction, and one that writes something else around some texts: where these start is unknown."""
     with pytest.raises(GraceError, match="system prefix"):
-        byte_policy(byte_tokenizer, template)
+        byte_policy(byte_tokenizer, "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}")
+    policy = byte_policy(byte_tokenizer, BYTES.replace("<|im_end|>\n", "<|im_end|>{{ '!' if 'cat' in m.content else '\n' }}"))
+    policy.template(["the dog"])
+    with pytest.raises(GraceError, match="rewrites this text, so where it starts is unknown: 'the cat'"):
+        policy.template(["the dog", "the cat"])
 
 
 def test_tokenizer_without_offsets(make_policy):
@@ -134,11 +134,3 @@ def test_tokenizer_without_offsets(make_policy):
     tokenizer.chat_template = BYTES
     with pytest.raises(GraceError, match="ByT5Tokenizer does not say which characters"):
         Policy(make_policy().model, tokenizer, Reading("Say what it means.", 100, 4))
-
-
-def test_template_that_depends_on_the_text(byte_tokenizer):
-    """Where what stands around a text is another for this one, it is unknown where the text starts."""
-    policy = byte_policy(byte_tokenizer, BYTES.replace("<|im_end|>\n", "<|im_end|>{{ '!' if 'cat' in m.content else '\n' }}"))
-    policy.prompts(["the dog"])
-    with pytest.raises(GraceError, match="rewrites this text, so where it starts is unknown: 'the cat'"):
-        policy.prompts(["the dog", "the cat"])
