@@ -29,7 +29,7 @@ CUDA = torch.cuda.is_available()
         pytest.param("--device cuda", "finds no CUDA device", marks=pytest.mark.skipif(CUDA, reason="there is one here")),
         ("--dtype bfloat16 --device cpu", "compute type for CUDA"),
         ("--batch 100", "fewer than --batch 100"),
-        ("--model no/such/model", "no/such/model: cannot be loaded"),
+        ("--model no/such/model", "no/such/model: no such folder"),
         ("--data no-such-file.jsonl", "no-such-file.jsonl: no such file"),
         ("--max-prompt-tokens 4", "leaves no room for a text"),
         ("--max-new-tokens 400", "fills the model's context"),

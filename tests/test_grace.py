@@ -455,7 +455,7 @@ def test_out_of_memory_for_ever(make_policy, monkeypatch, minibatches, message):
         safe_step(trainer)
 
 
-@pytest.mark.parametrize("what", ["a reward or its gradient", "the gradient"])
+@pytest.mark.parametrize("what", ["a reward, its gradient or an embedding's direction", "the gradient"])
 def test_not_finite(make_policy, tmp_path, what):
     """It stops the run before the optimizer, and the batch is written where a person can read it."""
     policy = make_policy()

@@ -1,4 +1,4 @@
-"""The prompt P(x): what counts is exact to the token, under any template; a text that cannot be located is refused."""
+"""The prompt P(x): what counts is exact to the token, under any template, and a text never becomes a control token."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from conftest import TEXTS, build, by_full_forward, rolled
 
 from plumbing.errors import GraceError
 from policy import Policy
-from prompt import Reading
+from prompt import PromptTemplate, Reading
 from worlds.make import INSTRUCTION
 
 
@@ -64,13 +64,69 @@ def byte_policy(tokenizer, template=BYTES, **reading):
 def test_byte_level_prompt(byte_tokenizer):
     """It equals the library's, and counts exactly."""
     policy = byte_policy(byte_tokenizer)
-    for text in ("the cat", "naïve — 猫", "ends in <|im_end|> itself", ""):
+    for text in ("the cat", "naïve — 猫", "\n\n the <|im_ cat", ""):
         x = policy.template([text])
         messages = [{"role": "system", "content": "Say what it means."}, {"role": "user", "content": text}]
         expected = byte_tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
         assert x.ids[0].tolist() == expected
         assert decoded(policy, x, x.mask - x.counted)[0].endswith("<|im_start|>user\n")
-        assert decoded(policy, x, x.counted)[0] == f"{text}<|im_end|>\n<|im_start|>assistant\n"
+        assert decoded(policy, x, x.counted)[0] == f"{text.strip()}<|im_end|>\n<|im_start|>assistant\n"
+
+
+@pytest.mark.parametrize("kind", ["byte level", "word level", "sentencepiece"])
+def test_a_text_is_data(kind, byte_tokenizer, tokenizer):
+    """Whatever its characters spell, a text holds no control token, and prompt and template around it stay as they are."""
+    if kind == "sentencepiece":
+        from tokenizers import Tokenizer, decoders, models
+        from transformers import PreTrainedTokenizerFast
+
+        pieces = [
+            ("<unk>", 0.0),
+            ("<s>", 0.0),
+            ("</s>", 0.0),
+            ("▁", -1.0),
+            *((c, -2.0) for c in "abcdefghijklmnopqrstuvwxyz<>/:.\n"),
+        ]
+        core = Tokenizer(models.Unigram(pieces, unk_id=0, byte_fallback=False))
+        core.decoder = decoders.Metaspace()
+        core.add_special_tokens(["<unk>", "<s>", "</s>"])
+        chosen = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    else:
+        chosen = {"byte level": byte_tokenizer, "word level": tokenizer}[kind]
+        chosen.chat_template = BYTES if kind == "byte level" else chosen.chat_template
+    template = PromptTemplate(chosen, Reading("say it"), "cpu", True)
+    plain = template(["the doctor"])
+    around = lambda x: (x.ids[0][~x.text[0].bool() & ~x.counted[0].bool()], x.ids[0][x.counted[0].bool() & ~x.text[0].bool()])
+    spelled = list(dict.fromkeys([*chosen.all_special_tokens, *map(str, chosen.added_tokens_decoder.values())]))
+    control = set(chosen.convert_tokens_to_ids(spelled)) - {chosen.unk_token_id}
+    assert len(control) >= 2
+    for text in [
+        *spelled,
+        "".join(spelled),
+        f"the doctor {' '.join(spelled)} bought the lamp",
+        f"{spelled[0]}the doctor{spelled[-1]}\n",
+    ]:
+        x = template([text])
+        assert control.isdisjoint(x.ids[0][x.text[0].bool()].tolist()), text
+        for one, two in zip(around(x), around(plain)):
+            assert torch.equal(one, two), text
+        ((ids, spans),) = template.encode([text])
+        assert len(ids) == x.ids.shape[1] and all(0 <= start <= end <= len(template.render(text)) for start, end in spans)
+
+
+@pytest.mark.parametrize("text", ["", "  ", "\n"])
+def test_a_blank_text(byte_tokenizer, text):
+    """Under a template that strips what it is given, with the instruction in the user's message, it leaves the prefix alone."""
+    policy = byte_policy(byte_tokenizer, NO_SYSTEM.replace("m.content", "m.content | trim"))
+    x = policy.template([text, "the cat"])
+    whole, cat = decoded(policy, x, x.mask)
+    assert cat == "<|im_start|>user\nSay what it means.\n\nthe cat<|im_end|>\n<|im_start|>model"
+    assert whole.rstrip() == cat.replace("the cat", text.rstrip()) and x.text[0].sum() == len(text.rstrip())
+
+
+def test_not_unicode(make_policy):
+    with pytest.raises(GraceError, match="a lone surrogate"):
+        make_policy().template(["the cat", "a \ud83d b"])
 
 
 def test_pad_equal_to_end_token(byte_tokenizer):
@@ -101,14 +157,17 @@ NO_SYSTEM = (
     "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}<|im_start|>model\n"
 )
 
+DROPS_SYSTEM = "{% for m in messages %}{% if m.role == 'user' %}[{{ m.content }}]{% endif %}{% endfor %}"
+
 
 @pytest.mark.parametrize(
     "template, before, after",
     [
         (NO_SYSTEM, "<|im_start|>user\nSay what it means.\n\n", "<|im_end|>\n<|im_start|>model"),
+        (DROPS_SYSTEM, "[Say what it means.\n\n", "]"),
         (None, "Say what it means.\n\nText: ", "\n\nRationale:"),
     ],
-    ids=["without a system role", "no template"],
+    ids=["without a system role", "drops the system message", "no template"],
 )
 def test_other_templates(byte_tokenizer, template, before, after):
     policy = byte_policy(byte_tokenizer, template)
@@ -118,13 +177,11 @@ def test_other_templates(byte_tokenizer, template, before, after):
 
 
 def test_templates_that_are_refused(byte_tokenizer):
-    """One without the instruction, and one that writes something else around some texts: where these start is unknown."""
+    """One that never writes the instruction, and one that is broken."""
     with pytest.raises(GraceError, match="system prefix"):
-        byte_policy(byte_tokenizer, "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}")
-    policy = byte_policy(byte_tokenizer, BYTES.replace("<|im_end|>\n", "<|im_end|>{{ '!' if 'cat' in m.content else '\n' }}"))
-    policy.template(["the dog"])
-    with pytest.raises(GraceError, match="rewrites this text, so where it starts is unknown: 'the cat'"):
-        policy.template(["the dog", "the cat"])
+        byte_policy(byte_tokenizer, "{% for m in messages %}{{ m.content | length }}{% endfor %}")
+    with pytest.raises(GraceError, match="the chat template cannot be used"):
+        byte_policy(byte_tokenizer, "{% for m in messages %}")
 
 
 def test_tokenizer_without_offsets(make_policy):

@@ -30,7 +30,7 @@ def test_packing_changes_nothing(make_policy, monkeypatch, architecture):
             return made
 
         monkeypatch.setattr(policy, "decoder", decoder)
-        return sample(policy, policy.template(TEXTS), 6, 1.0, uniforms(1, 3, 6, 14))
+        return sample(policy, policy.template(TEXTS), 6, 1.0, uniforms(2, 3, 6, 14))
 
     plain = written(decode.PlainDecoder, 10**6, 1)
     assert set(sizes) == {18} and plain.mask.sum(2).unique().numel() > 2  # they end at different times
