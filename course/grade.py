@@ -1,16 +1,11 @@
 """Grades a submission: `python course/grade.py submission.zip` (or a folder).
 
 Only the bodies of the tasks' functions are taken from the submission. They are put into a fresh copy of this repository
-beside this repository's tests, so whatever else was changed counts for nothing, and a function that is missing costs its
-own task alone. Only tasks that were to do give points. The functions' code is run as it is: grade strangers' code where
-you would run it, in a container.
+beside this repository's tests. So whatever else was changed counts for nothing, and a function that is missing costs
+points in its own task alone. Only tasks that were to do give points. The functions' code is run as it is: run strangers'
+code in a container.
 
-    --hidden-seed N    other random inputs than in the students' own run
-    --tasks 1 3 5      the tasks that were to do (default: those that the submission's own tests/given.json lists)
-    --time-limit S     seconds for the tests of one task together; what is still to run then gives no points
-    --junit FILE       a report for a course system: points and task of each test as properties
-
-Standard library, and an environment in which the tests run.
+It needs an environment in which the tests run, and nothing else.
 """
 
 import argparse
@@ -76,10 +71,10 @@ def unchanged(out, tasks):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("submission", help="submission.zip, or a folder")
-    parser.add_argument("--hidden-seed", type=int, default=0, help="of the tests' random inputs [0, as the students have]")
-    parser.add_argument("--tasks", nargs="+", help="the tasks that were to do")
-    parser.add_argument("--time-limit", type=float, default=120.0, help="seconds for the tests of one task [120]")
-    parser.add_argument("--junit", help="write a junit report to this file")
+    parser.add_argument("--hidden-seed", type=int, default=0, help="of the tests' random inputs [0, as students have]")
+    parser.add_argument("--tasks", nargs="+", help="the tasks that were to do [those of the submission's own list]")
+    parser.add_argument("--time-limit", type=float, default=120.0, help="seconds for the tests of one task together [120]")
+    parser.add_argument("--junit", help="write a report here: points and task of each test as properties")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         student, out = args.submission, os.path.join(scratch, "graded")
@@ -107,8 +102,7 @@ def main():
             return subprocess.run(command, cwd=out, env={**os.environ, "HF_HUB_OFFLINE": "1"}, timeout=limit).returncode
         except subprocess.TimeoutExpired:  # the tests' own clock raises an exception, and code can catch it
             sys.exit(
-                f"grade.py: no result after {limit:.0f} seconds: a loop does not end and catches every exception. "
-                f"Grade one task at a time (--tasks 1) to see which."
+                f"grade.py: no result after {limit:.0f} seconds: an endless loop. Grade task by task (--tasks 1) to see where"
             )
 
 
