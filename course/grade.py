@@ -92,7 +92,7 @@ def main():
         for line in assemble(student, out, tasks):
             print(line)
         if same := unchanged(out, tasks):
-            print(f"note: every body of {', '.join(same)} is this repository's own. Given solved? Use --tasks without it.")
+            print(f"note: the bodies of {', '.join(same)} are this repository's own: given solved, or copied")
         sys.stdout.flush()
         command = [sys.executable, "-m", "pytest", "--tb=no", f"--hidden-seed={args.hidden_seed}"]
         command += [f"--time-limit={args.time_limit}", *(f"tests/test_{task}.py" for task in tasks)]

@@ -33,7 +33,7 @@ FILES = ("train.sh", "test.sh", "setup.sh", "requirements.txt", "requirements-de
 FOLDERS = ("plumbing", "evaluation", "speed", "worlds")  # beside all *.py of the root
 GIVEN = os.path.join("tests", "given.json")  # in a starter: the tasks to do, and their files as they were handed out
 # These settings also keep a starter that lies inside a clone from using the clone's files.
-PYTEST = "[pytest]\naddopts = -q -p no:warnings\npythonpath = .\n"
+PYTEST = "[pytest]\naddopts = -q --tb=short -p no:warnings\npythonpath = .\n"
 
 
 # ---------------------------------------------------------------- bodies of functions
