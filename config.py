@@ -112,6 +112,10 @@ class Config:
             if limits["above"] is not None and value <= limits["above"]:
                 raise GraceError(f"{flag} {value}: must be above {limits['above']}")
         self.device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        try:
+            torch.device(self.device)
+        except RuntimeError as error:
+            raise GraceError(f"--device {self.device}: give cpu, cuda or cuda:N") from error
         # A micro-batch launches thousands of kernels whatever its size: a GPU that gets small ones waits for the host.
         self.tokens_per_batch = self.tokens_per_batch or (16384 if self.device.startswith("cuda") else 4096)
         if self.device.startswith("cuda") and not torch.cuda.is_available():
@@ -176,6 +180,7 @@ def parse(arguments, description):
         else:
             options |= {"type": field.type, "choices": field.metadata["choices"]}
         parser.add_argument("--" + field.name.replace("_", "-"), **options)
+    parser.error = lambda message: parser.exit(2, f"grace.py: {message} (--help lists every setting)\n")
     return Config(**vars(parser.parse_args(arguments)))
 
 

@@ -200,7 +200,7 @@ class Trainer:
             ended = torch.ones_like(rollouts.finished[:, :1])  # there is no rationale that could be too long
             g_prompt = judge(batch.prompt_embeddings, ended, batch.same_text, config)[2][:, 0]
         batch.figures = {"tokens": rollouts.mask.sum(-1), "reward": R, **components}
-        require_finite("a reward or its gradient", R, g)
+        require_finite("a reward, its gradient or an embedding's direction", R, g, 1 / rollouts.embeddings.norm(dim=-1))
         # 4. Better or worse than the other rationales of the same text (Eq. 18).
         A = self.advantage(R, batch)
         # 5. The clipped update (Eq. 8, 19), with the pathwise term.

@@ -16,16 +16,17 @@ import contextlib
 import copy
 import dataclasses
 import functools
+import inspect
 import json
 import os
-import warnings
 
 import torch
 
-from plumbing.errors import GraceError, first_line
+from plumbing.errors import GraceError
+from plumbing.models import check_network, end_ids, opening, room_for_prompts
 from prompt import PromptTemplate, Reading
 from speed import lora
-from speed.decode import PlainDecoder, SharedDecoder
+from speed.decode import PlainDecoder, SharedDecoder, can_share_prompts
 
 SETTINGS = "grace_config.json"
 SAFE = dict(trust_remote_code=False)  # left out, the library would ask at the terminal
@@ -44,26 +45,23 @@ class Policy:
     adapters, switched = None, contextlib.nullcontext  # switched: a context in which the adapters are as this policy has them
 
     def __init__(self, model, tokenizer, reading=None, dtype="float32"):
-        self.model, self.tokenizer = model.eval(), tokenizer
-        self.reading = _fit_context(reading or Reading(), model.config.get_text_config())
+        self.model, self.tokenizer, self.reading = model.eval(), tokenizer, reading or Reading()
         self.base, self.head = model.base_model, model.get_output_embeddings()
         self.device, self.dtype = model.device, "float32"
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)  # streams, captured graphs and Triton's kernels go to the current device
-        self.end_ids = torch.tensor(_end_ids(model, tokenizer), device=self.device)
-        text_config = model.config.get_text_config()
-        self.softcap = getattr(text_config, "final_logit_softcapping", None)  # Gemma
-        self.logit_scale = getattr(text_config, "logit_scale", None) or 1.0  # Cohere
-        self.logit_scale /= getattr(text_config, "logits_scaling", None) or 1.0  # Granite
-        # A sliding window counts positions, so padding must not stand between the instruction and the text.
-        window = "sliding" if getattr(text_config, "sliding_window", None) else "full"
-        layers = getattr(text_config, "layer_types", None) or [window]
-        self.shares_instruction = not any("sliding" in layer or "chunked" in layer for layer in layers)
-        self.shares_prompts = model.config._attn_implementation in ("sdpa", "grace")  # grace: as another Policy left it
-        if self.shares_prompts:
-            model.set_attn_implementation("grace")
-        self._check()  # in float32: rounding could hide an error of structure
-        self.dtype = dtype
+        self.end_ids = torch.tensor(end_ids(model, tokenizer), device=self.device)
+        about = model.config.get_text_config()
+        limit = room_for_prompts(about, self.reading.max_prompt_tokens, self.reading.max_new_tokens)
+        self.reading = dataclasses.replace(self.reading, max_prompt_tokens=limit)
+        self.softcap = getattr(about, "final_logit_softcapping", None)  # Gemma
+        # Cohere multiplies its logits, Granite divides them.
+        self.logit_scale = (getattr(about, "logit_scale", None) or 1.0) / (getattr(about, "logits_scaling", None) or 1.0)
+        # transformers called this argument past_key_values until 5.24.
+        self.cache_name = "cache" if "cache" in inspect.signature(self.base.forward).parameters else "past_key_values"
+        # What may be read once: the instruction for all prompts, a prompt for its K rationales.
+        self.shares_instruction, self.shares_prompts = check_network(self), can_share_prompts(self)
+        self.dtype = dtype  # checked in float32: rounding could hide an error of structure
         self.template = PromptTemplate(tokenizer, self.reading, self.device, self.shares_instruction)
 
     @classmethod
@@ -71,33 +69,19 @@ class Policy:
         """Open a checkpoint folder or hub id. Keyword arguments that are not None override its reading.
 
         Weights are float32 whatever the file holds; `dtype="bfloat16"` computes in bfloat16, on CUDA.
-        Raises GraceError if there is no such model, or if it cannot be used (see `_check`).
+        Raises GraceError if there is no such model, or if it cannot be used (plumbing/models.py).
         """
         from transformers import AutoTokenizer
         from transformers.utils import cached_file
 
         settings = {}
-        try:
+        with opening(source):
             tokenizer, model = AutoTokenizer.from_pretrained(source, **SAFE), _model(source)
             if path := cached_file(source, SETTINGS, _raise_exceptions_for_missing_entries=False):
                 with open(path) as file:
                     settings = dict(json.load(file))
-        except GraceError:
-            raise
-        except Exception as error:  # each kind of damage raises its own; to a user they mean the same
-            advice = "Give a folder written by save_pretrained, or, with a network, a hub id."
-            if "trust_remote_code" in str(error):
-                advice = "Code that comes with a model is not run here: give a model that transformers knows by itself."
-            elif "no file named model.safetensors" in str(error):
-                advice = (
-                    "Other formats are pickles, which can run code, and are not read. If you trust this one, convert it once: "
-                    "AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(FOLDER)"
-                )
-            raise GraceError(
-                f"{source}: cannot be loaded as a causal language model ({first_line(error)}). {advice}"
-            ) from error
-        if unknown := settings.keys() - {f.name for f in dataclasses.fields(Reading)}:
-            raise GraceError(f"{path}: unknown setting {', '.join(sorted(unknown))}")
+            if unknown := settings.keys() - {f.name for f in dataclasses.fields(Reading)}:
+                raise GraceError(f"{path}: unknown setting {', '.join(sorted(unknown))}")
         settings |= {k: v for k, v in reading.items() if v is not None}
         return cls(model.to(device), tokenizer, Reading(**settings), dtype)
 
@@ -167,13 +151,13 @@ class Policy:
                 input_ids=ids,
                 attention_mask=mask,
                 position_ids=positions,
-                past_key_values=cache,
                 use_cache=True,
                 output_hidden_states=below,
+                **{self.cache_name: cache},
                 **more,
             )
         last = out.last_hidden_state
-        return last, out.hidden_states[-2] if below else last, out.past_key_values
+        return last, out.hidden_states[-2] if below else last, getattr(out, self.cache_name)
 
     def prefill(self, ids, mask, n_shared):
         """Read prompts, their first `n_shared` positions only once for all of them.
@@ -201,59 +185,6 @@ class Policy:
         if self.softcap:
             logits = torch.tanh(logits / self.softcap) * self.softcap
         return logits
-
-    def _check(self):
-        """Refuse a model whose numbers this file would get wrong, and find out whether instructions can be shared.
-
-        Its logits must be `self.logits`, its cache must be one that can be repeated K times, and padding on
-        the left must not matter. If the instruction is to be shared, padding after it must not matter either; it
-        does in models with sliding windows, or with positions counted in the mask.
-        """
-        name = type(self.model).__name__
-        if self.base is self.model or self.head is None:
-            raise GraceError(f"{name}: its body and output head cannot be told apart; not supported")
-        a, b, c = (torch.arange(3, device=self.device) % self.head.weight.shape[0]).tolist()
-
-        def read(ids, mask):
-            ids, mask = (torch.tensor([x], device=self.device) for x in (ids, mask))
-            hidden, _, cache = self.prefill(ids, mask, 0)
-            return ids, hidden, cache
-
-        def near(x, y):
-            return torch.allclose(x.float(), y.float(), rtol=1e-2, atol=1e-2 * float(y.abs().max()))
-
-        with torch.no_grad():
-            ids, hidden, cache = read([a, b, c], [1, 1, 1])
-            with self.autocast():
-                expected = self.model(input_ids=ids).logits
-            if not near(self.logits(hidden), expected):
-                raise GraceError(f"{name}: its logits are not its output head over its last hidden state; not supported")
-            # The same two tokens without padding, with padding on the left, and with padding between them.
-            plain, left, middle = (
-                read(*x)[1][:, -1] for x in (([b, c], [1, 1]), ([a, b, c], [0, 1, 1]), ([b, a, c], [1, 0, 1]))
-            )
-        if not hasattr(cache, "layers") or not all(hasattr(layer, "batch_repeat_interleave") for layer in cache.layers):
-            raise GraceError(f"{name}: its cache cannot be repeated for K rollouts; use an attention-only model")
-        if not near(left, plain):
-            raise GraceError(f"{name}: padding on the left changes what it computes; not supported")
-        self.shares_instruction &= near(middle, plain)
-        self.shares_prompts = self.shares_prompts and self._same_with_shared_prompts([a, b], c, near)
-        if not self.shares_prompts and self.model.config._attn_implementation == "grace":
-            self.model.set_attn_implementation("sdpa")
-
-    @torch.no_grad()
-    def _same_with_shared_prompts(self, prompt, token, near):
-        """Whether a step over a prompt kept once gives what the library's cache gives."""
-        ids, mask = torch.tensor([prompt], device=self.device), torch.ones(1, len(prompt), dtype=torch.long, device=self.device)
-        token, writing = torch.tensor([token] * 2, device=self.device), torch.ones(2, dtype=torch.bool, device=self.device)
-        plain, _ = PlainDecoder(self, self.prefill(ids, mask, 0)[2], mask, 2).step(token, writing)
-        try:
-            shared, _ = SharedDecoder(self, self.prefill(ids, mask, 0)[2], mask, 2, capture=False).step(token, writing)
-        except (AttributeError, TypeError, RuntimeError):
-            # Its layers have no number, its body takes no further argument or does not hand it on (shapes clash then),
-            # or its attention asks for more than `attend` does.
-            return False
-        return near(shared, plain)
 
 
 def load_policies(config, checkpoint=None):
@@ -283,26 +214,3 @@ def _model(source):
         model.name_or_path = source  # adapters trained from here on name this as their base
         return model
     return AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, use_safetensors=True, **SAFE)
-
-
-def _fit_context(reading, config):
-    """The reading, with a prompt limit that leaves room for the rationale in the model's context. Warns if it is lowered."""
-    context = getattr(config, "max_position_embeddings", None) or float("inf")
-    room = context - reading.max_new_tokens
-    if room < 1:
-        raise GraceError(f"max_new_tokens = {reading.max_new_tokens} fills the model's context of {context} tokens: lower it")
-    if reading.max_prompt_tokens > room:
-        warnings.warn(f"prompts are limited to {room} tokens: the model's context is {context}", stacklevel=3)
-        reading = dataclasses.replace(reading, max_prompt_tokens=room)
-    return reading
-
-
-def _end_ids(model, tokenizer):
-    """Every configured end token, sorted. Raises GraceError if there is none, because no rationale could end."""
-    end_ids = set()
-    for ids in (model.generation_config.eos_token_id, model.config.eos_token_id, tokenizer.eos_token_id):
-        end_ids |= set(ids if isinstance(ids, (list, tuple)) else [ids])
-    end_ids -= {None}
-    if not end_ids:
-        raise GraceError("no end token in the tokenizer, config or generation config: set tokenizer.eos_token")
-    return sorted(end_ids)

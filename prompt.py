@@ -4,6 +4,7 @@ What this file guarantees:
 
 * The instruction is left out of the embedding *exactly*, to the token.
 * A text over the limit loses its own end, never the template's, and the texts that were cut are counted.
+* A text is data: whatever its characters spell, they never become control tokens.
 * Ids are built once and never decoded again.
 
 Shapes: N prompts, P prompt positions.
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
-from plumbing.errors import GraceError
+from plumbing.errors import GraceError, first_line
 from pool import POOLS
 
 INSTRUCTION = (
@@ -67,6 +68,7 @@ class Prompts:
 class PromptTemplate:
     """P: turns texts into `Prompts`, with a tokenizer's chat template and a reading's instruction and limit.
 
+    A prompt is `prefix + text + suffix`, as the chat template writes it; the instruction is in the prefix.
     shares_instruction: whether padding may stand between the instruction and the text, so that the instruction is read once.
     Raises GraceError if the template does not write the instruction first and then the text, or if the tokenizer cannot
     say which characters a token covers.
@@ -74,55 +76,96 @@ class PromptTemplate:
 
     def __init__(self, tokenizer, reading, device, shares_instruction):
         self.tokenizer, self.reading, self.device, self.shares_instruction = tokenizer, reading, device, shares_instruction
-        # What two renderings have in common is what comes before and after any text.
-        one, two = self.render("x"), self.render("y")
-        self.prefix = os.path.commonprefix([one, two])
-        self.suffix = os.path.commonprefix([one[::-1], two[::-1]])[::-1]
-        if reading.instruction.strip() not in self.prefix or one != self.prefix + "x" + self.suffix:
-            raise GraceError(
-                "the chat template does not write instruction, then text: the system prefix that "
-                "Eq. 11 leaves out cannot be located. Use another template (tokenizer.chat_template)."
-            )
         if not getattr(tokenizer, "is_fast", False):
             raise GraceError(f"{type(tokenizer).__name__} does not say which characters a token covers: use a fast tokenizer")
+        self.prefix, self.suffix = self._around()
+        # Ids that a template may write and a text may not: a text is data, whatever its characters spell.
+        self.control = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
 
-    def render(self, text):
-        """The prompt as a string: instruction as the system message, text as the user's (Eq. 9).
+    def _around(self):
+        """What the template writes before and after any text: what the renderings of two texts have in common."""
+        for as_system in (True, False):  # without a system role, the instruction opens the user's message
+            one, two, spaced = (self._chat(text, as_system) for text in ("x", "y", " x "))
+            prefix = os.path.commonprefix([one or "", two or ""])
+            suffix = os.path.commonprefix([(one or "")[::-1], (two or "")[::-1]])[::-1]
+            if self.reading.instruction.strip() in prefix and one == prefix + "x" + suffix:
+                shown = spaced[len(prefix) : len(spaced) - len(suffix)]  # some templates strip what they are given
+                self.strips = shown.startswith("x"), shown.endswith("x")
+                return prefix, suffix
+        raise GraceError(
+            "the chat template does not write instruction, then text: the system prefix that "
+            "Eq. 11 leaves out cannot be located. Use another template (tokenizer.chat_template)."
+        )
 
-        If the template has no system role, the instruction opens the user's message. If there is
-        no chat template at all: instruction, blank line, "Text:" and the text, blank line, "Rationale:".
+    def _chat(self, text, as_system):
+        """The chat template's rendering of instruction and text (Eq. 9); None if it refuses a system message.
+
+        Without a chat template: instruction, blank line, "Text:" and the text, blank line, "Rationale:".
         """
         instruction, tokenizer = self.reading.instruction, self.tokenizer
         if tokenizer.chat_template is None:
             return f"{tokenizer.bos_token or ''}{instruction}\n\nText: {text}\n\nRationale:"
+        chat = [{"role": "user", "content": text if as_system else f"{instruction}\n\n{text}"}]
+        chat = [{"role": "system", "content": instruction}, *chat] if as_system else chat
         # With a fixed date, templates that print today's date (Llama 3) do not change the embedding overnight.
         options = dict(tokenize=False, add_generation_prompt=True, date_string="26 Jul 2024")
-        system, user = {"role": "system", "content": instruction}, {"role": "user", "content": text}
         try:
-            return tokenizer.apply_chat_template([system, user], **options)
-        except Exception as error:  # jinja2.TemplateError, raised by the template itself
-            if type(error).__module__.split(".")[0] != "jinja2":
-                raise
-            user["content"] = f"{instruction}\n\n{text}"
-            return tokenizer.apply_chat_template([user], **options)
+            return tokenizer.apply_chat_template(chat, **options)
+        except Exception as error:  # jinja2.TemplateError, of a template that is broken or refuses the role
+            if as_system and type(error).__module__.split(".")[0] == "jinja2":
+                return None
+            raise GraceError(f"the chat template cannot be used ({first_line(error)})") from error
+
+    def render(self, text):
+        """The prompt as a string, stripped as the template strips it; a blank text leaves the prefix as it is."""
+        text = text.lstrip() if self.strips[0] else text
+        return self.prefix + (text.rstrip() if self.strips[1] else text) + self.suffix
+
+    def encode(self, texts):
+        """Each prompt's ids, and the characters of `render(text)` that each of them covers: `[(ids, [(start, end)])]`.
+
+        No character of a text becomes a control token. Raises GraceError for a text that is not Unicode.
+        """
+        for text in texts:
+            if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
+                raise GraceError(f"a text holds half a character (a lone surrogate), so it is not Unicode: {text!r:.60}")
+        strings = [self.render(text) for text in texts]
+        encoded = self.tokenizer(strings, add_special_tokens=False, return_offsets_mapping=True)
+        rows = []
+        for string, ids, offsets in zip(strings, encoded["input_ids"], encoded["offset_mapping"]):
+            first, last = len(self.prefix), len(string) - len(self.suffix)
+            if any(i in self.control and end > first and start < last for i, (start, end) in zip(ids, offsets)):
+                ids, offsets = self._encode_as_data(string[first:last])
+            rows.append((ids, offsets))
+        return rows
+
+    def _encode_as_data(self, text):
+        """`encode` for a text that spells control tokens: prefix, text and suffix one by one, the text without them."""
+        ids, offsets, start = [], [], 0
+        for piece, is_text in ((self.prefix, False), (text, True), (self.suffix, False)):
+            options = dict(add_special_tokens=False, return_offsets_mapping=True, split_special_tokens=is_text)
+            encoded = self.tokenizer(piece, **options)
+            for i, (a, b) in zip(encoded["input_ids"], encoded["offset_mapping"]):
+                if is_text and i in self.control:  # a word-level tokenizer has them as words
+                    i = self.tokenizer.unk_token_id
+                if i is not None:
+                    ids.append(i)
+                    offsets.append((start + a, start + b))
+            start += len(piece)
+        return ids, offsets
 
     def __call__(self, texts, share=True):
         """P(x) of each text. If a prompt is over the limit, the end of its text is cut.
 
         share=False: plain left padding, the instruction in every row. Raises GraceError if the template
-        alone is longer than the limit, or if the template rewrites a text.
+        alone is longer than the limit.
         """
-        strings = [self.render(text) for text in texts]
-        for text, string in zip(texts, strings):
-            if not (string.startswith(self.prefix) and string.endswith(self.suffix)):
-                raise GraceError(f"the chat template rewrites this text, so where it starts is unknown: {text[:60]!r}")
-        encoded = self.tokenizer(strings, add_special_tokens=False, return_offsets_mapping=True)
         rows, before, after, cut = [], [], [], []
-        for string, ids, offsets in zip(strings, encoded["input_ids"], encoded["offset_mapping"]):
+        for text, (ids, offsets) in zip(texts, self.encode(texts)):
             # The tokenizer says which characters each token covers, so what counts is exact: a token
             # that straddles a boundary holds some of the text, and counts as text.
             n_before = sum(end <= len(self.prefix) for _, end in offsets)
-            n_after = sum(start >= len(string) - len(self.suffix) for start, _ in offsets)
+            n_after = sum(start >= len(self.render(text)) - len(self.suffix) for start, _ in offsets)
             row = self._shorten(ids, n_before, n_after)
             rows.append(row)
             before.append(n_before)

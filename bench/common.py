@@ -1,8 +1,11 @@
-"""What the benchmarks share: a model of a named shape, made-up texts, a stopwatch that waits for the GPU, and what the
-machine can do at most: the two rates by which a measured time is judged.
+"""What the benchmarks share: a model, made-up texts, the library's way to write and embed, a stopwatch.
+
+Speed depends on the sizes of a model, not on what it has learned. So where no checkpoint is given, random weights of
+a named shape are written once to runs/bench/, and all sides of a comparison load that folder.
 """
 
-import functools
+import argparse
+import json
 import os
 import platform
 import random
@@ -15,132 +18,135 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import torch  # noqa: E402
 import transformers  # noqa: E402
 
-from policy import Policy  # noqa: E402
-from prompt import Reading  # noqa: E402
+from pool import mean_pool  # noqa: E402
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-SHAPES = {  # random weights of these sizes: the Qwen2 architecture, tied embeddings
-    "qwen2.5-0.5b": dict(
-        hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14, num_key_value_heads=2,
-        vocab_size=151936, rope_parameters={"rope_type": "default", "rope_theta": 1e6},
-    ),
-    "6.6m": dict(
-        hidden_size=256, intermediate_size=768, num_hidden_layers=6, num_attention_heads=8, num_key_value_heads=4,
-        vocab_size=8000,
-    ),
-    "0.4m": dict(
-        hidden_size=96, intermediate_size=256, num_hidden_layers=3, num_attention_heads=8, num_key_value_heads=8,
-        vocab_size=192,
-    ),
-}  # fmt: skip
-WORDS = (
-    "the a one this every some old young green quiet angry happy tall small new broken bright heavy child doctor "
-    "teacher sailor farmer painter king neighbour found sold carried painted mended lost bought opened lamp boat "
-    "letter table garden bridge coat drum near under behind inside beside above river forest station market house "
-    "hill street harbour yesterday today tonight early late often"
-).split()
-TEMPLATE = (
-    "{% for m in messages %}<{{ m['role'] }}> {{ m['content'] }} {% endfor %}"
-    "{% if add_generation_prompt %}<assistant> {% endif %}"
-)
+SIZES = "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size"
+SHAPES = {  # of the Qwen2 architecture
+    "qwen2.5-0.5b": (896, 4864, 24, 14, 2, 151936),
+    "6.6m": (256, 768, 6, 8, 4, 8000),
+    "tiny": (32, 64, 2, 4, 2, 128),
+}
+WORDS = "a the old young red small doctor sailor king found sold carried lamp boat letter coat near behind river house".split()
 
 
-def add_model_flags(parser, shape="6.6m"):
-    """--model or --shape, and the lengths that a benchmark is about."""
+def make_parser(description, **defaults):
+    """A command line with the flags that every benchmark with a model has."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--model", help="checkpoint folder or hub id (default: random weights of --shape)")
-    parser.add_argument("--shape", default=shape, choices=SHAPES, help=f"which random weights [{shape}]")
-    parser.add_argument("--vocab", type=int, help="another vocabulary size for --shape")
-    parser.add_argument("--hidden", type=int, help="another hidden size for --shape, the MLP in proportion")
-    parser.add_argument("--max-new-tokens", type=int, default=48, help="the longest rationale, T [48]")
-    parser.add_argument("--prompt-tokens", type=int, default=200, help="about how long a made-up prompt is [200]")
-    parser.add_argument("--device", default=DEVICE)
-    parser.add_argument("--dtype", default=None, help="compute type [bfloat16 on CUDA, else float32]")
+    parser.add_argument("--shape", default="6.6m", choices=SHAPES, help="the size of random weights [6.6m]")
+    parser.add_argument("--batch", type=int, default=8, help="B, texts at a time [%(default)s]")
+    parser.add_argument("--rollouts", type=int, default=8, help="K, rationales per text [8]")
+    parser.add_argument("--prompt-tokens", type=int, default=200, help="length of a made-up prompt, within a tenth [200]")
+    parser.add_argument("--max-new-tokens", type=int, default=48, help="T, the longest rationale [48]")
+    parser.add_argument("--repeats", type=int, default=5, help="rounds, after one to warm up [5]")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="compute type [bfloat16 on CUDA, else float32]")
+    parser.set_defaults(**defaults)
+    return parser
 
 
-def word_tokenizer(vocab):
-    """A word-level tokenizer of exactly `vocab` entries: special tokens, `WORDS`, then made-up words."""
+def fill_in(args):
+    """Settles what depends on other flags: the compute type, and the folder of the model."""
+    args.dtype = args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32")
+    args.model = args.model or write_model(args.shape, os.path.join("runs", "bench", args.shape))
+    return args
+
+
+# ---------------------------------------------------------------- a model and texts
+
+
+def write_model(shape, folder):
+    """Write a checkpoint folder with random weights of a shape, unless it is there. Returns the folder."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
-    entries = ["<unk>", "<pad>", "<end>", "<system>", "<user>", "<assistant>", *dict.fromkeys(WORDS)]
-    entries += [f"w{i}" for i in range(vocab - len(entries))]
-    core = Tokenizer(models.WordLevel({w: i for i, w in enumerate(entries[:vocab])}, unk_token="<unk>"))
+    if os.path.isfile(os.path.join(folder, "grace_config.json")):
+        return folder
+    sizes, words = dict(zip(SIZES, SHAPES[shape])), ["<unk>", "<end>", *WORDS]
+    words += [f"w{i}" for i in range(sizes["vocab_size"] - len(words))]  # whatever is sampled is a word
+    core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=core, unk_token="<unk>", pad_token="<pad>", eos_token="<end>"
-    )
-    tokenizer.chat_template = TEMPLATE
-    return tokenizer
-
-
-def load_policy(args):
-    """The policy a benchmark runs: a checkpoint, or random weights, to which all tokens are about equally likely."""
-    dtype = args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32")
-    if args.model:
-        return Policy.load(args.model, args.device, dtype, max_new_tokens=args.max_new_tokens)
-    settings = SHAPES[args.shape] | ({"vocab_size": args.vocab} if args.vocab else {})
-    if args.hidden:
-        settings |= {"hidden_size": args.hidden, "intermediate_size": 3 * args.hidden}
-    tokenizer = word_tokenizer(settings["vocab_size"])
+    names = dict(unk_token="<unk>", pad_token="<end>", eos_token="<end>")
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=core, **names)
     torch.manual_seed(0)
-    config = transformers.Qwen2Config(
-        **settings, tie_word_embeddings=True, max_position_embeddings=32768,
-        eos_token_id=tokenizer.eos_token_id, bos_token_id=None, pad_token_id=tokenizer.pad_token_id,
+    end = dict(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.eos_token_id, bos_token_id=None)
+    model = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**sizes, **end, tie_word_embeddings=True))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    with open(os.path.join(folder, "grace_config.json"), "w") as file:  # last, as the mark of a whole folder
+        json.dump({"instruction": "name what happened", "max_prompt_tokens": 4096}, file)
+    return folder
+
+
+def make_texts(n, policy, tokens):
+    """n different texts whose prompts have 0.9 to 1 times as many tokens, where a word is one token."""
+    rng, around = random.Random(0), policy.template(["x"]).ids.shape[1]  # around: the instruction and the template
+    words = max(2, tokens - around)
+    return [" ".join(rng.choices(WORDS, k=words - rng.randrange(words // 10 + 1))) for _ in range(n)]
+
+
+# ---------------------------------------------------------------- the library's way
+
+
+def load_library(args):
+    """The same checkpoint as transformers loads it, with its weights in the compute type."""
+    return transformers.AutoModelForCausalLM.from_pretrained(args.model, dtype=args.dtype).to(args.device).eval()
+
+
+def generate(model, policy, texts, K=1, **how):
+    """K rationales per text by `generate()`. Returns ids, what is a token, and what counts: `[n*K, P + T]` each."""
+    x = policy.template(texts, share=False)  # plain left padding
+    ids = model.generate(
+        input_ids=x.ids, attention_mask=x.mask, num_return_sequences=K, max_new_tokens=policy.reading.max_new_tokens,
+        eos_token_id=policy.end_ids.tolist(), pad_token_id=int(policy.end_ids[0]), **how,
     )  # fmt: skip
-    model = transformers.Qwen2ForCausalLM(config).to(args.device)
-    return Policy(model, tokenizer, Reading("name what happened", 4096, args.max_new_tokens), dtype)
+    ended = torch.isin(ids[:, x.ids.shape[1] :], policy.end_ids).long()
+    rationale = ((ended.cumsum(1) - ended) == 0).long()  # up to the first end token, which counts
+    return ids, *(torch.cat([of_prompt.repeat_interleave(K, 0), rationale], 1) for of_prompt in (x.mask, x.counted))
 
 
-def make_texts(n, policy, tokens, seed=0):
-    """n different texts whose prompts have about `tokens` tokens."""
-    rng, empty = random.Random(seed), policy.prompts(["x"]).ids.shape[1]
-    count = max(2, tokens - empty)  # words; most of them are one token each in any tokenizer
-    return [" ".join(rng.choices(WORDS, k=max(2, count - rng.randrange(max(1, count // 10))))) for _ in range(n)]
+@torch.no_grad()
+def forward(model, ids, mask, counted):
+    """A second pass over whole rows: hidden states `[n, P + T, D]`, and the embeddings `[n, D]` that they give."""
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    hidden = model.base_model(ids, attention_mask=mask, position_ids=positions).last_hidden_state
+    return hidden, mean_pool(hidden, counted)
 
 
-def machine(device="cpu"):
-    """One line on where a table was made."""
-    where = torch.cuda.get_device_name() if str(device).startswith("cuda") else f"{torch.get_num_threads()} CPU threads"
-    return f"{where}, torch {torch.__version__}, transformers {transformers.__version__}, Python {platform.python_version()}"
+# ---------------------------------------------------------------- time
 
 
-def clock(device="cpu"):
+def clock(device):
     """Seconds, once the GPU has finished all its work."""
     if str(device).startswith("cuda"):
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
-def seconds(function, device="cpu", repeats=5):
-    """The median time of a call, after one to warm up."""
-    function()
-    times = []
-    for _ in range(repeats):
-        start = clock(device)
-        function()
-        times.append(clock(device) - start)
-    return statistics.median(times)
+def take_turns(sides, device, repeats):
+    """Call each function of `{name: function}` in turn. Returns the seconds of each call, `{name: [repeats]}`.
+
+    In turn, because a machine's speed drifts within minutes. A first round warms up and is not counted.
+    """
+    times = {name: [] for name in sides}
+    for _ in range(repeats + 1):
+        for name, function in sides.items():
+            start = clock(device)
+            function()
+            times[name].append(clock(device) - start)
+    return {name: seconds[1:] for name, seconds in times.items()}
 
 
-def copy_rate(device="cpu", n=None):
-    """Bytes per second that the memory moves, measured by copying n float32 numbers: each is read and written."""
-    x = torch.zeros(n or (2**28 if str(device).startswith("cuda") else 2**24), device=device)
-    y = torch.zeros_like(x)  # written once, so that its pages exist
-    return 2 * x.nbytes / seconds(lambda: y.copy_(x), device)
+def show(times, count, unit):
+    """Print a line per side: median seconds, how many units that is per second, and the median ratio to the first side."""
+    first = next(iter(times.values()))
+    for name, seconds in times.items():
+        median, ratio = statistics.median(seconds), statistics.median(x / y for x, y in zip(seconds, first))
+        print(f"{name:24}{median:10.4f} s{count / median:12.2f} {unit}/s{ratio:8.2f} x")
 
 
-@functools.cache
-def matmul_rate(device="cpu", precision="float32", n=None):
-    """Operations per second, measured by a product of n x n matrices, once: "float32" (IEEE), "tf32" or "bfloat16"."""
-    n = n or (8192 if str(device).startswith("cuda") else 1024)
-    x = torch.randn(n, n, device=device, dtype=torch.bfloat16 if precision == "bfloat16" else torch.float32)
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
-    try:
-        return 2 * n**3 / seconds(lambda: x @ x, device)
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
-def goal(what, wanted, reached):
-    """A line that bench/gpu.sh gathers into the table at the top of its page."""
-    print(f"goal | {what} | {wanted} | {reached} |")
+def machine(device):
+    """One line about where a table was measured, and with which versions."""
+    where = torch.cuda.get_device_name() if str(device).startswith("cuda") else f"{torch.get_num_threads()} CPU threads"
+    return f"{where}, torch {torch.__version__}, transformers {transformers.__version__}, Python {platform.python_version()}"

@@ -1,125 +1,133 @@
-"""Where the time of a training step goes.
+"""A training step, and the same work by TRL's GRPOTrainer.
 
     python bench/step.py --model DIR --batch 8 --rollouts 8 --max-new-tokens 48 --train-roles positive --steps 5
-    python bench/step.py --shape qwen2.5-0.5b --batch 64 --prompt-tokens 128 --max-new-tokens 256
+    python bench/step.py --shape qwen2.5-0.5b --batch 32 --prompt-tokens 128 --max-new-tokens 256
+    python bench/step.py --train-roles query,positive --peer trl             needs `pip install trl`
 
-Runs real steps of grace.py and prints, for each phase, the median seconds and tokens per second, then the peak
-memory; the last line is `step_s X`, the median step after one to warm up. Training text comes from --data, else
-it is made up. `--profile` adds a table of what a further step spends its time on. Any other flag is passed to
-grace.py: `--kl 0`, `--recipe paper`, `--lora 8`.
+Runs real steps of grace.py on B rows of made-up texts, or on the first B of --data. The last line is `step_s X`, the
+median step after one to warm up. Every flag of grace.py works here: `--kl 0`, `--recipe paper`, `--lora 8`.
+
+With --peer trl both sides start from the same checkpoint, train on the same prompts in the same compute type, and take
+turns step by step. TRL's reward runs the model over prompt and completion, pools, and takes a cosine. Neither side
+has a KL or a text term. TRL's micro-batches hold as many groups as --tokens-per-batch allows here. Texts of roles that
+are not trained are read here alone.
 """
 
-import argparse
 import statistics
+import sys
+import tempfile
 
 import torch
-from common import add_model_flags, clock, goal, load_policy, machine, make_texts
+import transformers
+from common import clock, fill_in, forward, machine, make_parser, make_texts, show
 
 import grace
 from config import parse
 from plumbing.data import load_rows
-from plumbing.report import peak_memory_gb
+from policy import load_policies
+from rollout import make_batch
 
-PHASES = ("prefill", "decode", "reward", "update")
 
+class TimedTrainer(grace.Trainer):
+    """A trainer that keeps the seconds of its last update."""
 
-def watch(owner, name, seconds, phase, device):
-    """Replace `owner.name` by one that adds the time it takes to seconds[phase]."""
-    inner = getattr(owner, name)
-
-    def timed(*args, **kwargs):
-        start = clock(device)
-        result = inner(*args, **kwargs)
-        seconds[phase] = seconds.get(phase, 0.0) + clock(device) - start
+    def update(self, *args):
+        start = clock(self.config.device)
+        result = super().update(*args)
+        self.update_s = clock(self.config.device) - start
         return result
-
-    setattr(owner, name, timed)
 
 
 def make_trainer(args, rest):
-    """A trainer as grace.py would build it, over --data or made-up texts."""
-    policy = load_policy(args)
-    flags = ["--batch", args.batch, "--rollouts", args.rollouts, "--train-roles", args.train_roles, "--mode", args.mode]
-    flags += ["--device", args.device, "--dtype", policy.dtype, "--data", args.data or "", *rest]
-    config = parse([str(flag) for flag in flags], __doc__)
-    if args.data:
-        rows = load_rows(config)[0]
+    """A trainer as grace.py builds it. It has B rows, so that every step is the same work."""
+    flags = {name: getattr(args, name) for name in ("model", "batch", "rollouts", "max_new_tokens", "device", "dtype", "steps")}
+    config = parse([f"--{name.replace('_', '-')}={value}" for name, value in flags.items()] + rest, __doc__)
+    policy, reference = load_policies(config)
+    if config.data:
+        rows = load_rows(config)[0][: config.batch]
     else:
-        texts = make_texts(3 * 4 * args.batch, policy, args.prompt_tokens)
+        texts = make_texts(3 * config.batch, policy, args.prompt_tokens)
         rows = [{"query": q, "positive": p, "negative": [n]} for q, p, n in zip(*[iter(texts)] * 3)]
-        rows = rows if args.mode == "supervised" else [{"text": text} for text in texts]
-    if config.lora:
-        policy.adapt(config.lora, config.seed)
-    reference = None if not config.kl else policy.start() if config.lora else load_policy(args)
-    return grace.Trainer(policy, reference, rows, config)
+        rows = rows if config.mode == "supervised" else [{"text": row["query"]} for row in rows]
+    return TimedTrainer(policy, reference, rows, config)
 
 
-def profile(step, cuda, rows=16):
-    """What one step spends its time on: the operations that take longest, and how often the host waits for the GPU."""
-    with torch.profiler.profile() as trace:
-        step()
-    events = trace.key_averages()
-    print(
-        events.table(
-            sort_by="self_device_time_total" if cuda else "self_cpu_time_total", row_limit=rows, max_name_column_width=60
+def against_trl(ours, step, prompt_tokens, steps):
+    """Steps of TRL's trainer on the rows of ours, with a call of `step` after each. Returns their seconds."""
+    try:
+        import datasets
+        import trl
+    except ImportError as error:
+        sys.exit(f"bench/step.py: --peer trl needs trl and accelerate ({error})")
+    config, tokenizer, bfloat16 = ours.config, ours.policy.tokenizer, ours.config.dtype == "bfloat16"
+    model = transformers.AutoModelForCausalLM.from_pretrained(config.model, dtype=torch.float32).to(config.device)
+    by_role = make_batch(ours.rows).texts
+    prompts = [ours.policy.template.render(text) for role in config.roles for text in by_role[role]]
+    group = prompt_tokens + config.rollouts * config.max_new_tokens  # its padded tokens, in our update
+    fitting = [n for n in range(1, len(prompts) + 1) if len(prompts) % n == 0 and n * group <= config.tokens_per_batch]
+    micro, seconds = config.rollouts * max(fitting, default=1), []
+
+    def by_cosine(prompts, completions, **_):
+        """How near each completion's embedding is to the next one's: any reward by embeddings costs as much."""
+        rows, vectors = [a + b for a, b in zip(prompts, completions)], []
+        for start in range(0, len(rows), micro):
+            x = tokenizer(rows[start : start + micro], return_tensors="pt", padding=True).to(config.device)
+            with torch.autocast(model.device.type, torch.bfloat16, enabled=bfloat16):
+                vectors.append(forward(model, x.input_ids, x.attention_mask, x.attention_mask)[1])
+        vectors = torch.cat(vectors)
+        return (vectors * vectors.roll(1, 0)).sum(1).tolist()
+
+    class InTurn(transformers.TrainerCallback):
+        def on_step_begin(self, *args, **kwargs):
+            self.start = clock(config.device)
+
+        def on_step_end(self, *args, **kwargs):
+            seconds.append(clock(config.device) - self.start)
+            step()
+
+    with tempfile.TemporaryDirectory() as out:
+        settings = trl.GRPOConfig(
+            out, per_device_train_batch_size=micro, gradient_accumulation_steps=len(prompts) * config.rollouts // micro,
+            num_generations=config.rollouts, max_completion_length=config.max_new_tokens, temperature=config.temperature,
+            max_steps=steps, beta=0.0, learning_rate=config.lr, bf16=bfloat16, use_cpu=config.device == "cpu",
+            gradient_checkpointing=False, report_to="none", save_strategy="no", logging_strategy="no", disable_tqdm=True,
+        )  # fmt: skip
+        data = datasets.Dataset.from_list([{"prompt": prompt} for prompt in prompts])
+        trainer = trl.GRPOTrainer(
+            model, by_cosine, settings, train_dataset=data, processing_class=tokenizer, callbacks=[InTurn()]
         )
-    )
-    for name in ("cudaLaunchKernel", "cudaGraphLaunch", "cudaStreamSynchronize"):
-        if found := [event for event in events if event.key == name]:
-            print(f"{name}: {found[0].count} times, {found[0].self_cpu_time_total / 1e6:.3f} s on the host")
+        trainer.train()
+    print(f"TRL {trl.__version__}, micro-batches of {micro} completions")
+    return seconds
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_model_flags(parser)
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--rollouts", type=int, default=8)
-    parser.add_argument("--train-roles", default="positive")
-    parser.add_argument("--mode", default="supervised")
-    parser.add_argument("--data", help="training rows (default: made-up texts)")
-    parser.add_argument("--steps", type=int, default=5)
-    parser.add_argument("--under", type=float, metavar="GB", help="the goal for the peak memory, for bench/gpu.sh")
-    parser.add_argument("--profile", action="store_true", help="print what a further step spends its time on")
+    parser = make_parser(__doc__)
+    parser.add_argument("--steps", type=int, default=5, help="steps after one to warm up [5]")
+    parser.add_argument("--peer", choices=["trl"], help="take turns with another library")
     args, rest = parser.parse_known_args()
-    trainer, seconds, table = make_trainer(args, rest), {}, []
-    watch(grace, "roll_out", seconds, "decode", args.device)
-    watch(grace, "judge", seconds, "reward", args.device)
-    watch(trainer, "update", seconds, "update", args.device)
-    watch(trainer.sampler, "prefill", seconds, "prefill", args.device)  # called in two phases: see update_alone
-    update = trainer.update
-
-    def update_alone(*inputs):  # the update's prefill is the update's
-        sampled = seconds["prefill"]
-        stats = update(*inputs)
-        seconds["prefill"] = sampled
-        return stats
-
-    trainer.update = update_alone
-    before = peak_memory_gb(trainer.policy.device)
-    for step in range(args.steps + 1):
-        seconds.clear()
-        start = clock(args.device)
-        metrics = trainer.step()
-        total = clock(args.device) - start
-        seconds["decode"] -= seconds["prefill"]
-        if step:
-            table.append({**seconds, "step": total, "length": metrics["length"], "ratio_off": metrics["first_ratio_off"]})
-    median = {name: statistics.median(row[name] for row in table) for name in table[0]}
-    config = trainer.config
-    tokens = median["length"] * config.rollouts * config.batch * len(config.roles)
+    no_terms = ["--kl=0", "--text-weight=0"] if args.peer else []
+    trainer, rows, theirs = make_trainer(fill_in(args), ["--train-roles=positive", *no_terms, *rest]), [], {}
     print(f"{machine(args.device)}; {sum(p.numel() for p in trainer.policy.model.parameters()) / 1e6:.1f} M parameters")
-    print(f"B = {config.batch}, K = {config.rollouts}, roles {','.join(config.roles)}, {tokens:.0f} trained tokens per step")
-    print(f"{'phase':10}{'seconds':>10}{'share':>8}{'trained tokens/s':>18}")
-    for phase in PHASES:
-        print(f"{phase:10}{median[phase]:10.4f}{median[phase] / median['step']:8.0%}{tokens / median[phase]:18.0f}")
-    peak = peak_memory_gb(trainer.policy.device)
-    print(f"peak memory {peak:.3f} GB, before the first step {before:.3f} GB")
-    print(f"the first ratio is off 1 by at most {max(row['ratio_off'] for row in table):.2g}")
-    if args.under:
-        goal(f"peak memory of a step, --tokens-per-batch {config.tokens_per_batch}", f"{args.under:g} GB", f"{peak:.1f} GB")
-    if args.profile:
-        profile(trainer.step, args.device.startswith("cuda"))
-    print(f"step_s {median['step']:.4f}")
+
+    def step():
+        start = clock(args.device)
+        length = trainer.step()["length"]
+        rows.append((clock(args.device) - start, trainer.update_s, length))
+
+    if args.peer:
+        theirs["TRL"] = against_trl(trainer, step, args.prompt_tokens, args.steps + 1)[1:]
+    else:
+        for _ in range(args.steps + 1):
+            step()
+    seconds, updates, lengths = zip(*rows[1:])
+    total, update = statistics.median(seconds), statistics.median(updates)
+    print(f"B = {args.batch}, K = {args.rollouts}, {statistics.mean(lengths):.1f} tokens per rationale")
+    print(f"sampling and reward {total - update:.4f} s, update {update:.4f} s")
+    if args.device != "cpu" and not args.peer:
+        print(f"peak memory {torch.cuda.max_memory_allocated() / 1e9:.1f} GB")
+    show({"grace.py": seconds, **theirs}, 1, "steps")
+    print(f"step_s {total:.4f}")
 
 
 if __name__ == "__main__":

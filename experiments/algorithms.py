@@ -1,8 +1,10 @@
 """Table 4: other ways from a reward to an update, each a Trainer with one or two methods replaced.
 
-`advantage` says how much better than expected a rollout was, `surrogate` what is maximised for it. The reward,
-the pathwise term and the KL term stay as they are. The clips differ only in off-policy steps, from the second
-optimizer step on a batch (`--minibatches 4`, as in the released code).
+`advantage` says how much better than expected a rollout was, `surrogate` what is maximised for it. The reward, the
+pathwise term and the KL term stay as they are. The clips differ only in off-policy steps, from the second optimizer
+step on a batch (`--minibatches 4`, as in the released code).
+
+    python experiments/peer.py DAPO --model DIR --data FILE --out DIR [flags of grace.py]
 
 Shapes: N groups, K rollouts per group, T tokens.
 """
@@ -13,7 +15,7 @@ import torch
 
 from grace import Trainer, advantages, clipped_objective, judge
 from plumbing.errors import GraceError
-from rollout import sample_in_parts, texts_of
+from rollout import sample, texts_of
 
 
 class GRPO(Trainer):
@@ -46,8 +48,8 @@ class DAPO(Trainer):
     LOW, HIGH, CACHE = 0.2, 0.28, 0.2
 
     def __init__(self, policy, reference, rows, config):
-        if not config.relative_length_penalty:
-            raise GraceError("DAPO's own penalty takes the place of gamma, which must be subtracted: --relative-length-penalty")
+        if config.reward == "paper":  # Eq. 28 puts -gamma in the reward's place, so it cannot be undone
+            raise GraceError("DAPO has a length penalty of its own in the place of gamma: not with --reward paper")
         super().__init__(policy, reference, rows, config)
 
     def advantage(self, R, batch):
@@ -84,12 +86,11 @@ class ReMax(Trainer):
 
     def advantage(self, R, batch):
         config, texts, roles = self.config, batch.texts, self.config.roles
-        prompts = self.policy.prompts(texts_of(texts, roles))
-        greedy = sample_in_parts(self.policy, prompts, 1, 0.0, None, self.sample_tokens)
+        greedy = sample(self.policy, self.policy.template(texts_of(texts, roles)))
         sizes, baseline = [len(texts[role]) for role in roles], []
         for role, h, finished in zip(roles, greedy.embeddings.split(sizes), greedy.finished.split(sizes)):
             alone = dataclasses.replace(config, train_roles=role)
-            reward, _, _ = judge({**batch.embeddings, role: h}, finished, batch.twins, alone)
+            reward, _, _ = judge({**batch.embeddings, role: h}, finished, batch.same_text, alone)
             # A group of one has no consistency. So its consistency is that with the sampled rollouts of its text.
             near = torch.einsum("bkd,bjd->bk", h, batch.embeddings[role]) / config.rollouts
             baseline.append(reward + config.lambda_consistency * near / config.tau)

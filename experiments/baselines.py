@@ -1,9 +1,9 @@
 """What GRACE is compared with: contrastive fine-tuning and SimCSE, with the same policy, pooling, data and evaluation.
 
-Base is P(x) pooled; Base with reasoning adds the untrained policy's rationale. Neither is trained, so neither is in this
-file (`evaluate_triplets`, without and with rationale). The two that are trained are Trainers with a step of their own:
-they write no rationale while they learn, and what is a reward in GRACE is their loss. A third has that loss over rationales
-that are forced on it, and a fourth removes GRPO from GRACE.
+Base is P(x) pooled, and Base with reasoning adds the untrained policy's rationale; neither is trained, so neither is in
+this file. `Contrastive` and `SimCSE` are Trainers with a step of their own: they write no rationale while they learn, and
+what is a reward in GRACE is their loss. `ForcedContrastive` has that loss over rationales that it is given, and
+`PathwiseAlone` removes GRPO from GRACE.
 
 Shapes: B instances, M hard negatives per instance, n texts, D hidden size.
 """
@@ -17,7 +17,6 @@ import torch
 from grace import Trainer
 from plumbing import ranks
 from plumbing.errors import GraceError
-from policy import Policy
 from pool import fold, unit
 from reward import infonce
 from rollout import make_batch, sample, score, text_logprobs, uniforms
@@ -27,15 +26,14 @@ class LossTrainer(Trainer):
     """One AdamW step on a loss of the prompts' embeddings. Subclasses have `loss(batch)`. For one process."""
 
     def __init__(self, policy, reference, rows, config):
-        if ranks.size() > 1:
+        if ranks.size > 1:
             raise GraceError("a loss reads its whole batch at once, in one process: leave out torchrun")
         super().__init__(policy, reference, rows, config)
 
     def step(self):
         """One step. Returns its metrics."""
         start = time.perf_counter()
-        batch = make_batch(self.next_rows())
-        batch.twins = batch.twins.to(self.policy.device)
+        batch = make_batch(self.next_rows(), device=self.policy.device)
         loss = self.loss(batch)
         loss.backward()
         norm = self.optimizer_step()
@@ -45,7 +43,7 @@ class LossTrainer(Trainer):
 
     def embed(self, texts, share=True):
         """P(x) pooled, and the mean log-probability of its text, with gradients. `-> [n, D], [n]`."""
-        policy, x = self.policy, self.policy.prompts(texts, share)
+        policy, x = self.policy, self.policy.template(texts, share)
         hidden, to_pool, _ = policy.prefill(x.ids, x.mask, x.n_shared)
         ids, counted = x.ids[:, x.n_shared :], x.counted[:, x.n_shared :]
         return unit(fold(None, to_pool, counted, policy.reading.pooling)), text_logprobs(policy, hidden, ids, counted)
@@ -62,7 +60,7 @@ class Contrastive(LossTrainer):
         t, texts, B = self.config.infonce_temperature, batch.texts, len(batch.texts["query"])
         h, text_logprob = self.embed(texts["query"] + texts["positive"] + texts["negative"])
         q, p, n = h[:B, None], h[B : 2 * B, None], h[2 * B :].view(B, -1, 1, h.shape[-1])  # [B, 1, D] x 2, [B, M, 1, D]
-        contrast = infonce(q, p, t, n, batch.twins) + infonce(p, q, t, None, batch.twins)
+        contrast = infonce(q, p, t, n, batch.same_text) + infonce(p, q, t, None, batch.same_text)
         return -contrast.mean() / 2 - self.config.text_weight * text_logprob.mean()
 
 
@@ -78,11 +76,11 @@ class SimCSE(LossTrainer):
     def loss(self, batch):
         """The mean negative log-softmax of a text's own second view among the batch's second views."""
         (one, text_logprob), (two, _) = (self.view(batch.texts["text"], number) for number in range(2))
-        contrast = infonce(one[:, None], two[:, None], self.config.infonce_temperature, None, batch.twins)
+        contrast = infonce(one[:, None], two[:, None], self.config.infonce_temperature, None, batch.same_text)
         return -contrast.mean() - self.config.text_weight * text_logprob.mean()
 
     def view(self, texts, number):
-        """`embed` under dropout; texts with another number have other inputs dropped."""
+        """`embed` under dropout; a view of another number has other inputs dropped."""
 
         def drop(module, inputs, output):
             chance = uniforms([self.config.seed, self.step_number, 4, number], *output.shape, device=output.device)
@@ -100,11 +98,11 @@ class ForcedContrastive(Contrastive):
 
     def __init__(self, policy, reference, rows, config):
         super().__init__(policy, reference, rows, config)
-        self.start = Policy(copy.deepcopy(policy.model), policy.tokenizer, policy.reading, policy.dtype)
+        self.start = copy.deepcopy(policy)
 
     def embed(self, texts, share=True):
         """P(x) and its forced rationale pooled, and the mean log-probability of the text. `-> [n, D], [n]`."""
-        scores = score(self.policy, longest(self.start, texts, [self.config.seed, self.step_number, 5]), text=True)
+        scores = score(self.policy, longest(self.start, texts, [self.config.seed, self.step_number, 5]))
         return scores.embeddings[:, 0], scores.text_logprobs
 
 
@@ -113,9 +111,8 @@ def longest(policy, texts, seed, K=8):
 
     `-> Rollouts` of n texts with one rationale each.
     """
-    prompts = policy.prompts(texts)
     chance = uniforms(seed, len(texts), K, policy.reading.max_new_tokens, device=policy.device)
-    drawn = sample(policy, prompts, K, 1.0, chance)
+    drawn = sample(policy, policy.template(texts), K, 1.0, chance)
     at = torch.arange(len(texts), device=policy.device), (drawn.mask.sum(-1) * drawn.finished).argmax(1)
     parts = ("ids", "mask", "logprobs", "embeddings", "finished")
     return dataclasses.replace(drawn, **{name: getattr(drawn, name)[at][:, None] for name in parts})
@@ -126,3 +123,6 @@ class PathwiseAlone(Trainer):
 
     def advantage(self, R, batch):
         return torch.zeros_like(R)
+
+
+BASELINES = {"contrastive": Contrastive, "forced": ForcedContrastive, "simcse": SimCSE, "pathwise": PathwiseAlone}

@@ -8,13 +8,14 @@ five seeds in one picture.)
 """
 
 import argparse
-import json
 import os
+import sys
 
-import pictures
-from record import ladder
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from plumbing.checkpoint import write_atomically
+from experiments import pictures
+from experiments.measure import ladder
+from plumbing.errors import GraceError
 from policy import Policy
 
 CURVES = {  # its name: which checkpoint, and whether it writes a rationale
@@ -24,32 +25,21 @@ CURVES = {  # its name: which checkpoint, and whether it writes a rationale
 }
 
 
-def show(curves):
-    """The ladder as text: a row per curve, a column per number of steps."""
-    steps = next(iter(curves.values()))
-    lines = [f"{'steps in each walk':24}" + "".join(f"{n:>8}" for n in steps)]
-    return "\n".join(lines + [f"{name:24}" + "".join(f"{x:8.3f}" for x in curve.values()) for name, curve in curves.items()])
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--world", required=True, help="the town's folder, as worlds/make.py writes it")
+    parser.add_argument("--world", required=True, help="the town's folder")
     parser.add_argument("--grace", required=True, help="a checkpoint that GRACE trained")
-    parser.add_argument("--loss", help="a checkpoint that the loss trained")
-    parser.add_argument("--rows", type=int, default=128, help="queries per number of steps [128]")
-    parser.add_argument("--out", help="write a picture here, and the figures beside it as .json")
+    parser.add_argument("--loss", required=True, help="a checkpoint that the loss trained")
+    parser.add_argument("--out", help="write a picture here")
     args = parser.parse_args()
-    if not os.path.isfile(os.path.join(args.world, "data", "heldout-steps-1.jsonl")):
-        parser.error(f"{args.world}/data has no heldout-steps-*.jsonl: python -m worlds.make --world town writes them")
-    policies = {which: Policy.load(folder) for which in ("grace", "loss") if (folder := getattr(args, which))}
-    curves = {
-        name: ladder(policies[which], args.world, rationale, args.rows)
-        for name, (which, rationale) in CURVES.items()
-        if which in policies
-    }
-    print(show(curves))
+    policies = {"grace": Policy.load(args.grace), "loss": Policy.load(args.loss)}
+    curves = {name: ladder(policies[which], args.world, rationale) for name, (which, rationale) in CURVES.items()}
+    if not curves["GRACE"]:
+        parser.error(f"{args.world}/data has no heldout-steps-*.jsonl: only the town has them")
+    print(f"{'steps in each walk':24}" + "".join(f"{n:>8}" for n in curves["GRACE"]))
+    for name, curve in curves.items():
+        print(f"{name:24}" + "".join(f"{x:8.3f}" for x in curve.values()))
     if args.out:
-        write_atomically(os.path.splitext(args.out)[0] + ".json", json.dumps(curves, indent=1))
         try:
             pictures.draw_ladder({name: [curve] for name, curve in curves.items()}).savefig(args.out)
         except ImportError:
@@ -57,4 +47,7 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except GraceError as error:
+        sys.exit(f"ladder.py: {error}")

@@ -1,15 +1,16 @@
 """The figures, as pictures that can be read on a projector and in black and white: markers and line styles, not colour alone.
 
-Each function takes `by_label`, {row's label: [a record per seed]}, and returns a matplotlib figure. Error bars run from
-the lowest seed to the highest. Hollow markers and empty bars are scores by the prompt alone, full ones are scores with
-the rationale.
+Each function takes `rows`, {label: [a record per seed]}, and returns a matplotlib figure. Error bars run from the lowest
+seed to the highest. Hollow markers and empty bars are scores by the prompt alone, full ones are scores with the
+rationale.
 """
 
-import itertools
-import math
+import functools
 
 import numpy as np
-from scores import WAYS, better_way, value
+
+from experiments.page import WAYS, better_way, course, value
+from experiments.runs import BEST, FULL, KNOBS, NO_GRPO, NO_PATHWISE, PAPERS, REASONING, REWARD_ALONE, TEXT, TO_INFONCE, WEIGHTS
 
 STYLES = [  # colour, line, marker
     ("tab:blue", "-", "D"), ("tab:red", ":", "o"), ("tab:orange", "--", "s"), ("dimgray", "-.", "^"),
@@ -21,8 +22,8 @@ STYLES = [  # colour, line, marker
 # ---------------------------------------------------------------- canvas, lines, legends
 
 
-def canvas(columns=1, rows=1, width=8.0, height=4.8):
-    """A figure and its axes, row by row. The layout makes room for whatever stands beside the axes."""
+def canvas(columns=1, width=8.0, height=4.8):
+    """A figure and its axes, side by side."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -30,17 +31,12 @@ def canvas(columns=1, rows=1, width=8.0, height=4.8):
     matplotlib.rcParams.update({"grid.alpha": 0.3, "lines.linewidth": 2, "lines.markersize": 7, "legend.frameon": False})
     figure = Figure(figsize=(width, height), dpi=130, layout="constrained")
     figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1)
-    return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
+    return figure, list(figure.subplots(1, columns, squeeze=False).flat)
 
 
-def add_legend(figure, axis):
-    """The labels of one of the axes below all of them, in as few rows as the figure's width allows."""
-    handles, labels = axis.get_legend_handles_labels()
-    for rows in range(1, len(labels) + 1):
-        legend = figure.legend(handles, labels, loc="outside lower center", ncol=math.ceil(len(labels) / rows))
-        if legend.get_window_extent().width < 0.98 * figure.bbox.width or rows == len(labels):
-            return
-        legend.remove()
+def add_legend(figure, axis, columns=2):
+    """The labels of one of the axes below all of them."""
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncol=columns)
 
 
 def spread(values):
@@ -50,23 +46,12 @@ def spread(values):
     return mean, np.stack([mean - values.min(0), values.max(0) - mean]).clip(0)  # the mean of equal values may be off a bit
 
 
-def scores(groups, name, way="after"):
-    """A figure of several rows, each a list of a record per seed. `-> [seeds, rows]`."""
-    return [[value(record, name, way) for record in of_seed] for of_seed in zip(*groups)]
-
-
 def line(axis, x, values, style, label=None, **options):
     """A mean over seeds with its error bars. `values [seeds, n]`."""
-    colour, dashes, marker = STYLES[style % len(STYLES)]
+    colour, dashes, marker = STYLES[style]
     mean, bars = spread(values)
-    options = dict(color=colour, ls=dashes, marker=marker, capsize=3, elinewidth=1, label=label) | options
-    axis.errorbar(x, mean, bars, **options)
-
-
-def course(record, name):
-    """Steps and held-out figures along a run, before and after included."""
-    last = record["config"]["steps"]
-    return zip(*[(0, record["before"][name]), *((c["step"], c[name]) for c in record["curve"]), (last, record["after"][name])])
+    look = dict(color=colour, ls=dashes, marker=marker, capsize=3, elinewidth=1, label=label)
+    axis.errorbar(x, mean, bars, **look | options)
 
 
 def course_line(axis, records, name, style, label):
@@ -75,87 +60,75 @@ def course_line(axis, records, name, style, label):
     line(axis, steps[0], values, style, label)
 
 
+def scores(groups, name, way="after"):
+    """A figure of several rows, each a list of a record per seed. `-> [seeds, rows]`."""
+    return [[value(record, name, way) for record in of_seed] for of_seed in zip(*groups)]
+
+
 # ---------------------------------------------------------------- the figures
 
 
-def courses(by_label, labels):
-    """Held-out nDCG@10 along the training: the picture of the README."""
-    figure, (axis,) = canvas(height=5.8)
-    for label, style in zip(labels, (1, 2, 3, 4, 0)):
-        course_line(axis, by_label[label], "ndcg_at_10", style, label)
-    axis.set(xlabel="training step", ylabel="held-out nDCG@10, with rationale", ylim=(-0.02, 1.03))
-    add_legend(figure, axis)
-    return figure
-
-
-def score_and_length(by_label, labels):
-    """Figure 5."""
-    figure, pair = canvas(2, width=11, height=5.2)
-    titles = "held-out nDCG@10, with rationale", "words in a rationale"
-    for axis, name, title in zip(pair, ("ndcg_at_10", "words"), titles):
-        for label, style in zip(labels, (1, 2, 0)):
-            course_line(axis, by_label[label], name, style, label)
+def courses(rows, labels):
+    """Figure 5: score and length along the training."""
+    figure, pair = canvas(2, width=11, height=5.6)
+    for axis, name, title in zip(pair, ("ndcg_at_10", "words"), ("held-out nDCG@10, with rationale", "words in a rationale")):
+        for label, style in zip(labels, (0, 1, 2, 3)):
+            course_line(axis, rows[label], name, style, label)
         axis.set(xlabel="training step", ylabel=title)
         axis.set_ylim(bottom=0)
     add_legend(figure, pair[0])
     return figure
 
 
-def grid(by_label):
+def grid(rows):
     """Figure 3: one panel per reward, a line per consistency weight."""
     figure, pair = canvas(2, width=11)
-    weights = sorted({float(label.split()[1]) for label in by_label})
     for axis, name, title in zip(pair, ("paper", "infonce"), ("the paper's reward", "InfoNCE, the full recipe")):
-        for style, a in enumerate(weights):
-            groups = [by_label[f"{name} {a:g} {b:g}"] for b in weights]
-            line(axis, weights, scores(groups, "ndcg_at_10"), style, f"λ1 = {a:g}")
+        for style, a in enumerate(WEIGHTS):
+            groups = [rows[f"{name} {a:g} {b:g}"] for b in WEIGHTS]
+            line(axis, WEIGHTS, scores(groups, "ndcg_at_10"), style, f"λ1 = {a:g}")
         axis.set(xlabel="λ2, weight of the hard component", ylabel="held-out nDCG@10, with rationale", title=title)
-    add_legend(figure, pair[0])
+    add_legend(figure, pair[0], columns=3)
     return figure
 
 
-def budgets(by_label):
+def budgets(rows):
     """Figure 4: quality and latency against the longest rationale allowed, and the phases of a training step."""
     figure, (left, middle, right) = canvas(3, width=14)
-    (records,) = by_label.values()
+    (records,) = rows.values()
     limits = [row["limit"] for row in records[0]["budgets"]]
     for axis, name, title in ((left, "ndcg_at_10", "held-out nDCG@10"), (middle, "ms", "encoding, milliseconds per text")):
         line(axis, limits, [[row[name] for row in record["budgets"]] for record in records], 0)
         axis.set(xlabel="longest rationale allowed, tokens", ylabel=title)
         axis.set_ylim(0, 1.03 if name == "ndcg_at_10" else None)
-    sampling = [np.mean([m["sample_s"] for m in record["trace"]]) for record in records]
-    rest = [np.mean([m["step_s"] - m["sample_s"] for m in record["trace"]]) for record in records]
-    for x, (values, hatch) in enumerate(((sampling, "//"), (rest, ".."))):
-        mean, ends = spread([[value] for value in values])
-        right.bar([x], mean, yerr=ends, color="lightgray", edgecolor="black", hatch=hatch, capsize=4)
-    right.set_xticks([0, 1], ["sampling", "reward\nand update"])
+    sampling, whole = ([np.mean([m[name] for m in record["trace"]]) for record in records] for name in ("sample_s", "step_s"))
+    mean, ends = spread([[s, w - s] for s, w in zip(sampling, whole)])
+    right.bar(["sampling", "reward\nand update"], mean, yerr=ends, color="lightgray", edgecolor="black", capsize=4)
     right.set(ylabel="seconds per training step")
     return figure
 
 
-def bars(by_label):
+def bars(rows):
     """Figure 6: two bars per row."""
     figure, (axis,) = canvas(height=5.2)
-    looks = dict(color="lightgray", hatch="//"), dict(color="white")
-    for offset, way, look in zip((-0.2, 0.2), WAYS, looks):
-        mean, ends = spread(scores(by_label.values(), "ndcg_at_10", way))
-        x = np.arange(len(by_label)) + offset
-        axis.bar(x, mean, 0.36, yerr=ends, edgecolor="black", capsize=4, label=WAYS[way], **look)
-    axis.set_xticks(range(len(by_label)), list(by_label))
+    for offset, way, look in zip((-0.2, 0.2), WAYS, (dict(color="lightgray", hatch="//"), dict(color="white"))):
+        mean, ends = spread(scores(rows.values(), "ndcg_at_10", way))
+        axis.bar(np.arange(len(rows)) + offset, mean, 0.36, yerr=ends, edgecolor="black", capsize=4, label=WAYS[way], **look)
+    axis.set_xticks(range(len(rows)), list(rows))
     axis.set(ylabel="held-out nDCG@10", ylim=(0, 1.03))
     add_legend(figure, axis)
     return figure
 
 
-def sizes(by_label):
+def sizes(rows):
     """Figure 7: one panel for the batch, one for the rollouts."""
     figure, pair = canvas(2, width=11, height=5.4)
     for axis, letter, title in zip(pair, "BK", ("batch size B (K = 4)", "rollouts per text, K (B = 16)")):
         for style, recipe in ((0, "full"), (2, "by reward alone")):
-            labels = [label for label in by_label if label.startswith(letter) and label.endswith(recipe)]
+            labels = [label for label in rows if label.startswith(letter) and label.endswith(recipe)]
             x = [int(label.split()[2].strip(",")) for label in labels]
             for way, look in zip(WAYS, ({}, dict(markerfacecolor="white", lw=1))):
-                values = scores([by_label[label] for label in labels], "ndcg_at_10", way)
+                values = scores([rows[label] for label in labels], "ndcg_at_10", way)
                 line(axis, x, values, style, f"{recipe}, {WAYS[way]}", **look)
         axis.set_xscale("log", base=2)
         axis.set_xticks(x, [str(n) for n in x])
@@ -164,15 +137,15 @@ def sizes(by_label):
     return figure
 
 
-def collapse(by_label, labels):
+def collapse(rows):
     """What a group's rewards spread over, and what becomes of the rationales, along the training."""
     figure, panels = canvas(3, width=14, height=5)
-    for label, style in zip(labels, (1, 0)):
-        traces = [record["trace"] for record in by_label[label]]
+    for (label, records), style in zip(rows.items(), (1, 0)):
+        traces = [record["trace"] for record in records]
         steps = [m["step"] for m in traces[0]]
         for axis, name in zip(panels, ("contrastive_std", "cosine")):
             line(axis, steps, [[m[name] for m in trace] for trace in traces], style, label)
-        course_line(panels[2], by_label[label], "ndcg_at_10", style, label)
+        course_line(panels[2], records, "ndcg_at_10", style, label)
     titles = "std within a group, contrastive reward", "cosine between texts", "held-out nDCG@10, with rationale"
     for axis, title in zip(panels, titles):
         axis.set(xlabel="training step", ylabel=title)
@@ -181,9 +154,40 @@ def collapse(by_label, labels):
     return figure
 
 
-def ladder(by_label, curves):
-    """The ladder, from records. curves: `{name: (row's label, way)}`."""
-    return draw_ladder({name: [record["ladder"][way] for record in by_label[label]] for name, (label, way) in curves.items()})
+def frontier(rows):
+    """How well pairs are ordered, and how much is named, against the rise of the loss on the training kind of texts.
+
+    A line per knob, whose settings are in the table. The axis of the rise is linear below 0.01 and logarithmic above.
+    """
+    figure, pair = canvas(2, width=13, height=7)
+    for axis, name, title in zip(pair, ("spearman", "recall"), ("Spearman, graded pairs", "share of facts rightly named")):
+        for style, (knob, labels) in enumerate(KNOBS.items()):
+            way = lambda label: better_way(rows[label], label, name) if name == "spearman" else "after"  # noqa: B023
+            x, dx = spread(scores([rows[label] for label in labels], "text loss"))
+            figures = [[value(record, name, way(label)) for record in rows[label]] for label in labels]
+            y, dy = spread(np.transpose(figures))
+            colour, dashes, marker = STYLES[style]
+            axis.errorbar(x, y, dy, dx, color=colour, ls=dashes, marker=marker, capsize=2, elinewidth=0.7, lw=1.2, label=knob)
+        axis.set_xscale("symlog", linthresh=0.01)
+        axis.set_xticks([0, 0.005, 0.01, 0.1, 1], ["0", "0.005", "0.01", "0.1", "1"])
+        axis.set(xlabel="rise of the loss, training kind of texts (nats per token)", ylabel=title)
+    pair[0].set_yscale("logit")  # most settings lie between 0.9 and 0.96
+    pair[0].set_yticks(ticks := [0.5, 0.6, 0.7, 0.8, 0.9, 0.93, 0.95, 0.97], [f"{x:g}" for x in ticks])
+    for axis in pair:
+        axis.minorticks_off()
+    add_legend(figure, pair[0], columns=4)
+    return figure
+
+
+def ladder(rows):
+    """The ladder of several seeds, from records."""
+    curves = {
+        "GRACE": (FULL, "after"),
+        "GRACE, without rationale": (FULL, "after_without_rationale"),
+        "InfoNCE as a loss": (TEXT, "after"),
+        "before training": (REASONING, "after"),
+    }
+    return draw_ladder({name: [record["ladder"][way] for record in rows[label]] for name, (label, way) in curves.items()})
 
 
 def draw_ladder(curves):
@@ -201,128 +205,14 @@ def draw_ladder(curves):
     return figure
 
 
-# ---------------------------------------------------------------- the frontier
-
-
-def frontier(by_label, knobs):
-    """How much the loss on the training kind of texts rose, against how well pairs are ordered and how much is named.
-
-    knobs: {name: labels of its settings}, two per column of panels, the settings of all others in gray behind them. Both
-    axes are logarithmic in the distance from the best there could be: no rise, and a score of 1.
-    """
-    columns = [list(knobs)[i : i + 2] for i in range(0, len(knobs), 2)]
-    figure, panels = canvas(len(columns), 2, width=4 * len(columns), height=8.4)
-    notes = []
-    for row, (score, title) in enumerate((("spearman", "Spearman, graded pairs"), ("recall", "share of facts rightly named"))):
-        points = {label: frontier_point(records, label, score) for label, records in by_label.items()}
-        for column, names in enumerate(columns):
-            axis = panels[row * len(columns) + column]
-            axis.scatter(*np.mean(list(points.values()), 2).T, s=14, color="silver", zorder=1)
-            beside = []
-            for name in names:
-                labels = [label for label in knobs[name] if label in points]
-                rise, short = np.transpose([points[label] for label in labels], (1, 2, 0))  # [seeds, settings] x 2
-                (x, dx), (y, dy) = spread(rise), spread(short)
-                colour, dashes, marker = STYLES[list(knobs).index(name)]
-                look = dict(color=colour, ls=dashes, marker=marker, capsize=2, elinewidth=0.7, lw=1.2, label=name)
-                axis.errorbar(x, y, dy, dx, **look)
-                settings = (label.removeprefix(name).strip() for label in labels)
-                beside += [(*place, setting, colour) for *place, setting in zip(x, y, settings)]
-            axis.set_xscale("symlog", linthresh=0.01, linscale=2)
-            axis.set_yscale("symlog", linthresh=0.02, linscale=0.5)
-            axis.set(xlim=(-0.002, 5), ylim=(0.6, 0.02 if score == "spearman" else -0.005))
-            axis.set_xticks([0, 0.005, 0.01, 0.1, 1], ["0", "0.005", "0.01", "0.1", "1"])
-            ticks = [x for x in (0, 0.02, 0.05, 0.1, 0.2, 0.4) if x or score == "recall"]
-            axis.set_yticks(ticks, [f"{1 - x:g}" for x in ticks])
-            axis.minorticks_off()
-            if row == 0:
-                axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), fontsize=12)
-            else:
-                axis.set_xlabel("rise of the loss, training kind of texts", fontsize=12)
-            if column == 0:
-                axis.set_ylabel(title)
-            notes.append((axis, beside))
-    figure.draw_without_rendering()  # from here on the layout is final, and places are pixels
-    for axis, beside in notes:
-        label_points(axis, beside)
-    return figure
-
-
-CAPTION_SCORES = {"ndcg_at_10": "caption retrieval, nDCG@10", "mean of tasks": "mean of four tasks"}
-
-
-def by_size(by_label, rows, sizes):
-    """Two scores of each row, by its better way, against the size of the backbone.
-
-    rows: labels, which `by_label` has with a size behind them, as in "Base, 1.3 M"; sizes: `{"1.3 M": 1.3}`. A row that
-    has not been measured at every size is left out.
-    """
-    figure, axes = canvas(2, width=11)
-    for axis, (score, title) in zip(axes, CAPTION_SCORES.items()):
-        for style, row in enumerate(rows):
-            groups = [by_label.get(f"{row}, {size}") for size in sizes]
-            if all(groups):
-                way = better_way([record for group in groups for record in group], row, score)
-                hollow = dict(mfc="white") if way != "after" else {}
-                line(axis, list(sizes.values()), scores(groups, score, way), style, row, **hollow)
-        axis.set(xlabel="parameters of the backbone, millions", ylabel=title, xscale="log", xticks=list(sizes.values()))
-        axis.set(xticklabels=list(sizes), xlim=(min(sizes.values()) / 1.3, max(sizes.values()) * 1.3))
-        axis.minorticks_off()
-    add_legend(figure, axes[0])
-    return figure
-
-
-def retention(by_label):
-    """Two scores of each row, by its better way, against the rise of the loss on plain text that nothing trained on."""
-    figure, axes = canvas(2, width=11)
-    for axis, (score, title) in zip(axes, CAPTION_SCORES.items()):
-        for (label, records), (colour, _, marker) in zip(by_label.items(), itertools.cycle(STYLES)):
-            way = better_way(records, label, score)
-            (x, dx), (y, dy) = (
-                spread([[value(record, *what)] for record in records]) for what in (["plain loss"], [score, way])
-            )
-            full = colour if way == "after" else "white"
-            axis.errorbar(x, y, dy, dx, color=colour, marker=marker, mfc=full, ls="", capsize=3, label=label)
-        axis.set(xlabel="rise of the loss on plain text, nats per token", ylabel=title)
-    add_legend(figure, axes[0])
-    return figure
-
-
-def frontier_point(records, label, score):
-    """A row's rise of that loss and what its score falls short of 1, per seed: `[2][seeds]`."""
-    way = better_way(records, label, score)
-    return [value(record, "text loss") for record in records], [1 - value(record, score, way) for record in records]
-
-
-def label_points(axis, labels):
-    """Write labels `[(x, y, text, colour)]`, each as near its point as it can stand without covering anything that is drawn."""
-    from matplotlib.text import Text
-
-    inside = axis.get_window_extent()
-    points = [axis.transData.transform((x, y)) for x, y, _, _ in labels]
-    taken = [(*(point - 8), *(point + 8)) for point in points]  # boxes: left, bottom, right, top
-    for one, other in drawn_segments(axis):
-        n = int(np.hypot(*(other - one)) / 5) + 1
-        taken += [(*(at - 2), *(at + 2)) for at in np.linspace(one, other, n + 1)]
-    for (px, py), (x, y, text, colour) in zip(points, labels):
-        note = axis.annotate(
-            text, (x, y), (0, 0), textcoords="offset pixels", ha="center", va="center", fontsize=11, color=colour,
-            arrowprops=dict(arrowstyle="-", color=colour, lw=0.7, shrinkA=0, shrinkB=4), in_layout=False,
-        )  # fmt: skip
-        size = Text.get_window_extent(note)
-        w, h = size.width / 2 + 2, size.height / 2 + 1
-        for radius, turn in itertools.product(range(20, 240, 8), range(24)):
-            dx, dy = radius * math.cos(turn * math.pi / 12), radius * math.sin(turn * math.pi / 12)
-            box = (px + dx - w, py + dy - h, px + dx + w, py + dy + h)
-            clear = all(box[2] < b[0] or b[2] < box[0] or box[3] < b[1] or b[3] < box[1] for b in taken)
-            if clear and box[0] > inside.x0 and box[2] < inside.x1 and box[1] > inside.y0 and box[3] < inside.y1:
-                break
-        note.xyann = (dx, dy)
-        taken.append(box)
-
-
-def drawn_segments(axis):
-    """The straight pieces of all lines and error bars of the axes, in pixels: `[(end, end)]`."""
-    bars = [segment for bars in axis.collections if hasattr(bars, "get_segments") for segment in bars.get_segments()]
-    lines = [line.get_xydata()[i : i + 2] for line in axis.lines for i in range(len(line.get_xydata()) - 1)]
-    return [axis.transData.transform(segment) for segment in bars + lines]
+PICTURES = {
+    "ladder": ladder,
+    "figure5": functools.partial(courses, labels=[FULL, PAPERS, NO_PATHWISE, NO_GRPO]),
+    "figure4": budgets,
+    "table1": functools.partial(courses, labels=[BEST, PAPERS, REWARD_ALONE, TO_INFONCE]),
+    "figure3": grid,
+    "figure6": bars,
+    "figure7": sizes,
+    "collapse": collapse,
+    "frontier": frontier,
+}

@@ -1,35 +1,25 @@
-"""The paper's tables and figures in miniature, one command each; docs/results.md is written from the records.
+"""The paper's tables and figures in miniature, one command each; the records and docs/results.md are written by it.
 
-    python experiments/run.py table1                 one table or figure: makes its missing runs, then writes the page
-    python experiments/run.py all                    all of them: about five hours on two cores
+    python experiments/run.py table1                 one table or figure: makes its missing runs, then its part of the page
+    python experiments/run.py all                    all of them: four to five hours on two cores, where no run has a record
     python experiments/run.py --list                 the names, their runs, and the minutes each takes by itself
     python experiments/run.py table1 --quick         one step per run, into a temporary folder: does it work at all?
+    python experiments/run.py table4 --out runs/x    your own runs, made anew: records, pictures and page go there
 
-A run is made once: tables that share it share its record (experiments/results/). With a backbone and data of your own
-the same names work, and write under --out:
-
-    python experiments/run.py table1 --model DIR_OR_HUB_ID --data FILE --heldout FILE --out runs/mine --jobs 1 \\
-        --set lr=1e-6 batch=64 steps=1000 dtype=bfloat16
-
-`real` trains the toy's model and --model on --data and evaluates both on real tasks (--data-dir: a folder per task).
-The committed records of real text were made with `--out experiments`.
+A run is made once: tables that share it share its record (experiments/results/).
 """
 
 import argparse
 import concurrent.futures
-import dataclasses
 import multiprocessing
 import os
 import sys
 import tempfile
-import time
 
-from page import whole_page
-from record import ROOT, Place, make, revision  # puts the repository on the path
-from tables import EXPERIMENTS, REAL
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from config import Config
-from plumbing.errors import GraceError
+from experiments import page, pictures, records
+from experiments.runs import TABLES
 
 
 def one_thread():
@@ -43,14 +33,13 @@ def one_thread():
     datasets.disable_progress_bars()
 
 
-def each(function, items, jobs):
-    """Yields the results of `function(item)` as they are ready, from `jobs` processes; a failure stops all and is raised."""
+def each(function, runs, worlds, quick, jobs):
+    """Yields the results of `function(run, worlds, quick)` as they are ready, from `jobs` processes; a failure stops all."""
     if jobs == 1:
-        yield from map(function, items)
+        yield from (function(run, worlds, quick) for run in runs)
         return
-    context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(jobs, context, one_thread) as pool:
-        pending = [pool.submit(function, item) for item in items]
+    with concurrent.futures.ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), one_thread) as pool:
+        pending = [pool.submit(function, run, worlds, quick) for run in runs]
         try:
             for done in concurrent.futures.as_completed(pending):
                 yield done.result()
@@ -59,110 +48,87 @@ def each(function, items, jobs):
             raise
 
 
-def _make(job):
-    return make(*job)
+def runs_of(name, quick=False):
+    """A table's runs, `[(label, run)]`; shortened ones are of seed 0."""
+    runs = TABLES[name].runs()
+    return list(dict((label, records.quickly(run)) for label, run in runs).items()) if quick else runs
 
 
-def _world(job):
-    run, place = job
-    return place.world(run)
+def missing(names, known, quick=False):
+    """The runs of these tables that have no record, each once."""
+    wanted = {frozenset(run.items()): run for name in names for _, run in runs_of(name, quick)}
+    return [run for key, run in wanted.items() if key not in known]
 
 
-def wanted(names, place, seeds):
-    """The runs of these experiments that have no record yet, each once."""
-    runs = [run for name in names for _, run in EXPERIMENTS[name].runs(seeds)]
-    return list({place.key(run): run for run in runs if place.read(run) is None}.values())
-
-
-def make_all(names, place, seeds, jobs):
+def make_all(names, folder, worlds, quick=False, jobs=2):
     """Make every missing run: the worlds first, since runs share them."""
-    missing = wanted(names, place, seeds)
-    worlds = {(run.get("world"), run["seed"]): (run, place) for run in missing if place.on_toy(run)}
-    for folder in each(_world, list(worlds.values()), jobs):
-        print(f"world at {folder}", flush=True)
-    start = time.time()
-    for done, (key, seconds) in enumerate(each(_make, [(run, place) for run in missing], jobs), 1):
-        print(f"{done}/{len(missing)}  {key}  {seconds:.0f} s", flush=True)
-    if missing:
-        print(f"{len(missing)} runs in {(time.time() - start) / 60:.1f} minutes")
+    runs = missing(names, records.read_all(folder), quick)
+    one_of_each = {(run["world"], run["seed"]): run for run in runs}
+    for world in each(records.build_world, list(one_of_each.values()), worlds, quick, jobs):
+        print(f"world at {world}", flush=True)
+    for number, record in enumerate(each(records.make, runs, worlds, quick, jobs), 1):
+        records.keep(record, folder)
+        settings = " ".join(f"{name}={value}" for name, value in record["run"].items())
+        print(f"{number}/{len(runs)}  {record['seconds']:.0f} s  {settings}", flush=True)
 
 
-def parse(arguments):
-    """The command line, as `(names, place, args)`. Raises GraceError for what cannot work."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", help=f"any of {', '.join(EXPERIMENTS)}, or all")
-    parser.add_argument("--list", action="store_true", help="list what each name runs, and stop")
-    parser.add_argument("--quick", action="store_true", help="one seed, one step per run")
-    parser.add_argument("--seeds", help="comma-separated (default: the experiment's, mostly 0,1,2)")
-    parser.add_argument("--jobs", type=int, default=2, help="runs at the same time, one thread each [2]")
-    parser.add_argument("--out", help="folder for records, page and pictures (default: experiments/results and docs)")
-    for name, text in (
-        ("model", "a backbone of your own"), ("data", "its training rows"), ("heldout", "triplets to evaluate on"),
-        ("graded", "graded pairs"), ("data-dir", "real tasks, a folder per task"),
-        ("plain", "texts of another kind, a line each: how well are they still modelled?"),
-    ):  # fmt: skip
-        parser.add_argument(f"--{name}", help=text)
-    parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="settings of config.py for every run")
-    args = parser.parse_args(arguments)
-    if unknown := [name for name in args.names if name not in (*EXPERIMENTS, "all")]:
-        raise GraceError(f"unknown experiment {unknown[0]!r}: choose from {', '.join(EXPERIMENTS)}, all")
-    if not args.names and not args.list:
-        raise GraceError(f"name an experiment: {', '.join(EXPERIMENTS)}, or all")
-    names = [name for name in EXPERIMENTS if name in args.names or "all" in args.names]
-    given = [name for name in names if name in REAL]
-    if given and not (args.model and args.data and args.data_dir):
-        if "all" not in args.names:
-            raise GraceError(f"{given[0]} needs --model, --data (triplets to train on) and --data-dir (a folder a task)")
-        names = [name for name in names if name not in REAL]
-        print(f"left out: {', '.join(given)}, which need --model, --data and --data-dir")
-    elif any(name.startswith("captions") for name in given) and not (args.heldout and args.plain):
-        raise GraceError(f"{given[-1]} needs --heldout and --plain as well: experiments/captions.py writes both")
-    if (args.model or args.data or args.plain) and not args.out:
-        raise GraceError("with a model, data or texts of your own give --out: the committed records are not of these")
-    if args.model and not args.data:
-        raise GraceError("--model needs --data: a backbone of your own has no embedded world")
-    types = {f.name: f.type for f in dataclasses.fields(Config)}
-    settings = {}
-    for pair in args.set:
-        key, _, value = pair.partition("=")
-        if key not in types:
-            raise GraceError(f"--set {pair}: config.py has no setting {key!r}")
-        settings[key] = value.lower() in ("true", "1", "yes") if types[key] is bool else types[key](value)
-    args.seeds = [int(s) for s in args.seeds.split(",")] if args.seeds else [0] if args.quick else None
-    place = Place(settings=settings, quick=args.quick)
-    for name in ("model", "data", "heldout", "graded", "data_dir", "plain"):
-        setattr(place, name, getattr(args, name))
-    return names, place, args
+def rows_of(name, known, quick=False):
+    """A table's records by row, `{label: [a record per seed]}`."""
+    rows = {}
+    for label, run in runs_of(name, quick):
+        rows.setdefault(label, []).append(known[frozenset(run.items())])
+    return rows
 
 
-def show_list(place):
+def show_list():
     """What each name runs, how much of it is missing, and the minutes it takes."""
-    print(f"{'name':20} {'runs':>5} {'missing':>8} {'minutes':>8}  (two cores)")
-    for name, experiment in EXPERIMENTS.items():
-        runs, missing = {place.key(run): run for _, run in experiment.runs()}, wanted([name], place, None)
-        seconds = sum(record["seconds"] for run in runs.values() if (record := place.read(run)))
-        minutes = f"{'?':>8}" if missing else f"{seconds / 120:8.1f}"
-        print(f"{name:20} {len(runs):5} {len(missing):8} {minutes}  {experiment.title}")
+    known = records.read_all(records.RESULTS)
+    print(f"{'name':12} {'runs':>5} {'missing':>8} {'minutes of one core':>20}")
+    for name in TABLES:
+        runs = {frozenset(run.items()) for _, run in runs_of(name)}
+        minutes = sum(known[run]["seconds"] for run in runs if run in known) / 60
+        print(f"{name:12} {len(runs):5} {len(missing([name], known)):8} {minutes:20.0f}")
 
 
 def main(arguments):
-    names, place, args = parse(arguments)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"any of {', '.join(TABLES)}, or all")
+    parser.add_argument("--list", action="store_true", help="list what each name runs, and stop")
+    parser.add_argument("--quick", action="store_true", help="one seed, one step per run")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at the same time, one thread each [2]")
+    parser.add_argument("--out", help="folder for records, page and pictures (default: experiments/results and docs)")
+    args = parser.parse_args(arguments)
     if args.list:
-        return show_list(place)
+        return show_list()
+    if unknown := [name for name in args.names if name not in (*TABLES, "all")]:
+        parser.error(f"{unknown[0]!r} is none of {', '.join(TABLES)}, all")
+    if not args.names:
+        parser.error(f"name a table: {', '.join(TABLES)}, or all")
+    names = [name for name in TABLES if name in args.names or "all" in args.names]
     with tempfile.TemporaryDirectory() as scratch:
         out = args.out or (scratch if args.quick else None)
-        if out:
-            place.results, place.worlds = os.path.join(out, "results"), os.path.join(out, "worlds")
-        folder = out or os.path.join(ROOT, "docs")
-        make_all(names, place, args.seeds, args.jobs)
-        text = whole_page(EXPERIMENTS, place, args.seeds, {name: os.path.join(folder, f"{name}.png") for name in names})
-        with open(os.path.join(folder, "results.md"), "w") as file:
+        results, folder = (os.path.join(out, "results"), out) if out else (records.RESULTS, os.path.join(records.ROOT, "docs"))
+        worlds = os.path.join(scratch if args.quick else records.ROOT, "runs")
+        make_all(names, results, worlds, args.quick, args.jobs)
+        known = records.read_all(results)
+        blocks = {}
+        for name in names:
+            rows = rows_of(name, known, args.quick)
+            if text := page.block(name, TABLES[name], rows):
+                blocks[name] = text
+            if name in pictures.PICTURES:
+                pictures.PICTURES[name](rows).savefig(os.path.join(folder, f"{name}.png"))
+        path = os.path.join(folder, "results.md")
+        if out:  # the page's words are about the committed records
+            text = "\n\n".join(blocks.values()) + "\n"
+            print(text)
+        else:
+            with open(path) as file:
+                text = page.replaced(file.read(), blocks)
+        with open(path, "w") as file:
             file.write(text)
-        print(text if args.quick or args.out else f"wrote {os.path.join(folder, 'results.md')} at {revision()[:7]}")
+        print(f"wrote {path}")
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except GraceError as error:
-        sys.exit(f"run.py: {error}")
+    main(sys.argv[1:])

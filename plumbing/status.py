@@ -1,23 +1,22 @@
-"""The command `status DIR`: where a run is, how long it still takes, and whether it shows a sign of trouble.
+"""The command `status DIR`: where a run is, how long it still takes, and whether it shows a sign of collapse.
 
-It compares the first steps of a run with the last. Where its rules draw a line, they draw it between 15 runs of
-the embedded world: the paper's recipe, which collapses there, the full one, which does not, and the steps between
-(docs/reliability.md has the table). On other data they are reasons to look, not verdicts.
+The signs compare the first steps of a run with the last. Their thresholds were drawn between 15 runs of the events world: the
+paper's recipe, which collapses there, the full one, which does not, and the steps between (docs/reliability.md has the table).
+On other data a sign is a reason to look, not a verdict.
 """
 
 import argparse
-import json
 import os
 import statistics
 import time
 
 from plumbing.errors import GraceError
-from plumbing.run import checkpoints, read_metrics, show_summary
+from plumbing.run import checkpoints, read_json, read_metrics, show_summary
 
 
 def alike(a, b):
     """Whether texts have become alike: few distinct rationales between texts, or embeddings that drift together."""
-    return b.get("distinct_texts", 1) < 0.25 or b["cosine"] > a["cosine"] + 0.03
+    return b["distinct_texts"] < 0.25 or b["cosine"] > a["cosine"] + 0.03
 
 
 # name, metric, when it is a bad sign, what it means and what to try. a, b: mean metrics of the first and of the last steps;
@@ -41,18 +40,18 @@ SIGNS = [
     ("effective rank", "effective_rank", lambda a, b, T: b["effective_rank"] < 0.9 * a["effective_rank"],
      "falling: fewer directions are in use. The same things to try as for the cosine"),
     ("length", "length", lambda a, b, T: b["length"] > 0.5 * T and b["length"] > 1.3 * a["length"] and b["truncated"] > 0.02,
-     "drifting to the limit: length is being rewarded. Try --pathwise above 0, --relative-length-penalty, more --gamma"),
+     "drifting to the limit: length is being rewarded. Try --pathwise above 0, more --gamma"),
     ("truncated", "truncated", lambda a, b, T: b["truncated"] > 0.2,
-     "many rationales never end. Try more --max-new-tokens, --relative-length-penalty, more --gamma"),
+     "many rationales never end. Try more --max-new-tokens, more --gamma"),
     ("empty rationales", "empty", lambda a, b, T: b["empty"] > 0.2,
      "nothing is written: the prompt alone is embedded. Try another --instruction, or a better starting model"),
     # Nats per token. With the pathwise term runs stayed below 0.45; without it, twice as long rationales, 1.2 to 1.9.
     ("KL to the start", "kl_start", lambda a, b, T: b["kl_start"] > 1,
      "far from the starting model: generation suffers. Try more --kl, a lower --lr, --pathwise above 0"),
     ("KL of one batch", "approx_kl", lambda a, b, T: b["approx_kl"] > 0.05,
-     "a batch moves the policy far. Try a lower --lr, fewer --minibatches and --epochs"),
+     "a batch moves the policy far. Try a lower --lr, fewer --minibatches"),
     ("clipped", "clip_fraction", lambda a, b, T: b["clip_fraction"] > 0.3,
-     "much of a batch is not learned from. Try a lower --lr, fewer --minibatches and --epochs"),
+     "much of a batch is not learned from. Try a lower --lr, fewer --minibatches"),
     # In float32 some 1e-5; where rationales come from a bfloat16 copy, up to 0.5 for the token that is hit hardest.
     ("first ratio off 1", "first_ratio_off", lambda a, b, T: b["first_ratio_off"] > 1,
      "the update does not compute what was sampled. Try --dtype float32"),
@@ -64,48 +63,45 @@ def status(arguments):
     parser = argparse.ArgumentParser("grace.py status", description=status.__doc__)
     parser.add_argument("folder", help="the --out of a run, running or not")
     out = parser.parse_args(arguments).folder
-    metrics_file = os.path.join(out, "metrics.jsonl")
-    steps = read_metrics(metrics_file)
-    try:
-        with open(os.path.join(out, "run.json")) as file:
-            run = json.load(file)
-    except (OSError, ValueError) as error:
-        raise GraceError(f"{out}: no run is here, or it has not evaluated its start yet") from error
-    summary = os.path.join(out, "summary.json")
+    path = lambda name: os.path.join(out, name)
+    run, summary, steps = read_json(path("run.json")), read_json(path("summary.json")), read_metrics(path("metrics.jsonl"))
+    if run is None:
+        raise GraceError(f"{out}: no run is here, or it has not evaluated its start yet")
     wanted, done = run["config"]["steps"], len(steps)
-    if os.path.isfile(summary):
-        print(f"{out}: finished, after {done} steps")
-        with open(summary) as file:
-            print(f"\n{show_summary(json.load(file))}")
+    if summary:
+        print(f"{out}: finished, after {done} steps\n\n{show_summary(summary)}")
+    elif not steps:
+        print(f"{out}: before the first of {wanted} steps")
     else:
-        saved = [os.path.basename(folder) for folder in checkpoints(out)]
-        left = statistics.median(m["step_s"] for m in steps[-20:]) * (wanted - done) if steps else float("nan")
-        print(
-            f"{out}: step {done} of {wanted}, the last one {time.time() - os.path.getmtime(metrics_file):.0f} s ago; "
-            f"{left / 60:.1f} minutes left, evaluations aside; newest checkpoint: {saved[-1] if saved else 'none'}"
-        )
-    if steps:
-        print("\nlast step:  " + "  ".join(f"{name} {value:.4g}" for name, value in steps[-1].items()))
+        ago = time.time() - os.path.getmtime(path("metrics.jsonl"))
+        left = statistics.median(m["step_s"] for m in steps[-20:]) * (wanted - done) / 60
+        saved = os.path.basename((checkpoints(out) or ["none"])[-1])
+        print(f"{out}: step {done} of {wanted}, {ago:.0f} s ago; {left:.1f} minutes left, evaluations aside")
+        print(f"newest checkpoint: {saved}")
     print("\n" + "\n".join(health(steps, run)))
 
 
 def health(steps, run):
-    """One line per sign: its mean over the first steps and over the last, then `ok`, or what is wrong and what to try."""
+    """One line per sign: its mean over the first steps and over the last, then `ok`, or what is wrong and what to try.
+
+    steps: the lines of metrics.jsonl. run: has `max_new_tokens`, and `before`, the scores of the starting policy.
+    """
     window = min(20, len(steps) // 4)
     if window < 2:
         return ["too few steps to tell how it is doing"]
     lines, T = [f"{'sign':<24}{'start':>10}{'now':>10}"], run["max_new_tokens"]
-    shared = set.intersection(*(set(m) for m in (*steps[:window], *steps[-window:])))
-    a, b = ({name: statistics.fmean(m[name] for m in part) for name in shared} for part in (steps[:window], steps[-window:]))
+    first, last = steps[:window], steps[-window:]
+    shared = set.intersection(*map(set, first + last))
+    a, b = ({name: statistics.fmean(m[name] for m in part) for name in shared} for part in (first, last))
     for name, metric, bad, advice in SIGNS:
         if metric in shared:
             lines.append(f"{name:<24}{a[metric]:10.4f}{b[metric]:10.4f}   {advice if bad(a, b, T) else 'ok'}")
     scores = [x for x in [run["before"].get("ndcg_at_10"), *(m.get("heldout_ndcg_at_10") for m in steps)] if x is not None]
     if len(scores) > 1:  # the one sign that does not trust the reward
-        verdict = "ok"
+        advice = "ok"
         if scores[-1] < 0.9 * max(scores):
-            verdict = "retrieval is down from its best: where the reward is up, it is hacked. Try --reward infonce, more --kl"
+            advice = "retrieval is down from its best: where the reward is up, it is hacked. Try --reward infonce, more --kl"
         elif scores[-1] < scores[0] + 0.05:
-            verdict = "no better than at the start. Try --reward infonce, --pathwise above 0, a higher --lr"
-        lines.append(f"{'held-out nDCG@10':<24}{scores[0]:10.4f}{scores[-1]:10.4f}   {verdict}")
+            advice = "no better than at the start. Try --reward infonce, --pathwise above 0, a higher --lr"
+        lines.append(f"{'held-out nDCG@10':<24}{scores[0]:10.4f}{scores[-1]:10.4f}   {advice}")
     return lines

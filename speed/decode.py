@@ -35,6 +35,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from plumbing.models import near
 from speed import runs
 
 
@@ -280,3 +281,26 @@ class SharedDecoder(Decoder):
         for layer in self.cache.layers:
             layer.keep(rows, groups, self.t)
         self.mask, self.replay = self.mask[groups], None
+
+
+@torch.no_grad()
+def can_share_prompts(policy):
+    """Whether a step over prompts kept once gives what the library's cache gives; if so, the model attends by `attend`."""
+    if policy.model.config._attn_implementation not in ("sdpa", "grace"):  # grace: as another policy left it
+        return False
+    policy.model.set_attn_implementation("grace")
+    ids = (torch.arange(4, device=policy.device) % policy.head.weight.shape[0]).view(2, 2)
+    prompt, token, mask = ids[:1], ids[1], torch.ones_like(ids[:1])
+    writing = torch.ones_like(token, dtype=torch.bool)
+    prefill = lambda: policy.prefill(prompt, mask, 0)[2]
+    plain, _ = PlainDecoder(policy, prefill(), mask, 2).step(token, writing)
+    try:
+        shared, _ = SharedDecoder(policy, prefill(), mask, 2, capture=False).step(token, writing)
+        same = near(shared, plain)
+    except (AttributeError, TypeError, RuntimeError):
+        # Its layers have no number, its body takes no further argument or does not hand it on (shapes clash then),
+        # or its attention asks for more than `attend` does.
+        same = False
+    if not same:
+        policy.model.set_attn_implementation("sdpa")
+    return same

@@ -1,113 +1,149 @@
-"""Every format and name a dataset comes in, and every way a row can be wrong."""
+"""Every format and name that a dataset comes in, and every way in which a row can be wrong."""
 
 import json
-import sys
+import re
 
+import pandas
 import pytest
-from conftest import command, config
-from hypothesis import HealthCheck, example, given, settings
-from hypothesis import strategies as st
-from test_layout import ROOT, imported
+from conftest import config
 
-import grace
 from plumbing.data import load_rows, open_dataset, read_pairs, read_texts, read_triplets
 from plumbing.errors import GraceError
-from rollout import make_batch
-
-
-def write(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return str(path)
-
 
 GOOD = [{"query": "a", "positive": "b", "negative": "c"}, {"query": "d", "positive": "e", "negative": "f"}]
 READ = [{**row, "negative": [row["negative"]]} for row in GOOD]
+LINE = json.dumps(GOOD[0]).encode() + b"\n"
 
 
-def test_formats(tmp_path):
-    import pandas
+def write(path, rows):
+    """Rows as jsonl, or a text as it is. `-> the path`."""
+    path.write_text(rows if isinstance(rows, str) else "".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
 
-    frame = pandas.DataFrame(GOOD)
-    frame.to_csv(tmp_path / "x.csv", index=False)
-    frame.to_parquet(tmp_path / "x.parquet")
+
+# ---------------------------------------------------------------- formats
+
+
+def test_every_format_reads_as_the_same_rows(tmp_path):
+    pandas.DataFrame(GOOD).to_csv(tmp_path / "x.csv", index=False)
+    pandas.DataFrame(GOOD).to_parquet(tmp_path / "x.parquet")
     write(tmp_path / "x.jsonl", GOOD)
-    for name in ("x.csv", "x.parquet", "x.jsonl"):
-        assert read_triplets(str(tmp_path / name)) == READ
-    folder = tmp_path / "folder"
-    folder.mkdir()
-    write(folder / "train.jsonl", GOOD)
-    assert read_triplets(str(folder)) == READ
+    write(tmp_path / "x.json", json.dumps(GOOD, indent=2))
+    (tmp_path / "folder").mkdir()
+    write(tmp_path / "folder" / "train.jsonl", GOOD)
+    for name in ("x.csv", "x.parquet", "x.jsonl", "x.json", "folder"):
+        assert read_triplets(tmp_path / name) == READ, name
 
 
-def test_lines_need_no_library(tmp_path, monkeypatch):
-    """jsonl, csv and txt are read here: a machine without `datasets` trains on them."""
-    monkeypatch.setitem(sys.modules, "datasets", None)
-    (tmp_path / "x.txt").write_text("a\nb\n")
-    assert read_triplets(write(tmp_path / "x.jsonl", GOOD)) == READ
-    assert read_texts(str(tmp_path / "x.txt")) == [{"text": "a"}, {"text": "b"}]
-    assert "datasets" not in imported(ROOT / "grace.py") | imported(ROOT / "bench" / "encode.py")
+@pytest.mark.parametrize("start", ["", "\ufeff"], ids=["", "BOM"])
+@pytest.mark.parametrize("end", ["\n", "\r\n"], ids=["LF", "CRLF"])
+def test_line_ends_and_byte_order_marks(tmp_path, start, end):
+    text = "caf\u00e9 \u2028 \x0c x"  # characters that some readers end a line at
+    as_json = json.dumps({"text": text}, ensure_ascii=False)
+    lines = {"x.jsonl": [as_json, "", '{"text": "b"}'], "x.txt": [text, "", "b"], "x.csv": ["text", text, "", '"b"', ""]}
+    for name, parts in lines.items():
+        (tmp_path / name).write_bytes((start + end.join(parts)).encode())
+        assert [row["text"] for row in read_texts(tmp_path / name)] == [text, "b"], name
 
 
-@pytest.mark.parametrize("names", [("anchor", "positive", "negative"), ("sent0", "sent1", "hard_neg"), ("query", "pos", "neg")])
-def test_names(tmp_path, names):
-    rows = [dict(zip(names, row.values())) for row in GOOD]
+def test_every_field_of_a_csv_file_is_a_text(tmp_path):
+    path = write(tmp_path / "x.csv", 'text\nNA\nnull\n3\n"Hello, world"\n"two\nlines"\n')
+    assert [row["text"] for row in read_texts(path)] == ["NA", "null", "3", "Hello, world", "two\nlines"]
+
+
+def test_long_lines_and_mixed_types(tmp_path):
+    long = "word " * 200_000
+    rows = [{"text": long, "id": 1}, {"text": "b", "id": "x"}, {"text": "c", "more": {"deep": [1, None]}}]
+    assert [len(row["text"]) for row in read_texts(write(tmp_path / "x.jsonl", rows))] == [len(long), 1, 1]
+    assert len(read_texts(write(tmp_path / "x.csv", f'text,id\n"{long}",1\nb,x\n'))[0]["text"]) == len(long)
+
+
+def test_a_row_that_occurs_twice_stays_there_twice(tmp_path):
+    assert read_triplets(write(tmp_path / "x.jsonl", [GOOD[0], GOOD[1], GOOD[0]])) == [READ[0], READ[1], READ[0]]
+
+
+def test_graded_pairs(tmp_path):
+    rows = [{"sentence1": "a", "sentence2": "b", "score": score} for score in (3, "4.5")]
+    assert read_pairs(write(tmp_path / "x.jsonl", rows)) == (["a", "a"], ["b", "b"], [3.0, 4.5])
+
+
+# ---------------------------------------------------------------- columns
+
+
+@pytest.mark.parametrize("names", ["anchor positive negatives", "sent0 sent1 hard_neg", "query pos neg"])
+def test_names_of_other_data_sets(tmp_path, names):
+    rows = [dict(zip(names.split(), row.values())) for row in GOOD]
     assert read_triplets(write(tmp_path / "x.jsonl", rows)) == READ
 
 
-def test_number_of_negatives(tmp_path, capsys):
-    rows = [
-        {"query": "a", "positive": "b", "negative": ["c", "d", "e"]},
-        {"query": "f", "positive": "g", "negative": ["h", "i"]},
-    ]
-    path = write(tmp_path / "x.jsonl", rows)
-    assert [row["negative"] for row in read_triplets(path)] == [["c", "d"], ["h", "i"]]
-    assert "1 of 2 rows have more than 2 negatives" in (printed := capsys.readouterr().out) and "--negatives 3" in printed
-    assert [row["negative"] for row in read_triplets(path, 1)] == [["c"], ["h"]]
-    assert [row["negative"] for row in read_triplets(path, 0)] == [[], []]
-    assert capsys.readouterr().out == ""
-    with pytest.raises(GraceError, match="line 2: has 2 negatives, --negatives asks for 3"):
-        read_triplets(path, 3)
-    none = write(tmp_path / "y.jsonl", [{"query": "a", "positive": "b"}])
-    assert read_triplets(none)[0]["negative"] == []
-    with pytest.raises(GraceError, match="no column 'negative'"):
-        read_triplets(none, 1)
+def test_negatives_come_from_every_column_that_holds_some(tmp_path):
+    row = {"query": "a", "negative_1": "c", "positive": "b", "negative_2": "d", "hard_negatives": ["e", "f"], "neg": "g"}
+    assert read_triplets(write(tmp_path / "x.jsonl", [row]))[0]["negative"] == ["c", "d", "e", "f", "g"]
 
 
-@pytest.mark.parametrize(
-    "row, message",
-    [
-        ({"query": "", "positive": "b", "negative": "c"}, "line 2: query is empty"),
-        ({"query": "  ", "positive": "b", "negative": "c"}, "line 2: query is '  '"),
-        ({"query": "a", "positive": None, "negative": "c"}, "line 2: positive is empty"),
-        ({"query": "a", "positive": "b", "negative": ""}, "line 2: negative is empty"),
-        ({"query": "a", "positive": "b", "negative": "b"}, "a negative equals the row's own"),
-        ({"query": "a", "positive": "b", "negative": "a"}, "a negative equals the row's own"),
-    ],
-)
-def test_bad_rows_are_named(tmp_path, row, message):
-    with pytest.raises(GraceError, match=message):
-        read_triplets(write(tmp_path / "x.jsonl", [GOOD[0], row]))
+@pytest.mark.parametrize("nothing", [{}, {"negative": None}, {"negative": ""}, {"negative": []}, {"negative_2": ""}])
+def test_a_missing_negative_is_none(tmp_path, nothing):
+    rows = [{"query": "a", "positive": "b", **nothing}]
+    assert read_triplets(write(tmp_path / "x.jsonl", rows))[0]["negative"] == []
 
 
-def test_numbers_are_no_texts(tmp_path):
-    with pytest.raises(GraceError, match="line 1: text is 3, not a text"):
-        read_texts(write(tmp_path / "x.jsonl", [{"text": 3}]))
+def test_an_empty_negative_of_a_csv_file_is_none(tmp_path):
+    path = write(tmp_path / "x.csv", "query,positive,negative_1,negative_2\na,b,c,\nd,e,f,g\n")
+    assert [row["negative"] for row in read_triplets(path)] == [["c"], ["f"]]
 
 
-@pytest.mark.parametrize(
-    "content, message",
-    [
-        ("", "no rows, the file is empty"),
-        ("\n\n", "cannot be read|no rows"),
-        ('{"query": "a"}\n', "no column 'positive'"),
-        ("{half", "cannot be read"),
-    ],
-)
-def test_broken_files(tmp_path, content, message):
-    path = tmp_path / "x.jsonl"
-    path.write_text(content)
-    with pytest.raises(GraceError, match=message):
-        read_triplets(str(path))
+def test_every_row_has_as_many_negatives(tmp_path, capsys):
+    path = write(tmp_path / "x.jsonl", [{**GOOD[0], "negative": ["x", "y", "z"]}, {**GOOD[1], "negative": ["u", "v"]}])
+    assert [row["negative"] for row in read_triplets(path, verbose=True)] == [["x", "y"], ["u", "v"]]
+    assert capsys.readouterr().out == f"{path}, line 2: has 2 negatives, others have more; 2 of each row are used\n"
+
+
+def test_a_missing_column_is_told_with_those_that_exist(tmp_path):
+    with pytest.raises(GraceError, match=re.escape("no column 'positive' (looked for: positive|pos|sent1); it has query, id")):
+        read_triplets(write(tmp_path / "x.jsonl", [{"query": "a", "id": 1}]))
+
+
+def test_a_run_names_the_columns_that_it_does_not_use(tmp_path, capsys):
+    path = write(tmp_path / "x.csv", "id,text,sentence\n1,a,b\n2,c,d\n")
+    load_rows(config(data=path, mode="unsupervised", batch=2))
+    assert capsys.readouterr().out == f"{path}: columns that are not used: id, sentence\n"
+
+
+# ---------------------------------------------------------------- what is held out
+
+
+def supervised(tmp_path, rows, **more):
+    return config(data=write(tmp_path / "x.jsonl", rows), batch=2, **more)
+
+
+def test_one_row_in_ten_is_held_out(tmp_path):
+    train, heldout, graded = load_rows(supervised(tmp_path, [{"query": f"q{i}", "positive": f"p{i}"} for i in range(40)]))
+    assert len(heldout) == 4 and len(train) == 36 and graded is None
+    assert {row["query"] for row in train + heldout} == {f"q{i}" for i in range(40)}
+
+
+def test_no_training_row_shares_a_text_with_a_held_out_one(tmp_path, capsys):
+    """Neither a query nor a positive nor, without labels, a text; spaces around it do not matter."""
+    heldout = write(tmp_path / "heldout.jsonl", [{"query": "a", "positive": " b "}])
+    pairs = [{"query": "a ", "positive": "x"}, {"query": "y", "positive": "b"}, {"query": " b", "positive": "z"}]
+    others = [{"query": f"q{i}", "positive": f"p{i}"} for i in range(2)]
+    rows, _, _ = load_rows(supervised(tmp_path, pairs + others, heldout=heldout))
+    assert [row["query"] for row in rows] == ["q0", "q1"]
+    assert "3 training rows are left out, because they share a text with a held-out row" in capsys.readouterr().out
+    texts = [{"text": text} for text in ("\ta", "b", "c", "d")]
+    rows, _, _ = load_rows(supervised(tmp_path, texts, heldout=heldout, mode="unsupervised"))
+    assert rows == texts[2:]
+
+
+def test_too_few_rows_are_told_with_the_reason(tmp_path):
+    with pytest.raises(GraceError, match="x.jsonl: 1 training rows are fewer than --batch 2"):
+        load_rows(supervised(tmp_path, GOOD[:1]))
+    heldout = write(tmp_path / "heldout.jsonl", GOOD[:1])
+    with pytest.raises(GraceError, match=r"1 training rows are fewer than --batch 2 \(1 training rows are left out"):
+        load_rows(supervised(tmp_path, GOOD, heldout=heldout))
+
+
+# ---------------------------------------------------------------- what cannot be used
 
 
 @pytest.mark.parametrize("source", ["missing.jsonl", "./missing", "/missing/folder", "someone/some-dataset-on-the-hub"])
@@ -116,205 +152,78 @@ def test_missing_sources(source):
         read_triplets(source)
 
 
-def test_unknown_format(tmp_path):
-    (tmp_path / "x.xlsx").write_text("x")
+def test_an_unknown_format(tmp_path):
     with pytest.raises(GraceError, match="unknown format '.xlsx'"):
-        read_texts(str(tmp_path / "x.xlsx"))
+        read_texts(write(tmp_path / "x.xlsx", "x"))
 
 
-def test_words_that_mean_missing_in_csv(tmp_path):
-    path = tmp_path / "x.csv"
-    path.write_text("text\nNA\nNone\nnull\n")
-    assert [row["text"] for row in read_texts(str(path))] == ["NA", "None", "null"]
+@pytest.mark.parametrize("name", ["x.jsonl", "x.json", "x.csv", "x.txt"])
+@pytest.mark.parametrize("content", ["", "\n\n"])
+def test_empty_files(tmp_path, name, content):
+    with pytest.raises(GraceError, match=f"{name}: no rows, the file is empty"):
+        read_texts(write(tmp_path / name, content))
 
 
-def test_one_text_per_line(tmp_path):
-    path = tmp_path / "x.txt"
-    path.write_text("one\n\ntwo é\n", encoding="utf-8")
-    assert read_texts(str(path)) == [{"text": "one"}, {"text": "two é"}]
-
-
-def test_graded_pairs(tmp_path):
-    path = write(tmp_path / "x.jsonl", [{"sentence1": "a", "sentence2": "b", "score": 3}])
-    assert read_pairs(path) == (["a"], ["b"], [3.0])
-
-
-@pytest.mark.parametrize("row", [{"score": None}, {"score": "x"}, {"sentence1": None}, {"score": float("nan")}])
-def test_bad_pairs_are_named(tmp_path, row):
-    good = {"sentence1": "a", "sentence2": "b", "score": "3"}
-    with pytest.raises(GraceError, match="line 2: (score|sentence1) is"):
-        read_pairs(write(tmp_path / "x.jsonl", [good, {**good, **{k: str(v) if v == v and v else v for k, v in row.items()}}]))
-
-
-def test_held_out_rows_share_no_text(tmp_path):
-    """With a training row: neither labelled rows nor texts that are there twice."""
-    rows = [{"query": f"q{i // 2}", "positive": f"p{i}", "negative": "n"} for i in range(40)]
-    train, heldout, _ = load_rows(config(data=write(tmp_path / "x.jsonl", rows), batch=2))
-    assert len(heldout) == 4 and not {r["query"] for r in train} & {r["query"] for r in heldout}
-    assert len(train) + len(heldout) < 40  # the other row of a held-out query is in neither
-    path = write(tmp_path / "y.jsonl", [{"text": f"t{i // 2}"} for i in range(40)])
-    train, heldout, _ = load_rows(config(data=path, mode="unsupervised", batch=2))
-    assert (
-        len(heldout) == 4 and not {r["text"] for r in train} & {r["text"] for r in heldout} and len(train) + len(heldout) < 40
-    )
-
-
-# ---------------------------------------------------------------- lines that are not what they should be
-
-
-LINE = json.dumps(GOOD[0]).encode() + b"\n"
+@pytest.mark.parametrize(
+    "row, message",
+    [
+        ({"query": "", "positive": "b"}, "query is empty"),
+        ({"query": "  ", "positive": "b"}, "query is '  '"),
+        ({"query": "a", "positive": None}, "positive is empty"),
+        ({"query": ["a"], "positive": "b"}, r"query is \['a'\], not a text"),
+        ({"query": "\ud800", "positive": "b"}, "query is not UTF-8"),
+        ({"query": "a\0", "positive": "b"}, "query holds a NUL"),
+        ({"query": "a", "positive": "b", "negative": " "}, "negative is ' '"),
+        ({"query": "a", "positive": "b", "negative": 3}, "negative is 3, not a text"),
+        ({"query": "a", "positive": "b", "negative": {"c": "d"}}, "negative is {'c': 'd'}"),
+        ({"query": "a", "positive": "b", "negative": [["c"]]}, r"negative is \['c'\]"),
+        ({"query": "a", "positive": "b", "negative": "b "}, "a negative equals the row's own query or positive"),
+        ({"query": "a", "positive": "b", "negative": ["c", "a"]}, "a negative equals the row's own query or positive"),
+    ],
+)
+def test_a_wrong_row_is_named_by_its_line(tmp_path, row, message):
+    with pytest.raises(GraceError, match=f"x.jsonl, line 2: {message}"):
+        read_triplets(write(tmp_path / "x.jsonl", [GOOD[0], row]))
 
 
 @pytest.mark.parametrize(
     "name, content, message",
     [
-        ("x.jsonl", LINE + b'{"query": "a", "positive": \n', "line 2: cannot be read as JSON"),
-        ("x.jsonl", LINE + b'["a", "b"]\n', r"line 2: is \['a', 'b'\], not an object"),
-        ("x.jsonl", LINE + b"[" * 100_000 + b"\n", "line 2: cannot be read as JSON"),
-        (
-            "x.jsonl",
-            LINE + LINE + b'{"query": "caf\xe9", "positive": "b"}\n',
-            "line 3: query is not UTF-8, from its character 4",
-        ),
-        ("x.jsonl", LINE + b'{"query": "\\ud800", "positive": "b"}\n', "line 2: query is not UTF-8"),
-        ("x.jsonl", LINE + b'{"query": "a\\u0000", "positive": "b"}\n', "line 2: query holds a NUL"),
-        ("x.jsonl", LINE + b'{"query": ["a"], "positive": "b"}\n', r"line 2: query is \['a'\], not a text"),
-        ("x.jsonl", LINE + b'{"query": "a", "positive": "b", "negative": 3}\n', "line 2: negative is 3, not a text"),
-        ("x.jsonl", LINE + b'{"query": "a", "positive": "b", "negative": {"c": "d"}}\n', "line 2: negative is {'c': 'd'}"),
-        ("x.jsonl", LINE + b'{"query": "a", "positive": "b", "negative": [["c"]]}\n', r"line 2: negative is \['c'\]"),
-        ("x.jsonl", LINE + b'{"query": "a", "positive": "b", "negative": [null]}\n', "line 2: negative is empty"),
-        ("x.jsonl", LINE.decode().encode("utf-16"), "is UTF-16; convert it to UTF-8"),
-        ("x.json", b"[" + LINE + b", 3]", "row 2: is 3, not an object"),
-        ("x.json", b"[" + LINE, "cannot be read as JSON"),
-        ("x.csv", b"query,positive\na,b\n\na,b,c\n", "line 4: has 3 fields, the header 2"),
-        ("x.csv", b'query,positive\na,"b\nb"\na,\n', "line 4: positive is empty"),
-        ("x.csv", b'query,positive\na,"b\nc,d\ne,f\n', "line 2: cannot be read as csv"),
-        ("x.csv", b'query,positive\n"a"b,c\nd,e\n', "line 2: cannot be read as csv"),
-        ("x.csv", b"query,query\na,b\n", "line 1: two columns have one name"),
-        ("x.csv", b"query,positive\ncaf\xe9,b\n", "line 2: query is not UTF-8"),
+        ("x.jsonl", LINE + b'{"query": "a", "positive": \n', ", line 2: cannot be read as JSON"),
+        ("x.jsonl", LINE + b'["a", "b"]\n', r", line 2: is \['a', 'b'\], not an object"),
+        ("x.jsonl", LINE + b"[" * 100_000 + b"\n", ", line 2: cannot be read as JSON"),
+        ("x.jsonl", LINE + b'\n{"query": "caf\xe9", "positive": "b"}\n', ", line 3: query is not UTF-8, from its character 4"),
+        ("x.jsonl", LINE.decode().encode("utf-16"), ": is UTF-16; convert it to UTF-8"),
+        ("x.json", b"[" + LINE + b", 3]", ", row 2: is 3, not an object"),
+        ("x.json", b"[" + LINE, ": cannot be read as JSON"),
+        ("x.csv", b"query,positive\na,b\n\na,b,c\n", ", line 4: has 3 fields, the header 2"),
+        ("x.csv", b'query,positive\na,"b\nb"\na,\n', ", line 4: positive is empty"),
+        ("x.csv", b'query,positive\na,"b\nc,d\ne,f\n', ", line 2: cannot be read as csv"),
+        ("x.csv", b'query,positive\n"a"b,c\nd,e\n', ", line 2: cannot be read as csv"),
+        ("x.csv", b"query,positive\ncaf\xe9,b\n", ", line 2: query is not UTF-8"),
     ],
 )
-def test_broken_lines_are_named(tmp_path, name, content, message):
-    path = tmp_path / name
-    path.write_bytes(content)
-    with pytest.raises(GraceError, match=f"{name}(, |: ){message}"):
-        read_triplets(str(path))
+def test_a_broken_line_is_named(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(GraceError, match=name + message):
+        read_triplets(tmp_path / name)
 
 
-@pytest.mark.parametrize("start", [b"", b"\xef\xbb\xbf"], ids=["", "BOM"])
-@pytest.mark.parametrize("end", [b"\n", b"\r\n"], ids=["LF", "CRLF"])
-def test_line_ends_and_byte_order_marks(tmp_path, start, end):
-    text = "caf\u00e9 \u2028 \x0c x".encode()  # characters that some readers end a line at
-    (tmp_path / "x.jsonl").write_bytes(
-        start + end.join([b'{"text": "%s"}' % text.replace(b"\x0c", b"\\f"), b"", b'{"text": "b"}'])
-    )
-    (tmp_path / "x.csv").write_bytes(start + end.join([b"text", text, b'"b"', b""]))
-    (tmp_path / "x.txt").write_bytes(start + end.join([text, b"", b"b"]))
-    for name in ("x.jsonl", "x.csv", "x.txt"):
-        assert [row["text"] for row in read_texts(str(tmp_path / name))] == [text.decode(), "b"], name
+@pytest.mark.parametrize("score", [None, "x", float("nan"), 10**400])
+def test_a_score_is_a_finite_number(tmp_path, score):
+    rows = [{"sentence1": "a", "sentence2": "b", "score": x} for x in (3, score)]
+    with pytest.raises(GraceError, match="line 2: score is .*, not a finite number"):
+        read_pairs(write(tmp_path / "x.jsonl", rows))
 
 
-def test_an_array_in_a_json_file(tmp_path):
-    (tmp_path / "x.json").write_text(json.dumps(GOOD, indent=2))
-    assert read_triplets(str(tmp_path / "x.json")) == READ
-
-
-def test_enormous_lines_and_mixed_types(tmp_path):
-    long = "word " * 2_000_000  # 10 MB
-    rows = [{"text": long, "id": 1}, {"text": "b", "id": "x"}, {"text": "c", "more": {"deep": [1, None]}}]
-    assert [len(row["text"]) for row in read_texts(write(tmp_path / "x.jsonl", rows))] == [len(long), 1, 1]
-    (tmp_path / "x.csv").write_text(f'text,id\n"{long}",1\nb,2\n')
-    assert len(read_texts(str(tmp_path / "x.csv"))[0]["text"]) == len(long)
-
-
-def test_rows_that_are_there_twice(tmp_path):
-    rows = read_triplets(write(tmp_path / "x.jsonl", [GOOD[0], GOOD[1], GOOD[0]]))
-    assert len(rows) == 3
-    twins = make_batch(rows).twins
-    assert twins[0, 2] and twins[2, 0] and twins.sum() == 5
-
-
-def test_bad_rows_are_skipped_and_listed(tmp_path):
-    path = tmp_path / "x.jsonl"
-    path.write_bytes(
-        LINE + b"{half\n" + LINE + b'{"query": "caf\xe9", "positive": "b"}\n' + b'{"query": "", "positive": "b"}\n'
-    )
-    skipped = []
-    assert read_triplets(str(path), skipped=skipped) == READ[:1] * 2
-    assert [bad["where"] for bad in skipped] == ["line 2", "line 4", "line 5"]
-    assert skipped[2]["why"] == "query is empty, not a text"
-    assert {bad["file"] for bad in skipped} == {str(path)} and json.dumps(skipped)
-    path.write_bytes(b"{half\n" * 3)
-    with pytest.raises(GraceError, match="no rows are left, all 3 were skipped; line 1: cannot be read as JSON"):
-        read_triplets(str(path), skipped=[])
-
-
-def test_run_lists_what_it_skipped(tiny_world, tmp_path, capsys):
-    data, out = tmp_path / "data.jsonl", tmp_path / "out"
-    lines = (tiny_world / "data" / "train.jsonl").read_bytes()
-    data.write_bytes(lines + b'{"query": "caf\xe9", "positive": "b"}\n' * 7)
-    arguments = command(tiny_world, out, f"--data {data} --steps 1 --eval-every 0")
-    with pytest.raises(SystemExit, match="data.jsonl, line 65: query is not UTF-8"):
-        grace.main(arguments)
-    grace.main([*arguments, "--on-bad-row", "skip"])
-    printed = capsys.readouterr().out
-    assert printed.count("skipped: ") == 5 and f"7 rows skipped; {out}/skipped_rows.json lists them all" in printed
-    skipped = json.loads((out / "skipped_rows.json").read_text())
-    assert [bad["where"] for bad in skipped] == [f"line {i}" for i in range(65, 72)]
-
-
-def test_damaged_parquet_file(tmp_path):
-    import pandas
-
+def test_a_damaged_parquet_file(tmp_path):
     path = tmp_path / "x.parquet"
     pandas.DataFrame(GOOD * 50).to_parquet(path)
     raw = path.read_bytes()
-    for harm in (b"", raw[:100], raw[:-9] + bytes(9), bytes(reversed(raw))):
+    for harm in (b"", raw[:100], raw[:-9] + bytes(9)):
         path.write_bytes(harm)
-        with pytest.raises(GraceError, match="x.parquet: (cannot be read|no rows)"):
-            open_dataset(str(path))
+        with pytest.raises(GraceError, match="x.parquet: cannot be read"):
+            open_dataset(path)
     pandas.DataFrame([{"query": "a", "positive": "b"}, {"query": "a", "positive": None}]).to_parquet(path)
     with pytest.raises(GraceError, match="x.parquet, row 2: positive is empty"):
-        read_triplets(str(path))
-
-
-# ---------------------------------------------------------------- a thousand inputs that nobody thought of
-
-WORDS = ["query", "positive", "negative", "text", "sentence1", "sentence2", "score"]
-NAMES = st.sampled_from(WORDS)
-values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.just("x"),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(NAMES | st.text(max_size=3), inner, max_size=3),
-    max_leaves=6,
-)
-objects = st.dictionaries(NAMES, values | st.sampled_from("abc"), min_size=1).map(lambda x: json.dumps(x).encode())
-fields = st.lists(NAMES | st.text(max_size=6) | st.sampled_from(['"', '""', 'a"b', "\r", "\x00", "3"]), max_size=4)
-lines = objects | fields.map(lambda x: ",".join(x).encode("utf-8", "surrogatepass")) | st.binary(max_size=12)
-files = st.tuples(
-    st.sampled_from([b"", b"\xef\xbb\xbf", b"\xff\xfe", b"query,positive\n", b"text\n", b"sentence1,sentence2,score\n", b"["]),
-    st.lists(lines, max_size=5),
-    st.sampled_from([b"\n", b"\r\n", b"\r", b"\n\n", b",\n"]),
-    st.sampled_from([b"", b"\n", b"]", b'"', b"\x00"]),
-).map(lambda x: x[0] + x[2].join(x[1]) + x[3])
-
-
-@settings(max_examples=1000, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
-@given(content=files, suffix=st.sampled_from([".jsonl", ".json", ".csv", ".txt"]), skip=st.booleans())
-@example(content=b'{"query": "a", "positive": "b", "negative": 1e999}', suffix=".jsonl", skip=False)
-@example(content=b'{"sentence1": "a", "sentence2": "b", "score": ' + b"9" * 400 + b"}", suffix=".jsonl", skip=False)
-@example(content=b'{"query": ' * 5000, suffix=".jsonl", skip=True)
-def test_a_thousand_malformed_files(tmp_path_factory, content, suffix, skip):
-    """They end in rows, which are what the docstrings promise, or in a GraceError of one line."""
-    path = tmp_path_factory.getbasetemp() / f"fuzz{suffix}"
-    path.write_bytes(content)
-    for read in (read_triplets, read_texts, read_pairs):
-        skipped = [] if skip else None
-        try:
-            rows = read(str(path), skipped=skipped)
-        except GraceError as error:
-            assert str(path) in str(error) and "\n" not in str(error)
-            continue
-        texts = rows[0] + rows[1] if read is read_pairs else [x for row in rows for x in row.values()]
-        texts = [text for x in texts for text in (x if isinstance(x, list) else [x])]
-        assert texts and all(isinstance(text, str) and text.strip() and text.encode() for text in texts)
-        assert not skipped or json.dumps(skipped)
+        read_triplets(path)

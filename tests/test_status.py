@@ -1,4 +1,4 @@
-"""The command `status`: where a run is, in every state it can be in, and each sign of trouble."""
+"""The command `status`: where a run is, and each sign of collapse."""
 
 import pytest
 
@@ -6,18 +6,28 @@ import grace
 from plumbing.status import health
 
 
-def test_every_state(finished_run, two_checkpoints, tmp_path, capsys):
-    grace.main(["status", str(finished_run)])
-    printed = capsys.readouterr().out
+def shown(out, capsys):
+    grace.main(["status", str(out)])
+    return capsys.readouterr().out
+
+
+def test_a_finished_run(finished_run, capsys):
+    printed = shown(finished_run, capsys)
     assert "finished, after 4 steps" in printed and "after without rationale" in printed and "too few steps" in printed
-    grace.main(["status", str(two_checkpoints)])
-    assert "step 4 of 4" in (printed := capsys.readouterr().out) and "newest checkpoint: 00000004" in printed
+
+
+def test_a_run_that_is_not_finished(two_checkpoints, capsys):
     with open(two_checkpoints / "metrics.jsonl", "a") as file:
         file.write('{"step": 5')  # a line being written right now
-    grace.main(["status", str(two_checkpoints)])
-    assert "step 4 of 4" in capsys.readouterr().out
+    printed = shown(two_checkpoints, capsys)
+    assert "step 4 of 4" in printed and "newest checkpoint: 00000004" in printed
+    (two_checkpoints / "metrics.jsonl").unlink()
+    assert "before the first of 4 steps" in shown(two_checkpoints, capsys)
+
+
+def test_a_folder_without_a_run(tmp_path):
     with pytest.raises(SystemExit, match="no run is here"):
-        grace.main(["status", str(tmp_path / "nowhere")])
+        grace.main(["status", str(tmp_path)])
 
 
 HEALTHY = dict(
@@ -26,8 +36,8 @@ HEALTHY = dict(
 )  # fmt: skip
 
 
-def judged(**end):
-    """The signs that are not ok for a run whose last steps have these metrics, by name."""
+def bad_signs(**end):
+    """The names of the signs that are not ok, for a run whose last steps have these metrics."""
     steps = []
     for i in range(100):
         steps.append({**HEALTHY, "step": i + 1, "reward": -1 + i / 200, "heldout_ndcg_at_10": 0.1 + 0.8 * min(1, i / 50)})
@@ -49,7 +59,7 @@ def judged(**end):
     ],
 )  # fmt: skip
 def test_each_sign_alone(end, sign):
-    assert judged(**end) == [sign] and judged() == []
+    assert bad_signs(**end) == [sign] and bad_signs() == []
 
 
 def test_a_sign_that_is_not_in_every_line_is_left_out():
@@ -64,8 +74,8 @@ def test_a_sign_that_is_not_in_every_line_is_left_out():
 def test_agreement_within_groups_is_a_sign_only_with_sameness_between_texts():
     """All rollouts of a text agree once all are right; all texts' rationales agree in a collapse."""
     agreed = dict(reward_std=0.01, no_spread=0.9, distinct=0.25)
-    assert judged(**agreed) == []
+    assert bad_signs(**agreed) == []
     signs = ["spread within groups", "groups without spread"]
-    assert judged(**agreed, distinct_texts=0.1) == [*signs, "distinct between texts"]
-    assert judged(**agreed, cosine=0.85) == [*signs, "cosine between texts"]
-    assert judged(no_spread=0.9, reward=-2.0) == ["reward", "groups without spread"]  # nothing was learned: not agreement
+    assert bad_signs(**agreed, distinct_texts=0.1) == [*signs, "distinct between texts"]
+    assert bad_signs(**agreed, cosine=0.85) == [*signs, "cosine between texts"]
+    assert bad_signs(no_spread=0.9, reward=-2.0) == ["reward", "groups without spread"]  # nothing was learned: not agreement

@@ -193,7 +193,7 @@ def test_world_scores_as_in_training(tiny_world):
     encoder = GraceEncoder(f"{tiny_world}/model")
     results = evaluate_tasks(encoder.encode, ["ToyRetrieval", "ToyPairs"], f"{tiny_world}/tasks")
     heldout = read_triplets(f"{tiny_world}/data/heldout.jsonl")
-    graded = read_pairs(f"{tiny_world}/data/graded.jsonl", split="train")
+    graded = read_pairs(f"{tiny_world}/data/graded.jsonl")
     scores = evaluate_heldout(encoder.policy, heldout, graded)
     assert results["ToyRetrieval"]["main_score"] == pytest.approx(scores["ndcg_at_10"], abs=2e-2)  # ids differ, so ties do
     assert results["ToyPairs"]["main_score"] == pytest.approx(scores["spearman"], abs=1e-6)

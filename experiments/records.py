@@ -1,0 +1,138 @@
+"""One run: a dict of settings in (runs.py), a record out, made once and found again by that dict.
+
+Records are lines of results/WORLD.jsonl: the run, the evaluations before and after (and after without a rationale),
+the course of the training, wall time, versions and the git revision. Weights are not kept.
+"""
+
+import contextlib
+import json
+import os
+import subprocess
+import tempfile
+import time
+
+import grace
+from config import Config
+from evaluation.tasks import evaluate_triplets
+from experiments import measure
+from experiments.algorithms import ALGORITHMS
+from experiments.baselines import BASELINES, LossTrainer
+from plumbing.data import load_rows
+from plumbing.run import versions, write_atomically
+from policy import Policy
+from worlds import WORLDS
+from worlds.make import build_world
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+RESULTS = os.path.join(ROOT, "experiments", "results")
+TRAINERS = BASELINES | ALGORITHMS
+NOT_SETTINGS = "world", "trainer", "budgets"  # of a run; all else is a setting of config.py
+QUICK = dict(batch=4, rollouts=3, steps=1, lr=1e-3, eval_every=0, max_new_tokens=6)
+QUICK_KEEPS = "world", "trainer", "recipe", "mode", "minibatches", "budgets"
+
+
+def quickly(run):
+    """The same run in one step; runs that differ only in what is not kept become one."""
+    return {name: run[name] for name in QUICK_KEEPS if name in run} | QUICK | {"seed": 0}
+
+
+# ---------------------------------------------------------------- where records are
+
+
+def path_of(run, folder):
+    """The file of a run's record; the towns of unlike starts share one."""
+    return os.path.join(folder, f"{run['world'].split('-')[0]}.jsonl")
+
+
+def read(path):
+    """The records of a file, `{frozenset of the run's items: record}`."""
+    if not os.path.isfile(path):
+        return {}
+    with open(path) as file:
+        records = [json.loads(line) for line in file]
+    return {frozenset(record["run"].items()): record for record in records}
+
+
+def read_all(folder):
+    """The records of all files of a folder."""
+    known = {}
+    for name in sorted(os.listdir(folder)) if os.path.isdir(folder) else ():
+        known |= read(os.path.join(folder, name))
+    return known
+
+
+def keep(record, folder):
+    """Put a record into its file, in place of the one that its run had."""
+    path = path_of(record["run"], folder)
+    os.makedirs(folder, exist_ok=True)
+    records = read(path) | {frozenset(record["run"].items()): record}
+    write_atomically(path, "".join(json.dumps(one, separators=(",", ":")) + "\n" for one in records.values()))
+
+
+# ---------------------------------------------------------------- a run
+
+
+def world_of(run, worlds, quick=False):
+    """The folder of a run's world, built where it is missing: `WORLD-world-SEED`, as train.sh has it."""
+    folder = os.path.join(worlds, f"{run['world']}-world-{run['seed']}")
+    if not os.path.isfile(os.path.join(folder, "model", "grace_config.json")):
+        small = dict(train=64, heldout=16, steps=5) if quick else {}
+        build_world(folder, run["seed"], world=WORLDS[run["world"]], **small)
+    return folder
+
+
+def config_of(run, **more):
+    """The Config of a run."""
+    return Config(**{name: value for name, value in run.items() if name not in NOT_SETTINGS}, **more)
+
+
+def make(run, worlds, quick=False):
+    """Train and measure one run, in its world below `worlds`. `-> its record`."""
+    began, folder, world = time.time(), world_of(run, worlds, quick), WORLDS[run["world"]]
+    names = {"data": "texts" if run.get("mode") == "unsupervised" else "train", "heldout": "heldout", "graded": "graded"}
+    files = {setting: f"{folder}/data/{name}.jsonl" for setting, name in names.items()}
+    with tempfile.TemporaryDirectory() as scratch, open(os.path.join(scratch, "log.txt"), "w") as log:
+        config = config_of(run, model=f"{folder}/model", out=os.path.join(scratch, "run"), **files)
+        _, heldout, graded = load_rows(config)
+        start = Policy.load(config.model, config.device, **config.reading)
+        if run["trainer"] == "none":
+            policy, before = start, evaluate_triplets(start, heldout, graded)
+            alone = evaluate_triplets(start, heldout, graded, rationale=False)
+            summary = {"before": before, "after": before, "after_without_rationale": alone, "seconds": 0.0}
+        else:
+            with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+                summary = grace.train(config, TRAINERS[run["trainer"]])
+            policy = Policy.load(config.out, config.device)
+        record = {"run": run, **{name: summary[name] for name in ("before", "after", "after_without_rationale")}}
+        texts = [row["query"] for row in heldout]
+        for moment, which in (("before", start), ("after", policy)):
+            record[moment] = record[moment] | measure.measure(which, start, texts, world)
+        if run["trainer"] != "none":
+            record |= measure.course(config.out)
+        if run.get("budgets"):
+            limits = [n for n in (0, 1, 2, 3, 4, 6, 8, 12, 20, 24, 28, 32, 40) if n <= policy.reading.max_new_tokens]
+            record["budgets"] = measure.budgets(policy, heldout, limits)
+        if hasattr(world, "thinks"):
+            record["ladder"] = {
+                way: measure.ladder(policy, folder, rationale)
+                for way, rationale in (("after", True), ("after_without_rationale", False))
+            }
+            if run["trainer"] == "none" or issubclass(TRAINERS[run["trainer"]], LossTrainer):
+                record["after"]["forced"] = measure.forced(policy, start, folder)
+    record |= {"train_seconds": summary["seconds"], "seconds": time.time() - began}
+    return rounded(record | {"revision": revision(), "versions": versions()})
+
+
+def revision():
+    """The git revision, with a + if the working tree differs from it."""
+    git = lambda *command: subprocess.run(["git", *command], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--", "*.py") else "")
+
+
+def rounded(x, digits=5):
+    """Every float to so many significant digits, so that records stay small and readable."""
+    if isinstance(x, dict):
+        return {name: rounded(value, digits) for name, value in x.items()}
+    if isinstance(x, list):
+        return [rounded(value, digits) for value in x]
+    return float(f"{x:.{digits}g}") if isinstance(x, float) else x
