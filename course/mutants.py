@@ -157,15 +157,6 @@ ALTERNATIVES = {  # right solutions, written otherwise: function, its body
         kept = prompts.ids, prompts.mask, prompts.counted, prompts.cut
         return Rollouts(*kept, ids, mask, logprobs, embeddings, finished, unit(of_prompt), prompts.n_shared)
     """,
-    "hard_negative": """
-        s = torch.einsum("id,jkd->ijk", query, positive).amax(2)
-        out = torch.eye(len(s), dtype=torch.bool) if same_text is None else same_text | torch.eye(len(s), dtype=torch.bool)
-        return -s.masked_fill(out, 0).sum(1) / (~out).sum(1).clamp(min=1)
-    """,
-    "confidence": """
-        candidates = [own / temperature, others, *(near / temperature).unbind(2)]
-        return torch.log_softmax(torch.stack(candidates), 0)[0]
-    """,
     "backward_in_tiles": """
         d_rows, d_columns = torch.zeros_like(rows), torch.zeros_like(columns)
         for here, s, mean, nearest, own, other in blocks_of_rows(rows, columns, excluded):
@@ -178,36 +169,6 @@ ALTERNATIVES = {  # right solutions, written otherwise: function, its body
             d_rows[here] = torch.einsum("knb,bkd->nd", ds, columns)
             d_columns = d_columns + torch.einsum("knb,nd->bkd", ds, rows[here])
         return d_rows, d_columns
-    """,
-    "clipped_objective": """
-        ratio, A = torch.exp(logprobs - old_logprobs), advantage.unsqueeze(2)
-        low, high = 1 - clip_eps, 1 + (clip_eps if clip_high is None else clip_high)
-        cut = ((A > 0) & (ratio > high)) | ((A < 0) & (ratio < low))
-        value = torch.where(mask.bool(), torch.where(cut, ratio.clamp(low, high), ratio) * A, 0).sum(2)
-        return value / mask.sum(2) if length_normalize else value
-    """,
-    "judge": """
-        free = {role: x.detach().clone().requires_grad_(role in config.roles) for role, x in embeddings.items()}
-        if config.reward == "paper":
-            by_role = [paper_components(free, same_text)]
-        else:
-            by_role = [infonce_components(free, r, config.infonce_temperature, same_text) for r in config.roles]
-        parts = {name: torch.cat([c[name] for c in by_role]) for name in ("contrastive", "consistency", "hard")}
-        R = scaled(total(parts, config.lambda_consistency, config.lambda_hard), config.tau)
-        R = length_penalty(R, finished, config.gamma, relative=config.reward != "paper")
-        R.sum().backward()
-        g = torch.cat([free[role].grad.flatten(0, -3) for role in config.roles])
-        return R.detach(), {name: x.detach() for name, x in parts.items()}, g
-    """,
-    "pathwise": "return torch.einsum('nkd,nkd->nk', g, h)",
-    "Trainer.objective": """
-        c, prompt = self.config, 0
-        if g_prompt is not None:
-            prompt = pathwise(g_prompt.unsqueeze(1), now.prompt_embeddings.unsqueeze(1))
-        far = (kl_k2 if c.kl_estimator == "k2" else kl_k3)(now.logprobs, start.logprobs, part.mask) if c.kl else 0
-        text = now.text_logprobs.unsqueeze(1) if c.text_weight else 0
-        reader = c.pathwise * pathwise(g, now.embeddings) + c.prompt_weight * prompt
-        return self.surrogate(now.logprobs, part, A) + reader + c.text_weight * text - c.kl * far
     """,
 }
 

@@ -11,22 +11,11 @@ pytestmark = [
     pytest.mark.bonus,
     pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed"),
 ]
-SHAPES = [(5, 3, 2, 40), (1, 4, 3, 8), (3, 8, 1, 100), (20, 5, 3, 70)]  # B, K, rows per group, D
 
 
-@pytest.mark.points(5)
-@pytest.mark.parametrize("shape", SHAPES[:2])
-def test_small(units, shape, monkeypatch):
-    check(units, shape, monkeypatch)
-
-
-@pytest.mark.points(5)
-@pytest.mark.parametrize("shape", SHAPES[2:])
-def test_more_than_a_tile_and_odd_sizes(units, shape, monkeypatch):
-    check(units, shape, monkeypatch)
-
-
-def check(units, shape, monkeypatch):
+@pytest.mark.points(10)
+@pytest.mark.parametrize("shape", [(5, 3, 2, 40), (1, 4, 3, 8), (3, 8, 1, 100), (20, 5, 3, 70)], ids=str)  # B, K, N / B, D
+def test_the_four_numbers_of_small_and_odd_sizes_and_of_many_tiles(units, shape, monkeypatch):
     from speed import similarity_triton
 
     monkeypatch.setattr(similarity_triton, "tile", (16, 32))  # so that there are several of rows, too
