@@ -7,13 +7,7 @@ as training. A text is never read twice (Sprint asks for 202,000 texts, of which
 each vector is kept on disk, so an evaluation that was stopped resumes when it is started again.
 
 Decoding is greedy unless a temperature is given. The released evaluation samples at temperature 1.0,
-where the same text gets a different vector each time; `--temperature 1 --samples 3` takes the mean of
-three and shows how much single ones vary. `--no-rationale` is the paper's Base: the prompt alone.
-
-    torchrun --standalone --nproc-per-node N eval_mteb_subset.py …the same flags…
-
-divides the batches of texts among N GPUs. They are the batches of one process, so the scores are the same to the last
-digit; the first rank keeps the vectors. docs/benchmarks.md says how long the 16 tasks take.
+where the same text gets a different vector with each seed. `--no-rationale` is the paper's Base: the prompt alone.
 
 In mteb's own harness: `mteb.evaluate(mteb_encoder(GraceEncoder("DIR")), [mteb.get_task("STSBenchmark")])`.
 """
@@ -28,13 +22,13 @@ import datasets
 import numpy as np
 import transformers
 
-from evaluation.encoder import GraceEncoder, MeanEncoder
+from evaluation.encoder import GraceEncoder
 from evaluation.tasks import FAMILIES, SUBSET, TASKS, choose_tasks, evaluate_tasks
 from plumbing.errors import GraceError
 from plumbing.run import versions, write_atomically
 from pool import POOLS
 
-PAPER = "the paper's GRACE (Qwen2.5-3B, supervised) over the same 16 tasks: 55.89"
+ALL = "all 16 tasks"
 
 
 def mteb_encoder(encoder, name="grace/checkpoint", revision="1"):
@@ -59,18 +53,19 @@ def means(results):
         families.setdefault(TASKS[name].family, []).append(result["main_score"])
     mean = {family: float(np.mean(families[family])) for family in FAMILIES if family in families}
     if set(SUBSET) <= results.keys():
-        mean["all 16 tasks"] = float(np.mean([results[name]["main_score"] for name in SUBSET]))
+        mean[ALL] = float(np.mean([results[name]["main_score"] for name in SUBSET]))
     return mean
 
 
 def table(results):
-    """The results as text, scores times 100."""
+    """The results as text, scores times 100; with all sixteen tasks, the paper's mean beside ours."""
     lines = [f"{'task':30}{'family':16}{'score':>8}{'seconds':>10}"]
     for name, result in results.items():
-        spread = f"  +- {100 * result['spread']:.2f}" if "spread" in result else ""
-        lines.append(f"{name:30}{TASKS[name].family:16}{100 * result['main_score']:8.2f}{result['seconds']:10.1f}{spread}")
-    lines += [f"{'mean: ' + name:46}{100 * score:8.2f}" for name, score in means(results).items()]
-    return "\n".join([*lines, f"({PAPER})"] if set(SUBSET) & results.keys() else lines)
+        lines.append(f"{name:30}{TASKS[name].family:16}{100 * result['main_score']:8.2f}{result['seconds']:10.1f}")
+    for name, score in means(results).items():
+        paper = "  (55.89 in the paper: Qwen2.5-3B, supervised)" if name == ALL else ""
+        lines.append(f"{'mean: ' + name:46}{100 * score:8.2f}{paper}")
+    return "\n".join(lines)
 
 
 def main(arguments):
@@ -86,7 +81,6 @@ def main(arguments):
     add("--no-rationale", action="store_true", help="embed the prompt alone")
     add("--temperature", type=float, default=0.0, help="sample rationales instead of decoding greedily [0]")
     add("--seed", type=int, default=0, help="seed of the sampling [0]")
-    add("--samples", type=int, default=1, help="mean of this many sampled embeddings per text [1]")
     add("--instruction", help="the system message")
     add("--max-prompt-tokens", type=int, help="longer texts lose their end")
     add("--max-new-tokens", type=int, help="the longest rationale")
@@ -101,33 +95,27 @@ def main(arguments):
         evaluate(args)
     except GraceError as error:
         sys.exit(f"eval_mteb_subset.py: {error}")
+    except KeyboardInterrupt:
+        print("\nstopped; the vectors read so far are in --cache, and the same command goes on from there", file=sys.stderr)
+        sys.exit(130)
 
 
 def evaluate(args):
     """Run the chosen tasks, print them as they come, write `--out`. Returns what it wrote."""
-    if args.samples < 1 or (args.samples > 1 and not args.temperature):
-        raise GraceError(f"--samples {args.samples}: more than one sample needs --temperature above 0")
     chosen, start = choose_tasks(",".join(args.tasks)), time.time()
-    reading = {name: getattr(args, name) for name in ("instruction", "max_prompt_tokens", "max_new_tokens", "pooling")}
-    common = dict(
-        cache=args.cache or None, temperature=args.temperature, rationale=not args.no_rationale,
-        tokens_per_batch=args.tokens_per_batch, device=args.device, dtype=args.dtype, progress=True,
+    if args.out:
+        check_writable(args.out)
+    encoder = GraceEncoder(
+        args.model, args.cache or None, args.temperature, args.seed, not args.no_rationale, args.tokens_per_batch,
+        args.device, args.dtype, progress=True, instruction=args.instruction, max_prompt_tokens=args.max_prompt_tokens,
+        max_new_tokens=args.max_new_tokens, pooling=args.pooling,
     )  # fmt: skip
-    first = GraceEncoder(args.model, seed=args.seed, **common, **reading)
-    more = {**common, "device": None, "dtype": "float32"}  # the first one's policy brings both
-    encoders = [first] + [GraceEncoder(first.policy, seed=args.seed + i, **more) for i in range(1, args.samples)]
-    encode = (MeanEncoder(encoders) if args.samples > 1 else first).encode
 
     def report(name, result):
         print(f"{name}: {100 * result['main_score']:.2f}  ({result['seconds']:.1f} s)", flush=True)
 
-    results = evaluate_tasks(encode, chosen, args.data_dir, report)
-    if args.samples > 1:  # nothing is written twice: the samples are in the cache
-        singles = [evaluate_tasks(encoder.encode, chosen, args.data_dir) for encoder in encoders]
-        for name in results:
-            results[name]["single_samples"] = [single[name]["main_score"] for single in singles]
-            results[name]["spread"] = float(np.std(results[name]["single_samples"], ddof=1))
-    counts = {key: sum(encoder.counts[key] for encoder in encoders) for key in first.counts}
+    results = evaluate_tasks(encoder.encode, chosen, args.data_dir, report)
+    counts = encoder.counts
     print("\n" + table(results))
     print(
         f"{counts['requested']} texts requested, {counts['distinct']} distinct: {counts['read']} read now, "
@@ -138,16 +126,27 @@ def evaluate(args):
         "model": args.model,
         "tasks": results,
         "means": means(results),
-        "settings": {**first.settings, "samples": args.samples},
+        "settings": encoder.settings,
         "data": args.data_dir or {name: [TASKS[name].path, TASKS[name].revision] for name in results},
         "texts": counts,
         "seconds": time.time() - start,
         "versions": versions(),
     }
     if args.out:
-        os.makedirs(os.path.dirname(os.path.abspath(args.out)), exist_ok=True)
         write_atomically(args.out, json.dumps(record, indent=2))
     return record
+
+
+def check_writable(path):
+    """Raises GraceError where a file cannot be written: better before an evaluation of hours than after it."""
+    try:
+        os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+        if os.path.isdir(path):
+            raise IsADirectoryError(0, "is a folder")
+        open(f"{path}.tmp", "w").close()
+        os.remove(f"{path}.tmp")
+    except OSError as error:
+        raise GraceError(f"--out {path}: cannot be written ({error.strerror})") from error
 
 
 if __name__ == "__main__":

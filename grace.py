@@ -73,7 +73,7 @@ from config import parse
 from evaluation.encoder import GraceEncoder, encode_texts, text_loss  # noqa: F401 (`from grace import GraceEncoder`)
 from evaluation.explain import explain
 from evaluation.page import finish_page, report
-from evaluation.probe import probe
+from evaluation.probe import record
 from evaluation.signs import batch_metrics, update_means, update_metrics
 from evaluation.tasks import evaluate_heldout
 from plumbing import ranks
@@ -327,13 +327,15 @@ def train(config, make_trainer=Trainer):
             return {"text_loss": text_loss(trainer.newest(), shown)}
         return evaluate_heldout(trainer.newest(), heldout, graded, rationale, config.temperature)
 
-    def look():
-        """The scores, the rationales of a few texts, and what held-out queries find: see `Run.note`."""
+    def note(scores):
+        """Put the scores, and what the policy writes and finds now, into --out. Returns the scores."""
         reader = trainer.newest()
-        return evaluate(), dict(zip(shown, encode_texts(reader, shown).rationales)), probe(reader, heldout)
+        record(config.out, trainer.step_number, reader, heldout)
+        return run.note(trainer.step_number, scores, dict(zip(shown, encode_texts(reader, shown).rationales)))
 
     if not run.restore(trainer):
-        run.begin(trainer, *look())
+        run.begin(trainer, before := evaluate())  # evaluated first: what cannot work fails before anything is deleted
+        note(before)
     due = lambda every: every and trainer.step_number % every == 0
     bar = tqdm(total=config.steps, initial=trainer.step_number, unit="step", dynamic_ncols=True, disable=not ranks.first())
     with Signals() as signals, bar:
@@ -343,7 +345,7 @@ def train(config, make_trainer=Trainer):
             bar.set_postfix({name: f"{metrics[name]:.2f}" for name in ("reward", "length", "distinct")})
             bar.update()
             if due(config.eval_every) and not last:
-                metrics |= {f"heldout_{name}": score for name, score in run.note(trainer.step_number, *look()).items()}
+                metrics |= {f"heldout_{name}": score for name, score in note(evaluate()).items()}
             run.log(metrics)
             stop = max(ranks.gather(signals.received))  # a signal to one rank is enough
             if stop or last or due(config.save_every):
@@ -353,7 +355,7 @@ def train(config, make_trainer=Trainer):
                 print(f"stopped after step {trainer.step_number}, with a checkpoint: the same command with --resume continues")
                 sys.exit(128 + stop)
     run.save_model(policy)  # first: the evaluation can take long, and be stopped
-    summary = run.finish(trainer, run.note(trainer.step_number, *look()), evaluate(rationale=False))
+    summary = run.finish(trainer, note(evaluate()), evaluate(rationale=False))
     finish_page(config.out)
     return summary
 
@@ -397,9 +399,9 @@ def main(arguments, make_trainer=Trainer):
         ranks.start()
         train(parse(arguments, __doc__), make_trainer)
     except GraceError as error:
-        sys.exit(f"grace.py: {error}")
+        ranks.end(f"grace.py: {error}")
     except torch.OutOfMemoryError as error:
-        sys.exit(f"grace.py: out of memory outside the training steps ({first_line(error)})")
+        ranks.end(f"grace.py: out of memory outside the training steps ({first_line(error)})")
     except KeyboardInterrupt:  # before or after the training steps: nothing to save
         sys.exit(130)
 

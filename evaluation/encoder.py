@@ -2,23 +2,25 @@
 
 `encode_texts` reads a list of texts with a policy. `GraceEncoder` does so for evaluation, and remembers what it has
 read in one SQLite file per way of reading: the weights, the instruction, the limits, the pooling, the decoding. If
-any of these differs, it is another file. A batch is written in one transaction, so an encoder that is killed has lost
-at most the batch it was writing.
+any of these differs, it is another file. A batch is written in one transaction, so an encoder that is killed loses at
+most the batch it was reading.
+
+Shapes: n texts, D hidden size.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import os
 import sqlite3
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from evaluation.metrics import normalize
-from plumbing.errors import GraceError
+from plumbing.errors import GraceError, first_line
 from policy import Policy
 from pool import fold, unit
 from rollout import sample, token_logprobs, uniforms
@@ -26,8 +28,7 @@ from rollout import sample, token_logprobs, uniforms
 # ---------------------------------------------------------------- in batches, without a memory
 
 
-@dataclass
-class Encoded:
+class Encoded(NamedTuple):
     """Texts as vectors, and what was written about them; one entry per text."""
 
     vectors: np.ndarray  # [n, D] float32, unit length
@@ -43,9 +44,9 @@ def token_batches(texts, tokens_per_batch, policy):
     """
     size = [len(text.encode("utf-8", "surrogatepass")) for text in texts]
     overhead = len(policy.template.prefix) // 4 + policy.reading.max_new_tokens
-    limit, part = policy.reading.max_prompt_tokens, []
+    part = []
     for i in sorted(range(len(texts)), key=lambda i: -size[i]):
-        longest = min(limit, size[part[0] if part else i] // 3) + overhead
+        longest = min(policy.reading.max_prompt_tokens, size[part[0] if part else i] // 3) + overhead
         if part and (len(part) + 1) * longest > tokens_per_batch:
             yield part
             part = []
@@ -54,24 +55,15 @@ def token_batches(texts, tokens_per_batch, policy):
         yield part
 
 
-def embed_prompts(policy, prompts):
-    """The embedding without a rationale: P(x) alone, pooled (the paper's Base). `-> [N, D]`."""
-    with torch.no_grad():
-        _, to_pool, _ = policy.prefill(prompts.ids, prompts.mask, prompts.n_shared)
-        return unit(fold(None, to_pool, prompts.counted[:, prompts.n_shared :], policy.reading.pooling))
-
-
 @torch.inference_mode()
 def encode_batch(policy, texts, temperature=0.0, seed=0, rationale=True):
-    """One batch of texts, greedy or sampled, or the prompts alone. `-> Encoded`.
+    """One batch of texts, greedy or sampled, or the prompts alone (the paper's Base). `-> Encoded`.
 
     What is sampled about a text depends on seed and text alone, not on the batch it is in. An empty text is
     allowed: its prompt still has tokens that count.
     """
     prompts = policy.template(texts)
-    if not rationale:
-        vectors, rationales, finished = embed_prompts(policy, prompts), [""] * len(texts), np.ones(len(texts), bool)
-    else:
+    if rationale:
         T, uniform = policy.reading.max_new_tokens, None
         if temperature:
             uniform = torch.stack([uniforms([seed, *_key(text)], 1, T, device=policy.device) for text in texts])  # [n, 1, T]
@@ -79,31 +71,33 @@ def encode_batch(policy, texts, temperature=0.0, seed=0, rationale=True):
         vectors, finished = rollouts.embeddings[:, 0], rollouts.finished[:, 0].cpu().numpy()
         ids = [group[0] for group in rollouts.rationales()]
         rationales = [text.strip() for text in policy.tokenizer.batch_decode(ids, skip_special_tokens=True)]
+    else:
+        _, to_pool, _ = policy.prefill(prompts.ids, prompts.mask, prompts.n_shared)
+        vectors = unit(fold(None, to_pool, prompts.counted[:, prompts.n_shared :], policy.reading.pooling))
+        rationales, finished = [""] * len(texts), np.ones(len(texts), bool)
     return Encoded(vectors.float().cpu().numpy(), rationales, prompts.cut.cpu().numpy(), finished)
 
 
 def encode_distinct(policy, texts, temperature=0.0, seed=0, rationale=True, tokens_per_batch=8192):
     """Distinct texts, a batch at a time. Yields `{text: (vector [D], rationale, cut, finished)}` per batch.
 
-    Several ranks share out the batches, which are those of one process: so are the vectors, to the bit. A batch for which
-    the memory is too small is read in halves. Raises GraceError where it is too small for one text.
+    A batch for which the memory is too small is read in halves. Raises GraceError where it is too small for one text.
     """
-
-    def encoded(indices):
-        batch = [texts[i] for i in indices]
+    batches = [[texts[i] for i in part] for part in token_batches(texts, tokens_per_batch, policy)]
+    while batches:
+        batch, encoded = batches.pop(0), None
         try:
-            x = encode_batch(policy, batch, temperature, seed, rationale)
-            return dict(zip(batch, zip(x.vectors, x.rationales, x.cut.tolist(), x.finished.tolist())))
+            encoded = encode_batch(policy, batch, temperature, seed, rationale)
         except torch.OutOfMemoryError as error:
             if len(batch) == 1:
                 raise GraceError("out of memory with one text: lower --max-new-tokens or --max-prompt-tokens") from error
-        if torch.cuda.is_available():  # out here the exception no longer keeps the tensors alive
+        if encoded:
+            yield dict(zip(batch, zip(encoded.vectors, encoded.rationales, encoded.cut.tolist(), encoded.finished.tolist())))
+        else:  # out here the exception no longer keeps the tensors alive
             torch.cuda.empty_cache()
-        print(f"out of memory while reading {len(batch)} texts: reading them in halves")
-        half = len(batch) // 2
-        return encoded(indices[:half]) | encoded(indices[half:])
-
-    yield from map(encoded, token_batches(texts, tokens_per_batch, policy))
+            print(f"out of memory while reading {len(batch)} texts: reading them in halves")
+            half = len(batch) // 2
+            batches[:0] = batch[:half], batch[half:]
 
 
 def encode_texts(policy, texts, **options):
@@ -122,15 +116,14 @@ def text_loss(policy, texts, tokens_per_batch=8192):
     The texts stand where they stand in P(x). What training takes from the model shows here, but only as far as texts like
     these go: a text term (--text-weight) trains this very loss on the training texts.
     """
-
-    def loss(part):
+    nats, count = 0.0, 0
+    for part in token_batches(texts, tokens_per_batch, policy):
         # Not shared: the text's first token is predicted by the instruction's last.
         prompts = policy.template([texts[i] for i in part], share=False)
         hidden, _, _ = policy.prefill(prompts.ids, prompts.mask, 0)
         keep = prompts.text[:, 1:].bool()
-        return -float(token_logprobs(policy, hidden[:, :-1][keep], prompts.ids[:, 1:][keep]).sum()), int(keep.sum())
-
-    nats, count = map(sum, zip(*map(loss, token_batches(texts, tokens_per_batch, policy))))
+        nats -= float(token_logprobs(policy, hidden[:, :-1][keep], prompts.ids[:, 1:][keep]).sum())
+        count += int(keep.sum())
     return nats / count
 
 
@@ -150,6 +143,10 @@ def fingerprint(model):
     return digest.hexdigest()[:16]
 
 
+def _key(text):
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
+
+
 class GraceEncoder:
     """`encode(texts)` gives `[n, D]` float32, `rationales(texts)` what was written about each.
 
@@ -159,8 +156,8 @@ class GraceEncoder:
     cache        a folder for the memory, or None to keep it in this process only
     reading      instruction, max_prompt_tokens, max_new_tokens, pooling: default as the checkpoint says
 
-    Equal texts get equal vectors. An empty text is embedded (its prompt still has tokens that count)
-    and counted. Raises GraceError for a text that is no string and for a vector with NaN in it.
+    Equal texts get equal vectors. An empty text is embedded (its prompt still has tokens that count) and counted.
+    Raises GraceError for a text that is no string, and for a vector that has no direction.
     """
 
     def __init__(
@@ -181,7 +178,7 @@ class GraceEncoder:
         self.settings = {
             "fingerprint": fingerprint(model.model),
             **dataclasses.asdict(model.reading),
-            "template": [model.prompts.prefix, model.prompts.suffix],
+            "template": [model.template.prefix, model.template.suffix],
             "end_tokens": model.end_ids.tolist(),
             "rationale": rationale,
             "temperature": temperature,
@@ -190,80 +187,68 @@ class GraceEncoder:
         }
         name = hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()[:16]
         self.path = ":memory:" if cache is None else os.path.join(cache, f"{name}.sqlite")
-        try:
+        with self._usable():
             if cache is not None:
                 os.makedirs(cache, exist_ok=True)
             self.memory = sqlite3.connect(self.path, timeout=60)
             self.memory.execute(
                 "CREATE TABLE IF NOT EXISTS texts (key BLOB PRIMARY KEY, vector BLOB, rationale TEXT, cut INT, finished INT)"
             )
-            self.memory.execute("SELECT count(*) FROM texts").fetchone()
-        except sqlite3.OperationalError as error:
-            raise GraceError(f"{self.path}: cannot be opened ({error}); give another cache folder") from error
-        except OSError as error:
-            raise GraceError(f"{cache}: cannot be a cache folder ({error.strerror})") from error
-        except sqlite3.DatabaseError as error:
-            raise self._damaged(error) from error
 
-    def _damaged(self, error):
-        return GraceError(f"{self.path}: damaged cache ({error}). Delete the file; its texts will be read again.")
-
-    def _remembered(self, texts):
-        """The texts that the memory has: `{text: (vector, rationale, cut, finished)}`. Looks up 500 keys at a time."""
-        keys, known = {_key(text): text for text in texts}, {}
-        pending = list(keys)
+    @contextlib.contextmanager
+    def _usable(self):
+        """In here an error of the disk or of the database becomes a GraceError of one sentence."""
         try:
-            for start in range(0, len(pending), 500):
-                part = pending[start : start + 500]
-                query = f"SELECT * FROM texts WHERE key IN ({','.join('?' * len(part))})"
-                for key, vector, rationale, cut, finished in self.memory.execute(query, part):
-                    known[keys[key]] = (np.frombuffer(vector, np.float32), rationale, cut, finished)
-        except (sqlite3.DatabaseError, ValueError) as error:
-            raise self._damaged(error) from error
-        return known
+            yield
+        except (OSError, sqlite3.Error) as error:
+            raise GraceError(
+                f"{self.path}: this cache cannot be used ({first_line(error)}); delete the file, or give another cache folder"
+            ) from error
+
+    def _remembered(self, text):
+        """`(vector, rationale, cut, finished)`, or None where the memory does not have the text."""
+        row = self.memory.execute("SELECT * FROM texts WHERE key = ?", [_key(text)]).fetchone()
+        return row and (np.frombuffer(row[1], np.float32), *row[2:])
 
     def _read(self, texts):
         """Every text's `(vector, rationale, cut, finished)`; the unknown ones are read, a batch at a time."""
         for i, text in enumerate(texts):
             if not isinstance(text, str):
                 raise GraceError(f"text {i} is {text!r:.60}, not a string")
-        if not texts:
-            raise GraceError("no texts to encode")
-        self.n_requested += len(texts)
         distinct = list(dict.fromkeys(texts))
-        known = self._remembered(distinct)
+        with self._usable():
+            known = {text: row for text in distinct if (row := self._remembered(text))}
         new = [text for text in distinct if text not in known]
-        hidden = not (self.progress and new)
-        bar = tqdm(total=len(new), unit="text", desc="reading", disable=hidden, leave=False)
         options = self.temperature, self.seed, self.rationale, self.tokens_per_batch
-        for batch in encode_distinct(self.policy, new, *options):
-            if bad := [text for text, (vector, *_) in batch.items() if not np.isfinite(vector).all()]:
-                raise GraceError(f"the embedding of {bad[0][:80]!r} is not finite: the model or its dtype is broken")
-            known |= batch
-            rows = ((_key(text), vector.tobytes(), *more) for text, (vector, *more) in batch.items())
-            try:
-                with self.memory:  # one transaction: all of the batch or none of it
+        with tqdm(total=len(new), unit="text", desc="reading", disable=not (self.progress and new), leave=False) as bar:
+            for batch in encode_distinct(self.policy, new, *options):
+                for text, (vector, *_) in batch.items():
+                    if not (np.isfinite(vector).all() and vector.any()):
+                        raise GraceError(
+                            f"the embedding of {text[:80]!r} is zero or not finite: the model, or its dtype, is broken"
+                        )
+                rows = ((_key(text), vector.tobytes(), *more) for text, (vector, *more) in batch.items())
+                with self._usable(), self.memory:  # one transaction: all of the batch or none of it
                     self.memory.executemany("INSERT OR REPLACE INTO texts VALUES (?, ?, ?, ?, ?)", rows)
-            except sqlite3.OperationalError as error:
-                raise GraceError(
-                    f"{self.path}: cannot be written ({error}); make room, or give another cache folder"
-                ) from error
-            bar.update(len(batch))
-        bar.close()
+                known |= batch
+                bar.update(len(batch))
+        self.n_requested += len(texts)
         self.n_read += len(new)
         self.flags |= {_key(text): (not text.strip(), cut, not finished) for text, (_, _, cut, finished) in known.items()}
-        if len(sizes := {len(vector) for vector, *_ in known.values()}) != 1:
-            raise self._damaged(f"vectors of {sorted(sizes)} dimensions")
         return known
 
     def encode(self, texts):
-        """`list[str] -> [n, D]` float32, unit length."""
+        """`list[str] -> [n, D]` float32, unit length; one `str -> [D]`."""
+        if isinstance(texts, str):
+            return self.encode([texts])[0]
         texts = list(texts)
         known = self._read(texts)
         return np.stack([known[text][0] for text in texts])
 
     def rationales(self, texts):
-        """`list[str] -> list[str]`: what the policy wrote about each text; empty where it writes none."""
+        """`list[str] -> list[str]`: what the policy wrote about each text, empty where it writes none; one `str -> str`."""
+        if isinstance(texts, str):
+            return self.rationales([texts])[0]
         texts = list(texts)
         known = self._read(texts)
         return [known[text][1] for text in texts]
@@ -274,18 +259,3 @@ class GraceEncoder:
         empty, cut, unfinished = (sum(flags) for flags in zip(*self.flags.values())) if self.flags else (0, 0, 0)
         distinct = {"distinct": len(self.flags), "read": self.n_read, "remembered": len(self.flags) - self.n_read}
         return {"requested": self.n_requested, **distinct, "empty": empty, "cut": cut, "unfinished": unfinished}
-
-
-def _key(text):
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
-
-
-class MeanEncoder:
-    """Several encoders as one: the mean of their unit vectors, at unit length again."""
-
-    def __init__(self, encoders):
-        self.encoders = encoders
-
-    def encode(self, texts):
-        """`list[str] -> [n, D]` float32."""
-        return normalize(np.mean([encoder.encode(texts) for encoder in self.encoders], 0)).astype(np.float32)

@@ -11,13 +11,17 @@ newest checkpoint.
 """
 
 import atexit
+import contextlib
 import io
 import os
 import sys
+import time
 import warnings
 
 import torch
 import torch.distributed as dist
+
+from plumbing.errors import GraceError, first_line
 
 BUCKET = 2**25  # gradients are summed so many numbers at a time: 134 MB in float32
 
@@ -47,13 +51,31 @@ def mine(n):
     return slice(n * rank // size, n * (rank + 1) // size)
 
 
+def end(message):
+    """End this rank with a message. Where all fail alike, the first says so, and torchrun ends the others before they do."""
+    if not first():
+        time.sleep(5)
+    sys.exit(message)
+
+
+@contextlib.contextmanager
+def _together():
+    """Raises GraceError where another rank is gone. (On GPUs a rank may wait for it instead, until torchrun ends it.)"""
+    try:
+        yield
+    except RuntimeError as error:
+        advice = "--resume continues from the newest checkpoint"
+        raise GraceError(f"another rank does not answer ({first_line(error)}); {advice}") from error
+
+
 def gather(x):
     """`[every rank's x]`, in order; tensors inside arrive on this rank's own device."""
     if size == 1:
         return [x]
     file, everyone = io.BytesIO(), [None] * size
     torch.save(x, file)
-    dist.all_gather_object(everyone, file.getvalue())
+    with _together():
+        dist.all_gather_object(everyone, file.getvalue())
     here = lambda storage, device: storage.cuda() if device.startswith("cuda") else storage
     return [torch.load(io.BytesIO(content), map_location=here, weights_only=False) for content in everyone]
 
@@ -66,7 +88,8 @@ def sum_gradients(parameters):
     for p in parameters:
         p.grad = torch.zeros_like(p) if p.grad is None else p.grad  # a rank without a share has none
     flat = torch.cat([p.grad.flatten() for p in parameters])
-    for part in flat.split(BUCKET):
-        dist.all_reduce(part)
+    with _together():
+        for part in flat.split(BUCKET):
+            dist.all_reduce(part)
     for p, grad in zip(parameters, flat.split([p.numel() for p in parameters])):
         p.grad.copy_(grad.view_as(p))

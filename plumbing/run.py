@@ -8,8 +8,9 @@
     OUT/summary.json              before, after, configuration; written last, so where it is, the run is finished
 
 What is written here is written beside its place, flushed to the disk, and renamed: a kill or a power cut leaves the old
-one or the new one. No file is ever unpickled: weights are safetensors, trainer.pt is read with `weights_only=True`.
-Neither data nor sampling needs a cursor: a step's batch and what it draws are functions of seed and step.
+one or the new one. Only metrics.jsonl grows in place: a resumed run drops the lines after its checkpoint, torn or whole. No
+file is ever unpickled: weights are safetensors, trainer.pt is read with `weights_only=True`. Neither data nor sampling
+needs a cursor: a step's batch and what it draws are functions of seed and step.
 
 Of several ranks the first writes; the others read the same files.
 """
@@ -24,8 +25,8 @@ import platform
 import shutil
 import signal
 import sys
-import threading
 import time
+from pathlib import Path
 
 import torch
 from tqdm import tqdm
@@ -37,40 +38,50 @@ from plumbing.errors import GraceError, first_line
 
 
 @contextlib.contextmanager
-def _writing(path, beside=None):
-    """Any failure in here becomes a GraceError of one sentence, and `beside`, the half that was written, is removed."""
+def _writing(path):
+    """Whatever goes wrong in here becomes a GraceError of one sentence."""
     try:
         yield
     except Exception as error:  # safetensors, torch and tokenizers each have their own for a full disk
-        if beside and os.path.isdir(beside):
-            shutil.rmtree(beside)
-        elif beside and os.path.lexists(beside):
-            os.remove(beside)
         why = getattr(error, "strerror", None) or first_line(error)
         raise GraceError(f"{path}: cannot be written ({why}); make room, or give the right to write there") from error
 
 
+@contextlib.contextmanager
+def _replacing(path):
+    """Yields a name beside `path` for a file or a folder to be written, which then takes that place, flushed to the disk."""
+    beside = f"{path}.tmp"
+    with _writing(path):
+        try:
+            _delete(beside)
+            yield beside
+            _flush(beside)
+            os.replace(beside, path)
+        finally:
+            _delete(beside)
+
+
+def _delete(path):
+    """Delete a file, or a folder with all that is in it, if it is there."""
+    if os.path.isdir(path):
+        shutil.rmtree(path)
+    elif os.path.lexists(path):
+        os.remove(path)
+
+
 def _flush(path):
     """Wait until a file, or a folder with all that is in it, is on the disk and not only on its way."""
-    for inside, _, names in os.walk(path) if os.path.isdir(path) else [(path, None, [])]:
-        for name in (inside, *(os.path.join(inside, name) for name in names)):
-            handle = os.open(name, os.O_RDONLY)
-            try:
-                os.fsync(handle)
-            finally:
-                os.close(handle)
+    for name in (path, *Path(path).rglob("*")):
+        handle = os.open(name, os.O_RDONLY)
+        os.fsync(handle)
+        os.close(handle)
 
 
 def write_atomically(path, text):
     """A reader of `path` sees the old file or the new one, never half of one. Raises GraceError where it cannot be written."""
-    if not ranks.first():
-        return
-    beside = f"{path}.tmp"
-    with _writing(path, beside):
-        with open(beside, "w") as file:
+    if ranks.first():
+        with _replacing(path) as beside, open(beside, "w", encoding="utf-8") as file:
             file.write(text)
-        _flush(beside)
-        os.replace(beside, path)
 
 
 def read_json(path):
@@ -81,7 +92,7 @@ def read_json(path):
         with open(path) as file:
             return dict(json.load(file))
     except (OSError, ValueError, TypeError) as error:
-        raise GraceError(f"{path}: cannot be read ({first_line(error)}); delete it to finish the run again") from error
+        raise GraceError(f"{path}: cannot be read ({first_line(error)}); delete it") from error
 
 
 def read_metrics(path):
@@ -98,26 +109,29 @@ def read_metrics(path):
 
 
 def checkpoints(out):
-    """The checkpoint folders of a run, oldest first."""
+    """The checkpoint folders of a run, oldest first. A folder that is there is whole."""
     folder = os.path.join(out, "checkpoints")
     names = sorted(n for n in os.listdir(folder) if n.isdigit()) if os.path.isdir(folder) else []
     return [os.path.join(folder, n) for n in names]
 
 
 def newest_checkpoint(out):
-    """The newest checkpoint of a run, or None. A folder that is there is whole."""
+    """The newest checkpoint of a run, or None."""
     return (checkpoints(out) or [None])[-1]
 
 
 def digest(rows):
     """A fingerprint of the training rows: a file can change under its name."""
-    hasher = hashlib.sha256()
-    for row in rows:
-        hasher.update(json.dumps(row, sort_keys=True).encode())
-    return hasher.hexdigest()[:16]
+    return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()[:16]
 
 
 # ---------------------------------------------------------------- one run
+
+# What --overwrite deletes of an earlier run, in this order: with a summary, a folder without a model would be a finished run.
+RESULTS = (
+    "summary.json", "checkpoints", "checkpoints.tmp", "adapter", "final.tmp", "run.json", "probe.json", "rationales.md",
+    "report.html",
+)  # fmt: skip
 
 
 class Run:
@@ -126,8 +140,8 @@ class Run:
     checkpoint   the folder to resume from, or None
     summary      of a run that --resume finds finished, or None
 
-    Raises GraceError, before anything is loaded, if --out holds a result or checkpoints, and neither --resume nor --overwrite
-    says what becomes of them; or if they are of a run with other settings. Nothing is deleted before `begin`.
+    Raises GraceError, before anything is loaded, if --out holds a model or checkpoints, and neither --resume nor --overwrite
+    says what becomes of them, or if it holds nothing that --resume could continue. Nothing is deleted before `begin`.
     """
 
     def __init__(self, config):
@@ -135,6 +149,7 @@ class Run:
             if not getattr(config, name):
                 raise GraceError(f"--{name} is missing")
         out, model = config.out, os.path.realpath(config.model)
+        self.config, self.progress = config, {"before": None, "history": [], "seconds": 0.0}
         try:
             os.makedirs(out, exist_ok=True)
             weights = any(name.endswith(".safetensors") or name == "adapter" for name in os.listdir(out))
@@ -143,21 +158,18 @@ class Run:
         inside = [os.path.realpath(os.path.join(out, name)) for name in ("", "adapter", "checkpoints")]
         if model in inside or os.path.dirname(model) == inside[-1]:
             raise GraceError(f"--out {out} is where --model is: give another folder")
-        self.config, self.progress = config, {"before": None, "history": [], "seconds": 0.0}
         self.checkpoint, self.summary = newest_checkpoint(out), read_json(self.path("summary.json"))
-        content = "a finished run" if self.summary else "a model" if weights else None
-        if (content or self.checkpoint) and not (config.resume or config.overwrite):
-            content = content or "the checkpoints of a run"
-            raise GraceError(
-                f"--out {out} holds {content}: --resume continues it, --overwrite starts anew, or give another folder"
-            )
+        holds = "a finished run" if self.summary else "a model" if weights else "the checkpoints of a run"
+        if (self.summary or weights or self.checkpoint) and not (config.resume or config.overwrite):
+            how = "--resume continues it, " if self.checkpoint else ""
+            raise GraceError(f"--out {out} holds {holds}: {how}--overwrite starts anew, or give another folder")
         if not config.resume:
             self.checkpoint = self.summary = None
         elif self.summary:
             config.must_match(self.summary["config"], out)
             self.summary = self.summary if self.summary["config"]["steps"] >= config.steps else None
-        if config.resume and weights and not self.checkpoint and not self.summary:
-            raise GraceError(f"--out {out} holds {content} and no checkpoint to resume from: --overwrite starts anew")
+        if config.resume and weights and not (self.checkpoint or self.summary):
+            raise GraceError(f"--out {out} holds {holds} and no checkpoint to resume from: --overwrite starts anew")
 
     def path(self, name):
         """A file in --out."""
@@ -169,62 +181,58 @@ class Run:
             print(f"no checkpoint under {self.config.out} to resume from: starting at step 0")
         if not self.checkpoint:
             return False
-        state = torch.load(os.path.join(self.checkpoint, "trainer.pt"), map_location="cpu", weights_only=True)
+        try:
+            state = torch.load(os.path.join(self.checkpoint, "trainer.pt"), map_location="cpu", weights_only=True)
+        except Exception as error:  # zipfile's, pickle's and torch's own
+            advice = "delete this checkpoint, and --resume continues from the one before"
+            raise GraceError(f"{self.checkpoint}: trainer.pt cannot be read ({first_line(error)}); {advice}") from error
         self.config.must_match(state["config"], self.checkpoint)
         if state["progress"]["rows"] != digest(trainer.rows):
             raise GraceError(f"{self.checkpoint} is of a run on other rows than {self.config.data} has now: give those rows")
         trainer.optimizer.load_state_dict(state["optimizer"])
         trainer.step_number, self.progress = state["step"], state["progress"]
+        if ranks.first():
+            _delete(self.path("summary.json"))  # of a finished run that now gets more steps
         kept = [metrics for metrics in read_metrics(self.path("metrics.jsonl")) if metrics["step"] <= state["step"]]
         write_atomically(self.path("metrics.jsonl"), "".join(json.dumps(metrics) + "\n" for metrics in kept))
-        if ranks.first() and os.path.isfile(self.path("summary.json")):  # it goes on for more steps
-            os.remove(self.path("summary.json"))
         print(f"resumed from {self.checkpoint}")
-        self._start_clock(trainer)
+        self._start(trainer)
         return True
 
-    def begin(self, trainer, scores, *shown):
-        """Clear the folder of an earlier run, then write down what the start is like; see `note`."""
-        out = self.config.out
-        for name in os.listdir(out) if ranks.first() else []:
-            if name in ("checkpoints", "adapter", "final.tmp"):
-                shutil.rmtree(self.path(name))
-            elif ".safetensors" in name or name.startswith("not_finite_step_") or name in RESULTS:
-                os.remove(self.path(name))
+    def begin(self, trainer, scores):
+        """Clear the folder of an earlier run, then write down the scores of the start."""
+        if ranks.first():
+            if os.path.isdir(self.path("checkpoints")):  # first renamed: a kill then leaves no half checkpoint behind
+                _delete(self.path("checkpoints.tmp"))
+                os.replace(self.path("checkpoints"), self.path("checkpoints.tmp"))
+            more = [n for n in os.listdir(self.config.out) if ".safetensors" in n or n.startswith("not_finite_step_")]
+            for name in (*RESULTS, *more):
+                _delete(self.path(name))
         write_atomically(self.path("metrics.jsonl"), "")
         self.progress |= {"before": scores, "rows": digest(trainer.rows)}
-        about = {"before": scores, "config": dataclasses.asdict(self.config)}
-        about["max_new_tokens"] = trainer.policy.reading.max_new_tokens
-        write_atomically(self.path("run.json"), json.dumps(about, indent=2))
-        self._start_clock(trainer)
-        self.note(0, scores, *shown)
+        self._start(trainer)
 
-    def _start_clock(self, trainer):
+    def _start(self, trainer):
+        """Start the clock, which goes on where the checkpoint stopped it, and write run.json for `status` and the page."""
         self.started = time.time() - self.progress["seconds"]
         self.board = tensorboard(self.config.out, trainer.step_number) if ranks.first() else None
+        about = {"before": self.progress["before"], "config": dataclasses.asdict(self.config)}
+        about["max_new_tokens"] = trainer.policy.reading.max_new_tokens
+        write_atomically(self.path("run.json"), json.dumps(about, indent=2))
 
-    def note(self, step, scores, rationales, probe):
-        """Print the scores `{name: score}` of the policy as it is now, and return them.
-
-        rationales  `{text: rationale}`, added to rationales.md
-        probe       what held-out queries find, for the run's page: `before` in probe.json, later `after`; or None
-        """
+    def note(self, step, scores, rationales):
+        """Print the scores `{name: score}`, add the rationales `{text: rationale}` to rationales.md. Returns the scores."""
         self.progress["history"].append((step, list(rationales.values())))
         write_atomically(self.path("rationales.md"), show_rationales(self.progress["history"], list(rationales)))
-        if probe:
-            moments = (read_json(self.path("probe.json")) or {}) if step else {}
-            moments["after" if step else "before"] = {"step": step, **probe}
-            write_atomically(self.path("probe.json"), json.dumps(moments))
         tqdm.write(f"step {step:4d}  " + "  ".join(f"{name} {score:.3f}" for name, score in scores.items()))
         return scores
 
     def log(self, metrics):
-        """Add a step's line to metrics.jsonl; a resumed run drops a torn one."""
-        if not ranks.first():
-            return
+        """Add a step's line to metrics.jsonl."""
         path = self.path("metrics.jsonl")
-        with _writing(path), open(path, "a") as file:
-            file.write(json.dumps(metrics) + "\n")
+        if ranks.first():
+            with _writing(path), open(path, "a") as file:
+                file.write(json.dumps(metrics) + "\n")
         if self.board:
             for name, value in metrics.items():
                 self.board.add_scalar(name, value, metrics["step"])
@@ -232,31 +240,24 @@ class Run:
     def save(self, trainer):
         """Write a checkpoint: all that a resumed run needs, whole or not at all. The last two stay."""
         self.progress["seconds"] = time.time() - self.started
-        if not ranks.first():
-            return
-        folder = self.path(f"checkpoints/{trainer.step_number:08d}")
-        beside = f"{folder}.tmp"
-        state = {"step": trainer.step_number, "config": dataclasses.asdict(self.config), "progress": self.progress}
-        with _writing(folder, beside):
-            shutil.rmtree(beside, ignore_errors=True)
-            os.makedirs(beside)
-            trainer.policy.save(beside)
-            torch.save(state | {"optimizer": trainer.optimizer.state_dict()}, os.path.join(beside, "trainer.pt"))
-            _flush(beside)
-            _flush(self.path("metrics.jsonl"))  # its lines up to this step belong to the checkpoint
-            shutil.rmtree(folder, ignore_errors=True)
-            os.replace(beside, folder)
-        for old in checkpoints(self.config.out)[:-2]:
-            shutil.rmtree(old)
+        if ranks.first():
+            state = {"step": trainer.step_number, "config": dataclasses.asdict(self.config), "progress": self.progress}
+            with _replacing(self.path(f"checkpoints/{trainer.step_number:08d}")) as folder:
+                os.makedirs(folder)
+                trainer.policy.save(folder)
+                torch.save(state | {"optimizer": trainer.optimizer.state_dict()}, os.path.join(folder, "trainer.pt"))
+                _flush(self.path("metrics.jsonl"))  # its lines up to this step belong to the checkpoint
+            for old in checkpoints(self.config.out)[:-2]:
+                shutil.rmtree(old)
+        ranks.gather(None)  # a rank that ends sooner has torchrun end the first one while it writes
 
     def save_model(self, policy):
         """The trained model into --out, each file of it whole; adapters, if it has any, into --out/adapter."""
         if not ranks.first():
             return
         beside = self.path("final.tmp")
-        with _writing(self.config.out, beside):
-            shutil.rmtree(beside, ignore_errors=True)
-            os.makedirs(beside)
+        with _writing(self.config.out):
+            _delete(beside)
             policy.save_result(beside)
             _flush(beside)
             for name in sorted(os.listdir(beside)):
@@ -282,23 +283,15 @@ class Run:
         return self.summary
 
 
-RESULTS = "summary.json", "run.json", "probe.json", "report.html", "rationales.md"  # of a run, deleted by the next one
-
 # ---------------------------------------------------------------- what stops a run
 
 
 class Signals(contextlib.AbstractContextManager):
-    """The stop signal received so far (SIGTERM, or SIGINT by Ctrl-C) or 0; a second one ends the process at once.
-
-    Outside the main thread, where Python delivers no signals, `received` stays 0.
-    """
-
-    def __init__(self):
-        self.received, self.handlers = 0, {}
+    """The stop signal `received` so far (SIGTERM, or SIGINT by Ctrl-C) or 0; a second one ends the process at once."""
 
     def __enter__(self):
-        if threading.current_thread() is threading.main_thread():
-            self.handlers = {n: signal.signal(n, self._receive) for n in (signal.SIGTERM, signal.SIGINT)}
+        self.received = 0
+        self.handlers = {n: signal.signal(n, self._receive) for n in (signal.SIGTERM, signal.SIGINT)}
         return self
 
     def __exit__(self, *_):

@@ -1,134 +1,188 @@
-"""Two ranks do what one process does: steps, sharded steps, reading texts, whole runs; and what ends one ends both.
+"""Two ranks take the step that one process takes; what ends one of them ends both, and any number of ranks resumes the run.
 
-The ranks run on the CPU, over gloo, in the program tests/two_ranks.py; torchrun itself starts one run.
+On the CPU, over gloo. The ranks are forked (tests/forked.py), but for one run that torchrun itself starts.
 """
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
-from conftest import command
-from two_ranks import CASES, CHECKS, weights_off
+import torch
+from conftest import ROWS, command, config, start, weights
+from forked import fork_ranks
+from safetensors.torch import load_file
 
 import grace
 from plumbing import ranks
-from plumbing.errors import GraceError
+from plumbing.run import checkpoints
 
-PROGRAM = os.path.join(os.path.dirname(os.path.abspath(__file__)), "two_ranks.py")
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-NOISE = 2e-5  # float noise, as a share of how far the weights moved; a sum that is off by one group is off by a tenth
-ADAMS = 5e-3  # the same, as a share of norms, after AdamW, which makes a step of the noise where there is no gradient
-
-
-@pytest.fixture(scope="module")
-def figures(tiny_world):
-    """What the program prints, by check."""
-    run = subprocess.run([sys.executable, PROGRAM, str(tiny_world)], env=ENVIRONMENT, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr[-3000:]
-    lines = [json.loads(line) for line in run.stdout.splitlines()]
-    return {check: [line for line in lines if line["check"] == check] for check in CHECKS}
+MORE = [
+    ROWS[0] | {"positive": "the boat was found ."},  # shares a text with the first row
+    {
+        "query": "a very old lamp near the forest around noon",
+        "positive": "somebody hid the old lamp around noon near the forest .",
+        "negative": ["the boat"],
+    },
+]
 
 
-def test_steps(figures):
-    """Of both recipes, with labels and without, with minibatches, epochs, twins, uneven shares, and sharded."""
-    cases = {line["case"]: line for line in figures["steps"]}
-    assert cases.keys() == {*CASES, "out of memory"}
-    for name, line in cases.items():
-        assert line["same_ids"] and line["ranks_equal"], name
-        assert line["moved"] > 0.01 and line["off"] < NOISE * line["moved"] and line["metrics_off"] < 1e-3, line
-        assert line["budgets"] == [30, 30] if name == "out of memory" else line["budgets"][0] in (60, 4096)
-
-
-def test_reading(figures):
-    """Vectors, sampled ones too, the text loss and the counts are those of one process, to the bit."""
-    new, again = figures["encoding"]
-    assert new["same"] == again["same"] == [True, True]
-    assert new["counts"]["read"] == again["counts"]["remembered"] == 16 and new["counts"]["remembered"] == 0
-
-
-def test_scores(figures):
-    same, printed = figures["scores"]
-    assert same["codes"] == [0, 0] and same["same"] and same["tasks"] == 2
-    assert printed["printed"] == [True, False] and printed["counts"]
-
-
-def test_what_stops_a_run(figures):
-    """It stops both ranks, one sentence says why, and what was done is saved; any number of ranks goes on from there."""
-    lines = figures["stops"]
-    runs = {line["run"]: line for line in reversed(lines)}  # the first of each name
-    for name in ("sharded, resumed by one", "killed, resumed sharded"):
-        assert runs[name]["moved"] > 0.1 and runs[name]["off"] < ADAMS * runs[name]["moved"]
-
-    def ended(name, codes, sentence, saved):
-        line = runs[name]
-        assert line["codes"] == codes and line["saved"] == saved, line
-        said = [text for rank in line["said"] for text in rank if text.startswith("grace.py: ")]
-        assert len(said) == 1 and sentence in said[0], line
-
-    assert runs["sharded"]["codes"] == [0, 0] and runs["sharded"]["saved"] == ["00000001", "00000002"]
-    ended("killed", [1, -9], "another rank has ended; the same command with --resume continues", ["00000001"])
-    assert "step 1 was the last whole one and is saved: --resume continues from it" in runs["killed"]["said"][0]
-    stopped = runs["signal"]
-    assert stopped["codes"] == [143, 143] and stopped["saved"] == ["00000002"] and not stopped["said"][1]
-    assert stopped["said"][0][-1] == "stopped after step 2, with a checkpoint: the same command with --resume continues"
-    ended("not-finite", [1, 1], "step 2: the loss is not finite", ["00000001"])
-    assert runs["shown"]["files"] == ["not_finite_step_2.json"]
-    ended("refused", [1, 1], "the second rank does not like this", ["00000001"])
-    ended("bug", [1, 1], "rank 1 failed: KeyError: 'a bug'", ["00000001"])
-    assert any("Traceback" in text for text in runs["bug"]["said"][1])  # of what only a programmer can put right
-    ended("memory", [1, 1], "step 2: --tokens-per-batch 4096: out of memory; lower it, and --resume continues", [])
-    ended("full", [1, 1], "metrics.jsonl: cannot be written", ["00000002"])
-    ended("no-model", [1, 1], "no/such/model: cannot be loaded", [])
-    ended("too-many", [1, 1], "a batch has only 4 groups, and each of 2 ranks needs", [])
-
-
-def test_torchrun(tiny_world, tmp_path):
-    """The command line of always, behind torchrun."""
-    more = "--steps 2 --batch 5 --minibatches 2 --device cpu --eval-every 0 --save-every 0"
-    grace.main(command(tiny_world, tmp_path / "one", more))
-    run = subprocess.run(
-        [*TORCHRUN, "grace.py", *command(tiny_world, tmp_path / "two", more)], env=ENVIRONMENT, capture_output=True
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
-    off = weights_off(tmp_path / "one", tmp_path / "two", tiny_world / "model")
-    assert off["moved"] > 0.1 and off["off"] < ADAMS * off["moved"]
-    assert run.stdout.count(b"64 training rows") == 1
-
-
-def test_connections_are_closed_before_python_ends(tmp_path):
-    """What is registered before `start` runs after what that registers. Left open, gloo's threads abort a rank now and then."""
-    (tmp_path / "program.py").write_text(
-        "import atexit\nimport torch.distributed as dist\nfrom plumbing import ranks\n"
-        "atexit.register(lambda: print('open' if dist.is_initialized() else 'closed', flush=True))\n"
-        "ranks.start()\nprint(ranks.exchange(ranks.first()))\n"
-    )
-    root = os.path.dirname(os.path.dirname(PROGRAM))
-    run = subprocess.run([*TORCHRUN, str(tmp_path / "program.py")], env=ENVIRONMENT | {"PYTHONPATH": root}, capture_output=True)
-    assert run.returncode == 0, run.stderr[-3000:]
-    assert run.stdout.split(b"\n")[:2] == [b"[True, False]", b"closed"]
-
-
-def test_one_process_shares_nothing():
-    """Every function of ranks.py does nothing there, and errors are the caller's own."""
-    assert ranks.size() == 1 and ranks.first() and ranks.mine() == slice(0, None, 1)
-    assert ranks.exchange(7) == [7] and ranks.together(lambda: 7) == [7] and ranks.last_word("why") == "why"
-    assert list(ranks.each(str, iter([1, 2]))) == ["1", "2"] and ranks.by_first(str)(3) == "3"
-    with pytest.raises(KeyError):
-        ranks.together(lambda: {}["no"])
+def two_steps(make_policy, lora=None, **settings):
+    """Two steps of gradient descent in float64: ids, weights before and after, metrics."""
+    policy = make_policy("GPT2", double=True, lora=lora)  # its norms compute in float64, too
+    rows = ROWS[:3] + MORE
+    if settings.get("mode") == "unsupervised":
+        rows = [{"text": text} for row in rows for text in (row["query"], row["positive"])]
+    trainer = grace.Trainer(policy, start(policy), rows, config(tokens_per_batch=60, **settings))
+    trainer.optimizer = torch.optim.SGD([p for p in policy.model.parameters() if p.requires_grad], lr=1e-2)
+    ids, metrics, before = [], [], weights(policy)
+    for _ in range(2):
+        step = trainer.step()
+        metrics.append({name: x for name, x in step.items() if not name.endswith(("_s", "_gb"))})
+        ids.append(trainer.batch.rollouts.ids)
+    return {"ids": ids, "before": before, "after": weights(policy), "metrics": metrics}
 
 
 @pytest.mark.parametrize(
-    "n, flags, message",
+    "settings",
     [
-        (1, "--shard", "torchrun --standalone --nproc-per-node N grace.py"),
-        (4, "--shard --batch 5", "must divide 10 groups"),
-        (2, "--shard --batch 4 --lora 8", "small enough for every rank"),
+        dict(batch=5, minibatches=2, prompt_weight=0.5),  # minibatches of five groups: three for one rank, two for the other
+        dict(recipe="paper", batch=5, minibatches=2, kl=0.1),
+        dict(mode="unsupervised", batch=5, lora=4),
+        dict(recipe="paper", mode="unsupervised", batch=3, minibatches=3),  # one group each: a rank is left without
+        dict(train_roles="query,positive,negative", batch=2, kl_estimator="k2"),
     ],
+    ids=["full", "paper", "full, unsupervised, adapters", "paper, unsupervised", "negatives too"],
 )
-def test_shard_refuses(tiny_world, tmp_path, monkeypatch, n, flags, message):
-    monkeypatch.setattr(ranks, "_size", n)
-    with pytest.raises(GraceError, match=message):
-        grace.parse(command(tiny_world, tmp_path, flags), "")
+def test_the_step_of_one_process(make_policy, tmp_path, monkeypatch, settings):
+    monkeypatch.setattr(grace, "MAX_GRAD_NORM", 1e9)  # neither clipping nor Adam, which would hide a gradient of a wrong scale
+    ended = fork_ranks(lambda: torch.save(two_steps(make_policy, **settings), tmp_path / f"{ranks.rank}.pt"), tmp_path)
+    assert [code for code, _ in ended] == [0, 0], ended
+    one, *two = two_steps(make_policy, **settings), *(torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    assert (one["after"] - one["before"]).abs().max() > 1e-3
+    assert torch.equal(two[0]["after"], two[1]["after"])
+    for rank in two:
+        assert all(torch.equal(a, b) for a, b in zip(rank["ids"], one["ids"], strict=True))
+        assert (rank["after"] - one["after"]).abs().max() < 1e-12
+        for a, b in zip(rank["metrics"], one["metrics"], strict=True):
+            assert a == pytest.approx(b, rel=1e-6, abs=1e-12)
+
+
+# ---------------------------------------------------------------- whole runs
+
+
+@pytest.fixture(scope="module")
+def run(tiny_world, no_page, tmp_path_factory):
+    """The arguments of a run of three steps, and the folder in which one process has made it."""
+    one = tmp_path_factory.mktemp("run") / "one"
+    arguments = lambda out, *more: command(tiny_world, out, "--steps 3 --batch 5 --device cpu --eval-every 0", *more)
+    grace.main(arguments(one))
+
+    def near(out):
+        """Whether a folder's model is that of one process but for rounding, of which Adam makes a step where no gradient is."""
+        a, b, start = (load_file(folder / "model.safetensors") for folder in (one, out, tiny_world / "model"))
+        apart = lambda x, y: sum(float((x[name] - y[name]).pow(2).sum()) for name in x) ** 0.5
+        assert apart(a, start) > 0.1
+        return apart(a, b) < 5e-3 * apart(a, start)
+
+    return arguments, near
+
+
+def in_rank(rank, method, act, at=1):
+    """In one of the ranks: `act()` before a method of the trainer in step `at + 1`."""
+    original = getattr(grace.Trainer, method)
+
+    def acting(trainer, *args):
+        if ranks.rank == rank and trainer.step_number == at:
+            act()
+        return original(trainer, *args)
+
+    setattr(grace.Trainer, method, acting)  # in a forked process: nothing to undo
+
+
+def test_a_rank_that_is_killed(run, tmp_path):
+    """The other one ends as well, with one sentence, and two ranks or one continue from the checkpoint."""
+    arguments, near = run
+    out, began = tmp_path / "out", time.time()
+    to_self = lambda: os.kill(os.getpid(), signal.SIGKILL)
+    (code, printed), (killed, _) = fork_ranks(lambda: (in_rank(1, "update", to_self), grace.main(arguments(out))), tmp_path)
+    assert (code, killed) == (1, -signal.SIGKILL) and time.time() - began < 60
+    assert "grace.py: another rank does not answer (" in printed and "--resume continues" in printed
+    assert "Traceback" not in printed
+    assert [os.path.basename(x) for x in checkpoints(out)] == ["00000001"]
+    (first, printed), (second, silent) = fork_ranks(lambda: grace.main(arguments(out, "--resume")), tmp_path)
+    assert (first, second) == (0, 0) and "resumed from" in printed and silent == ""
+    assert near(out) and len((out / "metrics.jsonl").read_text().splitlines()) == 3
+
+
+def test_a_signal_to_one_rank(run, tmp_path):
+    """Both finish the step. The second one does not end before the checkpoint is written: the first would be ended, too."""
+    arguments, near = run
+    out = tmp_path / "out"
+
+    def program():
+        in_rank(0, "update", lambda: os.kill(os.getpid(), signal.SIGTERM))
+        save = torch.save
+        torch.save = lambda *args: (time.sleep(0.5), save(*args))
+        grace.main(arguments(out, "--save-every 0"))
+
+    (first, printed), (second, silent) = fork_ranks(program, tmp_path)
+    assert (first, second) == (143, 143) and silent == ""
+    assert printed.endswith("stopped after step 2, with a checkpoint: the same command with --resume continues\n")
+    assert [os.path.basename(x) for x in checkpoints(out)] == ["00000002"]
+    grace.main(arguments(out, "--save-every 0 --resume"))
+    assert near(out)
+
+
+def test_errors_of_all_ranks_are_told_once_and_those_of_one_too(run, tmp_path):
+    arguments, _ = run
+    told = lambda text: [line for line in text.splitlines() if line.startswith("grace.py: ")]
+    (first, one), (second, two) = fork_ranks(lambda: grace.main(arguments(tmp_path / "a", "--minibatches 11")), tmp_path)
+    assert (first, second) == (1, -signal.SIGTERM)
+    assert len(told(one)) == 1 and "cannot be shared out to --minibatches 11 and 2 ranks" in one and two == ""
+
+    def out_of_memory():
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    (first, one), (second, two) = fork_ranks(
+        lambda: (in_rank(1, "objective", out_of_memory), grace.main(arguments(tmp_path / "b"))), tmp_path
+    )
+    assert (first, second) == (1, 1) and "another rank does not answer" in one
+    assert len(told(two)) == 1 and "step 2: out of memory with --tokens-per-batch 4096; lower it, and --resume" in two
+
+
+def test_torchrun(run, tmp_path):
+    """It is stopped by a signal after its first steps; one process continues."""
+    arguments, near = run
+    out = tmp_path / "out"
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "grace.py"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    with open(tmp_path / "printed", "w") as printed:
+        process = subprocess.Popen(
+            [*torchrun, *arguments(out, "--steps 3000")], env=environment, stdout=printed, stderr=printed
+        )
+        while process.poll() is None and len(checkpoints(out)) < 2:
+            time.sleep(0.1)
+        process.send_signal(signal.SIGTERM)
+        process.wait(timeout=60)
+    printed = (tmp_path / "printed").read_text()
+    assert printed.count("64 training rows") == printed.count("with a checkpoint: the same command with --resume") == 1, printed
+    last = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])["step"]
+    assert os.path.basename(checkpoints(out)[-1]) == f"{last:08d}"
+    grace.main(arguments(out, f"--resume --steps {last + 1}"))
+    assert (out / "summary.json").exists() and len((out / "metrics.jsonl").read_text().splitlines()) == last + 1
+
+
+def test_shares(monkeypatch):
+    """They cover everything once, in order, and no rank is left without where there are as many items as ranks."""
+    assert ranks.size == 1 and ranks.first() and ranks.gather("x") == ["x"]
+    for n, size in [(7, 2), (2, 2), (5, 3), (1, 2), (64, 8)]:
+        monkeypatch.setattr(ranks, "size", size)
+        shares = []
+        for rank in range(size):
+            monkeypatch.setattr(ranks, "rank", rank)
+            shares.append(range(n)[ranks.mine(n)])
+        assert [i for share in shares for i in share] == list(range(n)) and (n < size or all(shares))

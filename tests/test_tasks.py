@@ -2,8 +2,6 @@
 
 import itertools
 import math
-import os
-import zlib
 
 import numpy as np
 import pytest
@@ -17,19 +15,18 @@ from evaluation.tasks import FAMILIES, SUBSET, TASKS, choose_tasks, evaluate_hel
 from plumbing.data import read_pairs, read_triplets
 from plumbing.errors import GraceError
 
-REAL = os.path.abspath("../shared/data/eval")
+MTEBS = {  # what mteb 2.26.24 gives for the vectors of `synthetic_tasks.encode`; test_mteb.py asks it again, where installed
+    "ArguAna": 0.14337, "NFCorpus": 0.03566, "SciFact": 0.21288, "SciDocsRR": 0.38103, "STS17": 0.273268,
+    "STSBenchmark": 0.160434, "SprintDuplicateQuestions": 0.691294, "SummEval": 0.306249,
+    "TwentyNewsgroupsClustering": 0.693947, "Banking77Classification": 0.901, "EmotionClassification": 0.946,
+    "MassiveIntentClassification": 0.908,
+}  # fmt: skip
 
 
 def one_hot(texts):
     """Each word a fixed direction: cosine is a plain overlap count."""
     words = "a b c d e f g h".split()
     return np.array([[t.split().count(w) for w in words] for t in texts], np.float32) + 1e-3
-
-
-@pytest.fixture(scope="module")
-def synthetic(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tasks")
-    return folder, synthetic_tasks.write_all(folder)
 
 
 def test_the_sixteen():
@@ -41,14 +38,15 @@ def test_the_sixteen():
         choose_tasks(["STS99"])
 
 
-def test_every_protocol(synthetic):
-    """Each runs, and a second time gives the same."""
-    folder, names = synthetic
+def test_every_protocol(tmp_path):
+    """Every score is mteb's. A k-means or a logistic regression may end elsewhere with other libraries and processors."""
     pytest.importorskip("sklearn", reason="scikit-learn is not installed")
-    one, two = (evaluate_tasks(synthetic_tasks.encode, names, str(folder)) for _ in range(2))
-    assert [one[n]["main_score"] for n in names] == [two[n]["main_score"] for n in names]
-    assert all(np.isfinite(one[n]["main_score"]) for n in names)
-    assert one["SummEval"]["rows_skipped"] == 2
+    names = synthetic_tasks.write_all(tmp_path)
+    results = evaluate_tasks(synthetic_tasks.encode, names, str(tmp_path))
+    assert names == sorted(MTEBS) and results["SummEval"]["rows_skipped"] == 2
+    for name, score in MTEBS.items():
+        loose = TASKS[name].family in ("classification", "clustering")
+        assert results[name]["main_score"] == pytest.approx(score, abs=2e-2 if loose else 1e-5), name
 
 
 def test_retrieval_by_hand(tmp_path):
@@ -72,7 +70,7 @@ def test_retrieval_by_hand(tmp_path):
     assert score == pytest.approx(round((1 + 1 / np.log2(3) + 0) / 3, 5))
 
 
-def test_a_query_that_is_its_own_document(synthetic):
+def test_a_query_that_is_its_own_document():
     corpus, queries, qrels = {"p": "a", "q": "b", "r": "a b"}, {"p": "a"}, {"p": {"r": 1}}
     assert search(one_hot, corpus, queries, qrels)["p"] == [0, 1, 0]
     assert search(one_hot, corpus, queries, qrels, not_itself=True)["p"] == [1, 0]
@@ -95,13 +93,14 @@ def test_local_folders_are_read_afresh(tmp_path):
         assert result["main_score"] == pytest.approx(1.0 if place == "two" else -1.0)
 
 
-@pytest.mark.parametrize("as_config", [True, False])
-def test_language_as_config_or_column(tmp_path, as_config):
+@pytest.mark.parametrize("layout", ["folder", "file", "column"])
+def test_where_a_language_is(tmp_path, layout):
     data = [{"sentence1": "a", "sentence2": t, "score": s, "lang": "en-en"} for t, s in zip(("a", "a b", "c"), (3, 2, 1))]
-    if as_config:
-        rows(tmp_path / "STS17" / "en-en" / "test.jsonl", data)
-    else:
-        rows(tmp_path / "STS17" / "test.jsonl", data + [{**data[0], "score": -9, "lang": "ar-ar"}])
+    other = [{**row, "score": -row["score"], "lang": "de-de"} for row in data]
+    if layout == "column":
+        rows(tmp_path / "STS17" / "test.jsonl", data + other)
+    for name, part in (("en-en", data), ("de-de", other)) if layout != "column" else ():
+        rows(tmp_path / "STS17" / (f"{name}/test.jsonl" if layout == "folder" else f"{name}.jsonl"), part)
     assert evaluate_tasks(one_hot, ["STS17"], str(tmp_path))["STS17"]["main_score"] == pytest.approx(1.0)
 
 
@@ -109,7 +108,7 @@ def test_pairs_may_come_a_row_each(tmp_path):
     data = [{"sentence1": "a", "sentence2": t, "labels": y} for t, y in (("a", 1), ("b", 0), ("a b", 1), ("c", 0))]
     rows(tmp_path / "SprintDuplicateQuestions" / "test.jsonl", data)
     result = evaluate_tasks(one_hot, ["SprintDuplicateQuestions"], str(tmp_path))["SprintDuplicateQuestions"]
-    assert result["main_score"] == result["max_ap"] == 1.0
+    assert result["main_score"] == 1.0
 
 
 def test_summarization_skips_constant_rows(tmp_path):
@@ -140,11 +139,11 @@ def test_missing_folder_column_split_and_hub(tmp_path):
     with pytest.raises(GraceError, match="no split 'test'; it has"):
         evaluate_tasks(one_hot, ["SICK-R"], str(tmp_path))
     rows(tmp_path / "SciFact" / "corpus" / "test.jsonl", [{"_id": "1", "text": "a"}])
-    with pytest.raises(GraceError, match="no 'queries' or 'query'"):
+    with pytest.raises(GraceError, match="no queries or query: a configuration, sub-folder or file"):
         evaluate_tasks(one_hot, ["SciFact"], str(tmp_path))
     with pytest.raises(GraceError, match="not on the hub: give --data-dir"):
         evaluate_tasks(one_hot, ["ToyPairs"])
-    with pytest.raises(GraceError, match="Without a network give --data-dir"):
+    with pytest.raises(GraceError, match="without a network give --data-dir"):
         evaluate_tasks(one_hot, ["STSBenchmark"])
 
 
@@ -156,33 +155,12 @@ def test_a_split_is_not_replaced_by_another(tmp_path):
         evaluate_tasks(one_hot, ["Banking77Classification"], str(tmp_path))
 
 
-def test_one_file_a_language(tmp_path):
-    rows(tmp_path / "STS17" / "en-en.jsonl", [{"sentence1": "a", "sentence2": t, "score": s} for t, s in (("a", 2), ("b", 1))])
-    rows(tmp_path / "STS17" / "de-de.jsonl", [{"sentence1": "a", "sentence2": t, "score": s} for t, s in (("a", 1), ("b", 2))])
-    assert evaluate_tasks(one_hot, ["STS17"], str(tmp_path))["STS17"]["main_score"] == pytest.approx(1)
-
-
-def test_holes_in_the_data(tmp_path):
-    with pytest.raises(GraceError, match="row 2: no score"):
-        evaluate_tasks(one_hot, ["STSBenchmark"], sts(tmp_path, [GOOD[0], {**GOOD[1], "score": None}]))
-    rows(tmp_path / "SprintDuplicateQuestions" / "test.jsonl", [{"sent1": ["a"], "sent2": ["b", "c"], "labels": [1]}])
-    with pytest.raises(GraceError, match="1 and 2 sentences"):
-        evaluate_tasks(one_hot, ["SprintDuplicateQuestions"], str(tmp_path))
-    with pytest.raises(GraceError, match="candidate 'e' is not in the corpus"):
-        search(one_hot, {"d": "a"}, {"q": "a"}, {"q": {"d": 1}}, candidates={"q": ["d", "e"]})
-
-
 def test_what_the_encoder_must_not_do(tmp_path):
     folder = sts(tmp_path, GOOD)
     with pytest.raises(GraceError, match="the vector of 'b' is not finite"):
         evaluate_tasks(lambda x: np.where(np.array(x) == "b", np.nan, 1.0)[:, None], ["STSBenchmark"], folder)
     with pytest.raises(GraceError, match=r"gave shape \(3, 2\) for 4 texts"):
         evaluate_tasks(lambda x: np.ones((3, 2)), ["STSBenchmark"], folder)
-    rows(tmp_path / "SICK-R" / "test.jsonl", GOOD)
-    calls = []
-    grows = lambda x: calls.append(1) or one_hot(x)[:, : 3 + len(calls)]
-    with pytest.raises(GraceError, match="dimension changed from 4 to 5"):
-        evaluate_tasks(grows, ["STSBenchmark", "SICK-R"], folder)
 
 
 # ---------------------------------------------------------------- held-out rows, and real tasks
@@ -220,17 +198,3 @@ def test_held_out_texts(make_policy):
     assert {"text_loss", "finished", "words"} <= scores.keys()
     alone = evaluate_heldout(policy, [{"text": text} for text in texts], graded, rationale=False)
     assert alone.keys() == {"uniformity", "spearman"} and alone["uniformity"] != pytest.approx(scores["uniformity"], abs=1e-3)
-
-
-@pytest.mark.skipif(not os.path.isdir(REAL), reason="no real tasks beside the repository")
-def test_real_tasks_are_read():
-    def encode(texts):  # bags of hashed words
-        vectors = np.full((len(texts), 256), 1e-3, np.float32)
-        for row, text in zip(vectors, texts):
-            for word in text.lower().split():
-                row[zlib.crc32(word.encode()) % 256] += 1
-        return vectors
-
-    results = evaluate_tasks(encode, "STSBenchmark,STS17,STS12,STS13,SICK-R", REAL)
-    scores = {name: result["main_score"] for name, result in results.items()}
-    assert all(0.3 < score < 0.9 for score in scores.values()), scores

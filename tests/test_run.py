@@ -1,0 +1,281 @@
+"""A run's folder: what it holds and what it refuses, and that a run stopped in any way ends as one that was never stopped."""
+
+import errno
+import itertools
+import json
+import os
+import random
+import shutil
+import signal
+import time
+
+import pytest
+import torch
+from conftest import command, same
+from forked import ended, fork
+
+import grace
+from plumbing.errors import GraceError
+from plumbing.run import Signals, checkpoints
+from policy import Policy
+
+MODEL = {"model.safetensors", "config.json", "generation_config.json", "grace_config.json"}
+MODEL |= {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
+
+
+@pytest.fixture(scope="module")
+def six_steps(tiny_world, no_page, tmp_path_factory):
+    """A run of six steps that was never stopped. Not to be written to."""
+    out = tmp_path_factory.mktemp("six")
+    grace.main(command(tiny_world, out, "--steps 6"))
+    return out
+
+
+def saved(out):
+    """The steps of a run's checkpoints."""
+    return [int(os.path.basename(folder)) for folder in checkpoints(out)]
+
+
+def read(path):
+    with open(path) as file:
+        return json.load(file)
+
+
+# ---------------------------------------------------------------- what --out holds
+
+
+def test_what_a_run_leaves(finished_run):
+    files = MODEL | {"run.json", "metrics.jsonl", "rationales.md", "probe.json", "summary.json", "checkpoints"}
+    assert set(os.listdir(finished_run)) == files and saved(finished_run) == [3, 4]
+    assert all(set(os.listdir(folder)) == MODEL | {"trainer.pt"} for folder in checkpoints(finished_run))
+    summary = read(finished_run / "summary.json")
+    assert summary.keys() >= {"before", "after", "after_without_rationale", "seconds", "config"}
+    assert read(finished_run / "run.json")["config"] == summary["config"] and summary["config"]["steps"] == 4
+
+
+def test_refusals(tiny_world, finished_run, two_checkpoints, tmp_path):
+    """One sentence each, and nothing is touched."""
+
+    def refused(sentence, out, *flags):
+        before = sorted(out.rglob("*")) if out.is_dir() else None
+        with pytest.raises(SystemExit, match=f"grace.py: .*{sentence}"):
+            grace.main(command(tiny_world, out, "--steps 6", *flags))
+        assert before is None or sorted(out.rglob("*")) == before
+
+    refused("holds a finished run: --resume continues it, --overwrite starts anew, or", finished_run)
+    refused("holds a model: --resume continues it, --overwrite starts anew", two_checkpoints)
+    (two_checkpoints / "model.safetensors").unlink()
+    refused("holds the checkpoints of a run: --resume continues", two_checkpoints)
+    refused("give one of them", two_checkpoints, "--resume --overwrite")
+    refused(r"is of another run \(clip_eps was 0.2, lr was 0.001\)", two_checkpoints, "--resume --lr 0.5 --clip-eps 0.1")
+    refused(r"is of another run \(lr was 0.001\)", finished_run, "--resume --lr 0.5")
+    shutil.copytree(tiny_world, tmp_path / "world")
+    shutil.copytree(tiny_world / "model", tmp_path / "foreign")
+    refused("holds a model: --overwrite starts anew, or give", tmp_path / "foreign")
+    refused("holds a model and no checkpoint to resume from: --overwrite starts anew", tmp_path / "foreign", "--resume")
+    model = tmp_path / "world" / "model"
+    for out in (model, model / "checkpoints" / ".."):
+        refused("is where --model is: give another folder", out, f"--model {model} --overwrite")
+    refused("is where --model is", two_checkpoints, f"--model {checkpoints(two_checkpoints)[0]} --overwrite")
+    (tmp_path / "file").write_text("")
+    refused("cannot be written to .File exists", tmp_path / "file")
+    with pytest.raises(SystemExit, match="grace.py: --out is missing"):
+        grace.main(f"--model {tiny_world}/model --data {tiny_world}/data/train.jsonl".split())
+
+
+def test_other_rows_are_refused(tiny_world, tmp_path):
+    """The file has kept its name and not its rows. So is another number of steps, where the rate depends on it."""
+    rows, out = tmp_path / "train.jsonl", tmp_path / "out"
+    shutil.copy(tiny_world / "data" / "train.jsonl", rows)
+    arguments = lambda *more: command(tiny_world, out, f"--lr-decay --data {rows}", *more)
+    grace.main(arguments("--steps 1"))
+    with pytest.raises(SystemExit, match=r"is of another run \(steps was 1\)"):
+        grace.main(arguments("--steps 2 --resume"))
+    (out / "summary.json").unlink()
+    rows.write_text(rows.read_text().replace("doctor", "physician"))
+    with pytest.raises(SystemExit, match="is of a run on other rows than .*train.jsonl has now: give those rows"):
+        grace.main(arguments("--steps 1 --resume"))
+
+
+def test_overwrite_deletes_nothing_before_the_first_evaluation(tiny_world, finished_run, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(finished_run, out)
+    (out / "not_finite_step_7.json").write_text("[]")
+    (out / "model-00001-of-00002.safetensors").write_text("")
+    with pytest.raises(SystemExit, match="--max-prompt-tokens|max_prompt_tokens"):
+        grace.main(command(tiny_world, out, "--steps 4 --overwrite --max-prompt-tokens 3"))
+    same(finished_run, out)
+    assert saved(out) == [3, 4] and (out / "not_finite_step_7.json").exists()
+    grace.main(command(tiny_world, out, "--steps 1 --overwrite --save-every 0 --seed 1"))
+    assert saved(out) == [1] and len((out / "metrics.jsonl").read_text().splitlines()) == 1
+    assert set(os.listdir(out)) == set(os.listdir(finished_run))  # what was of the earlier run alone is gone
+
+
+def test_a_finished_run_is_recognised_and_continued(tiny_world, finished_run, six_steps, tmp_path, capsys):
+    out = tmp_path / "out"
+    shutil.copytree(finished_run, out)
+    for steps in (3, 4):
+        grace.main(command(tiny_world, out, f"--steps {steps} --resume"))
+        assert f"{out}: finished, after 4 steps" in capsys.readouterr().out
+    grace.main(command(tiny_world, out, "--steps 6 --resume"))
+    same(six_steps, out)
+    progress = torch.load(f"{checkpoints(finished_run)[-1]}/trainer.pt")["progress"]
+    assert read(out / "summary.json")["seconds"] > progress["seconds"] > 0  # the clock went on
+    assert read(out / "run.json")["config"]["steps"] == 6
+    shutil.rmtree(out / "checkpoints")
+    with pytest.raises(SystemExit, match="holds a finished run and no checkpoint to resume from"):
+        grace.main(command(tiny_world, out, "--steps 8 --resume"))
+
+
+# ---------------------------------------------------------------- stopped and resumed
+
+
+@pytest.mark.parametrize("more", ["--lr-decay --minibatches 2", "--recipe paper", "--mode unsupervised"])
+def test_resumed_is_never_stopped(tiny_world, tmp_path, monkeypatch, more):
+    """By an evaluation that fails, where a batch crosses into the next pass over the data."""
+    name = "texts" if "unsupervised" in more else "train"
+    lines = (tiny_world / "data" / f"{name}.jsonl").read_text().splitlines(True)
+    (tmp_path / "ten.jsonl").write_text("".join(lines[:10]))  # in batches of 4
+    arguments = lambda out, *x: command(tiny_world, out, f"--steps 5 --eval-every 3 --data {tmp_path}/ten.jsonl", more, *x)
+    grace.main(arguments(tmp_path / "straight"))
+    out, evaluate, calls = tmp_path / "stopped", grace.evaluate_heldout, itertools.count(1)
+
+    def fails(*args, **options):
+        if next(calls) == 2:
+            raise GraceError("no memory left")
+        return evaluate(*args, **options)
+
+    with monkeypatch.context() as patched, pytest.raises(SystemExit, match="grace.py: no memory left"):
+        patched.setattr(grace, "evaluate_heldout", fails)
+        grace.main(arguments(out))
+    assert saved(out) == [1, 2]
+    with open(out / "metrics.jsonl", "a") as file:
+        file.write('{"step": 9}\n{"step": 4, "rew')  # lines of no checkpoint, one of them torn
+    torch.rand(3), random.random()  # nothing may depend on what else was drawn
+    grace.main(arguments(out, "--resume"))
+    same(tmp_path / "straight", out)
+
+
+def kill_at(module, name, path):
+    """Have this process kill itself when a function of this name is called with the path: `torch.save` when half is written."""
+    usual = getattr(module, name)
+
+    def dying(*args, **options):
+        if any(str(x).endswith(path) for x in args):
+            if name == "save":
+                usual(*args)
+                os.truncate(args[1], os.path.getsize(args[1]) // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return usual(*args, **options)
+
+    setattr(module, name, dying)
+
+
+@pytest.mark.parametrize(
+    "moment",
+    [
+        (os, "remove", "summary.json"),  # of the first four steps
+        (torch, "save", "00000005.tmp/trainer.pt"),
+        (shutil, "rmtree", "00000003"),
+        (os, "replace", "final.tmp/model.safetensors"),
+        (os, "replace", "summary.json.tmp"),
+    ],
+)
+def test_killed_while_writing(tiny_world, finished_run, six_steps, tmp_path, moment):
+    """Between a resume and the summary."""
+    out = tmp_path / "out"
+    shutil.copytree(finished_run, out)
+    arguments = command(tiny_world, out, "--steps 6 --resume")
+    assert ended(fork(lambda: (kill_at(*moment), grace.main(arguments)))) == -signal.SIGKILL
+    grace.main(arguments)
+    same(six_steps, out)
+    assert saved(out)[-2:] == [5, 6] and not list(out.rglob("*.tmp"))
+
+
+def test_killed_at_random_moments(tiny_world, finished_run, tmp_path):
+    arguments, rng = command(tiny_world, tmp_path, "--steps 4 --resume"), random.Random(0)
+    for _ in range(5):
+        pid = fork(lambda: grace.main(arguments))
+        time.sleep(rng.uniform(0.05, 0.8))
+        os.kill(pid, signal.SIGKILL)
+        assert ended(pid) in (0, -signal.SIGKILL)
+    grace.main(arguments)
+    same(finished_run, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "number, where, nth, step",
+    [
+        (signal.SIGTERM, "update", 2, 2),
+        (signal.SIGINT, "evaluate_heldout", 2, 5),
+        (signal.SIGINT, "evaluate_heldout", 3, 6),  # after the training: it ends the run at once, and all is saved
+    ],
+)
+def test_a_signal_saves_and_stops(tiny_world, six_steps, tmp_path, monkeypatch, capfd, number, where, nth, step):
+    """After the step, or the evaluation, in which it comes; also without --save-every."""
+    place = grace.Trainer if where == "update" else grace
+    usual, calls, before = getattr(place, where), itertools.count(1), signal.getsignal(number)
+
+    def interrupted(*args, **options):
+        if next(calls) == nth:
+            os.kill(os.getpid(), number)
+        return usual(*args, **options)
+
+    flags = "--steps 6 --save-every 0"
+    with monkeypatch.context() as patched, pytest.raises(SystemExit) as stop:
+        patched.setattr(place, where, interrupted)
+        grace.main(command(tiny_world, tmp_path, flags))
+    assert stop.value.code == 128 + number and signal.getsignal(number) is before and saved(tmp_path) == [step]
+    printed, told = capfd.readouterr(), step < 6
+    assert (f"{number.name}: finishing this step, then saving. Again: end at once." in printed.err) == told
+    assert (f"stopped after step {step}, with a checkpoint: the same command with --resume" in printed.out) == told
+    grace.main(command(tiny_world, tmp_path, flags, "--resume"))
+    same(six_steps, tmp_path)
+
+
+def test_a_second_signal_ends_at_once():
+    def program():
+        with Signals() as signals:
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert signals.received == signal.SIGTERM
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(60)
+
+    assert ended(fork(program)) == -signal.SIGINT
+
+
+# ---------------------------------------------------------------- a disk that is full, a file that is not what it was
+
+
+@pytest.mark.parametrize("place, name", [(torch, "save"), (Policy, "save_result"), (os, "fsync")])
+def test_a_full_disk(tiny_world, six_steps, two_checkpoints, monkeypatch, place, name):
+    """It ends the run with one sentence. No half file is left, and with more room the run continues."""
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched, pytest.raises(SystemExit) as stop:
+        patched.setattr(place, name, full)
+        grace.main(command(tiny_world, two_checkpoints, "--steps 6 --resume"))
+    assert "cannot be written (No space left on device); make room, or give the right" in stop.value.code
+    assert stop.value.code.startswith("grace.py: ") and "\n" not in stop.value.code
+    assert not list(two_checkpoints.rglob("*.tmp"))
+    grace.main(command(tiny_world, two_checkpoints, "--steps 6 --resume"))
+    same(six_steps, two_checkpoints)
+
+
+def test_no_file_is_unpickled(tiny_world, six_steps, two_checkpoints, tmp_path):
+    """A trainer.pt that would run code is an error that says what to do."""
+
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "was-here"),)
+
+    newest = checkpoints(two_checkpoints)[-1]
+    torch.save({"step": Evil()}, os.path.join(newest, "trainer.pt"))
+    with pytest.raises(SystemExit, match="00000004: trainer.pt cannot be read .*Weights only.*delete this checkpoint"):
+        grace.main(command(tiny_world, two_checkpoints, "--steps 6 --resume"))
+    assert not (tmp_path / "was-here").exists() and saved(two_checkpoints) == [3, 4]
+    shutil.rmtree(newest)
+    grace.main(command(tiny_world, two_checkpoints, "--steps 6 --resume"))
+    same(six_steps, two_checkpoints)
