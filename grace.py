@@ -201,15 +201,15 @@ class Trainer:
             g_prompt = judge(batch.prompt_embeddings, ended, batch.same_text, config)[2][:, 0]
         batch.figures = {"tokens": rollouts.mask.sum(-1), "reward": R, **components}
         require_finite("a reward, its gradient or an embedding's direction", R, g, 1 / rollouts.embeddings.norm(dim=-1))
+        metrics = batch_metrics(rollouts, R, components)
         # 4. Better or worse than the other rationales of the same text (Eq. 18).
         A = self.advantage(R, batch)
         # 5. The clipped update (Eq. 8, 19), with the pathwise term.
-        learned = self.update(rollouts, A, g, g_prompt)
+        metrics |= self.update(rollouts, A, g, g_prompt)
         self.step_number += 1
-        metrics = {"step": self.step_number, **batch_metrics(rollouts, R, components), **learned}
         metrics |= {"lr": self.optimizer.param_groups[0]["lr"], "tokens_per_s": float(rollouts.mask.sum()) / (sampled - start)}
         metrics |= {"sample_s": sampled - start, "step_s": time.perf_counter() - start}
-        return metrics | {"peak_memory_gb": peak_memory_gb(self.policy.device)}
+        return {"step": self.step_number, **metrics, "peak_memory_gb": peak_memory_gb(self.policy.device)}
 
     def next_rows(self):
         """The next B rows of a stream of shuffled passes over the data, a function of seed and step."""
@@ -379,6 +379,8 @@ def safe_step(trainer):
             advice = f"lower --lr, or inspect the data; {path} shows the batch"
             raise GraceError(f"step {trainer.step_number + 1}: {error}: {advice}") from error
         trainer.optimizer.zero_grad(set_to_none=True)
+        if trainer.step_number == 0:
+            trainer.optimizer.state.clear()  # it is made in the first step: half of it could be there
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         where = f"step {trainer.step_number + 1}: out of memory with --tokens-per-batch {config.tokens_per_batch}"

@@ -80,7 +80,8 @@ class PromptTemplate:
             raise GraceError(f"{type(tokenizer).__name__} does not say which characters a token covers: use a fast tokenizer")
         self.prefix, self.suffix = self._around()
         # Ids that a template may write and a text may not: a text is data, whatever its characters spell.
-        self.control = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
+        special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+        self.control = (special | set(tokenizer.all_special_ids)) - {tokenizer.unk_token_id}
 
     def _around(self):
         """What the template writes before and after any text: what the renderings of two texts have in common."""

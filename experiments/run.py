@@ -64,7 +64,7 @@ def make_all(names, folder, worlds, quick=False, jobs=2):
     """Make every missing run: the worlds first, since runs share them."""
     runs = missing(names, records.read_all(folder), quick)
     one_of_each = {(run["world"], run["seed"]): run for run in runs}
-    for world in each(records.build_world, list(one_of_each.values()), worlds, quick, jobs):
+    for world in each(records.world_of, list(one_of_each.values()), worlds, quick, jobs):
         print(f"world at {world}", flush=True)
     for number, record in enumerate(each(records.make, runs, worlds, quick, jobs), 1):
         records.keep(record, folder)

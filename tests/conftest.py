@@ -102,7 +102,7 @@ def start(policy):
 def rolled(policy, texts=TEXTS, K=3, temperature=1.0, seed=0):
     """K sampled rationales per text."""
     uniform = uniforms(seed, len(texts), K, policy.reading.max_new_tokens)
-    return sample(policy, policy.prompts(texts), K, temperature, uniform)
+    return sample(policy, policy.template(texts), K, temperature, uniform)
 
 
 def by_full_forward(policy, rollouts, n, k, temperature=1.0):
@@ -122,7 +122,7 @@ def by_full_forward(policy, rollouts, n, k, temperature=1.0):
 
 def embedded(policy, text):
     """One text, read alone: the mean of the states that count, and the log-probability of the tokens between them."""
-    x = policy.prompts([text])
+    x = policy.template([text])
     out, counted = policy.model(input_ids=x.ids, output_hidden_states=True), x.counted[0].bool()
     h = out.hidden_states[-1][0][counted].mean(0)
     at = counted.nonzero()[1:, 0]
@@ -160,11 +160,22 @@ def config(**settings):
     return Config(**{**dict(batch=4, rollouts=3, steps=2, lr=1e-3), **settings})
 
 
+class Descent(grace.Trainer):
+    """By plain, unclipped gradient descent: Adam and clipping would hide a gradient of a wrong scale."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.optimizer = torch.optim.SGD(self.policy.model.parameters(), lr=1e-2)
+
+    def optimizer_step(self):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(grace, "MAX_GRAD_NORM", 1e9)
+            return super().optimizer_step()
+
+
 def descent(policy, **settings):
-    """A Trainer of `ROWS` by plain, unclipped gradient descent: Adam and clipping would hide a gradient of a wrong scale."""
-    trainer = grace.Trainer(policy, start(policy), ROWS, config(max_grad_norm=1e9, **settings))
-    trainer.optimizer = torch.optim.SGD(policy.model.parameters(), lr=1e-2)
-    return trainer
+    """A Trainer of `ROWS` by gradient descent."""
+    return Descent(policy, start(policy), ROWS, config(**settings))
 
 
 @pytest.fixture(scope="session")

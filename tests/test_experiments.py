@@ -26,7 +26,7 @@ from rollout import make_batch, roll_out, sample
 def prepared(policy, algorithm, **settings):
     """A trainer of an algorithm, rewards, and the batch as its `advantage` gets it."""
     trainer, batch = algorithm(policy, None, ROWS, config(**settings)), make_batch(ROWS)
-    batch.rollouts, batch.embeddings, *_ = roll_out(policy, batch.texts, trainer.config, 0, trainer.sample_tokens)
+    batch.rollouts, batch.embeddings, *_ = roll_out(policy, batch.texts, trainer.config, 0)
     return trainer, torch.randn(batch.rollouts.finished.shape, generator=torch.Generator().manual_seed(2)), batch
 
 
@@ -93,7 +93,7 @@ def test_remax_subtracts_the_greedy_rationales_reward(make_policy):
     expected = []
     for role, mine, other in (("query", q, p), ("positive", p, q)):
         for i, text in enumerate(batch.texts[role]):
-            greedy = sample(policy, policy.prompts([text]), 1, 0.0)
+            greedy = sample(policy, policy.template([text]), 1, 0.0)
             h, reward = greedy.embeddings[0, 0].tolist(), 0.0
             own = mean([dot(h, x) for x in other[i]])
             for reduce, weight in ((mean, 1.0), (max, c.lambda_hard)):
@@ -120,7 +120,7 @@ def test_what_an_algorithm_cannot_do_is_refused(make_policy, monkeypatch):
         DAPO(make_policy(), None, ROWS, config(recipe="paper"))
     with pytest.raises(GraceError, match="labelled rows"):
         ReMax(make_policy(), None, ROWS, config(mode="unsupervised"))
-    monkeypatch.setattr("plumbing.ranks._size", 2)
+    monkeypatch.setattr("plumbing.ranks.size", 2)
     with pytest.raises(GraceError, match="leave out torchrun"):
         Contrastive(make_policy(), None, ROWS, config())
 
@@ -239,7 +239,7 @@ def test_another_instruction_is_followed_or_not(make_policy):
     answers = [greedy[0], "the old lamp", "boat"]
     nats, tokens = 0.0, 0
     for text, answer in zip(TEXTS, answers):
-        prompt = other.prompts([text]).ids[0].tolist()
+        prompt = other.template([text]).ids[0].tolist()
         ids = policy.tokenizer(answer)["input_ids"] + [policy.end_ids[0].item()]
         logits = policy.model(input_ids=torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1]
         nats -= torch.log_softmax(logits, -1).gather(1, torch.tensor(ids)[:, None]).sum().item()

@@ -1,6 +1,8 @@
-"""The house: what imports what. No arrow runs upward, and nothing in plumbing/ knows the method."""
+"""The house: what imports what. No arrow runs upward or in a circle, and nothing in plumbing/ knows the method."""
 
 import ast
+import functools
+import graphlib
 import re
 import sys
 import tomllib
@@ -24,18 +26,26 @@ def files(room):
     return sorted((ROOT / room).glob("*.py")) if room in FOLDERS else [ROOT / f"{room}.py"]
 
 
+@functools.cache
 def imported(path):
-    """The modules, by their first name, that a file imports at its top or inside a function."""
-    nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
-    names = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
-    names += [node.module for node in nodes if isinstance(node, ast.ImportFrom) and not node.level]
-    return {name.split(".")[0] for name in names}
+    """The modules that a file imports at its top or inside a function, and what it imports from them: `{"a", "a.b"}`."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return names
+
+
+def rooms(path):
+    return {name.split(".")[0] for name in imported(path)}
 
 
 def test_plumbing_knows_nothing_of_the_method():
     dependencies = {re.match(r"\w+", name)[0] for name in PROJECT["project"]["dependencies"]}
     for path in files("plumbing"):
-        assert imported(path) <= {"plumbing"} | dependencies | sys.stdlib_module_names, path.name
+        assert rooms(path) <= {"plumbing"} | dependencies | sys.stdlib_module_names, path.name
 
 
 def test_no_arrow_runs_upward():
@@ -43,20 +53,25 @@ def test_no_arrow_runs_upward():
     for floor in map(str.split, FLOORS):
         for room in floor:
             for path in files(room):
-                assert imported(path) & ROOMS <= below | ({room} & FOLDERS), path.relative_to(ROOT)
+                assert rooms(path) & ROOMS <= below | ({room} & FOLDERS), path.relative_to(ROOT)
         below |= set(floor)
     assert below == ROOMS, "each room needs a floor"
 
 
-def test_few_files_at_the_root():
-    assert len(list(ROOT.glob("*.py"))) <= 10
-    for folder in FOLDERS:  # each says why it is there
-        assert ast.get_docstring(ast.parse((ROOT / folder / "__init__.py").read_text(encoding="utf-8"))), folder
+def test_no_circles():
+    """Among all files, those of experiments/ and bench/ too, which import each other by their bare names."""
+    modules = {path.relative_to(ROOT).with_suffix("").as_posix().replace("/", "."): path for path in ROOT.glob("*/*.py")}
+    modules |= {path.stem: path for path in ROOT.glob("*.py")}
+    graph = {}
+    for name, path in modules.items():
+        beside = f"{path.parent.name}." if path.parent.name not in FOLDERS and path.parent != ROOT else ""
+        graph[name] = ({beside + x for x in imported(path)} | imported(path)) & modules.keys() - {name}
+    graphlib.TopologicalSorter(graph).prepare()  # raises CycleError, which names the circle
 
 
 def test_everything_needed_is_installed():
     """By `pip install .`: a module that pyproject.toml forgets is missing only there."""
     settings = PROJECT["tool"]["setuptools"]
     installed = {*settings["py-modules"], *settings["packages"]}
-    assert all(imported(path) & ROOMS <= installed for room in installed for path in files(room))
+    assert all(rooms(path) & ROOMS <= installed for room in installed for path in files(room))
     assert "grace" in installed and installed <= ROOMS

@@ -3,11 +3,13 @@
 import pytest
 import torch
 
-from pool import POOLS, fold, length_mask, mean_pool, pool, unit
+from pool import POOLS, fold, mean_pool, pool, unit
+
+each_pooling = pytest.mark.parametrize("how", POOLS)
 
 
 def by_loop(hidden, mask, how):
-    """The definition, a row at a time."""
+    """The definition, a row at a time; for the mean, Eq. 11."""
     rows = []
     for states, counts in zip(hidden, mask):
         kept = [state for state, count in zip(states, counts) if count]
@@ -29,32 +31,26 @@ def block():
     return hidden, mask
 
 
-@pytest.mark.parametrize("how", POOLS)
+@each_pooling
 def test_pool_is_its_definition(block, how):
+    """Whatever stands where the mask is 0, NaN included; and its gradient is that of finite differences."""
     hidden, mask = block
-    torch.testing.assert_close(pool(hidden, mask, how), by_loop(hidden, mask, how), rtol=1e-12, atol=1e-12)
+    expected, before = by_loop(hidden, mask, how), mask.clone()
+    spoiled = hidden.masked_fill(mask[..., None] == 0, float("nan"))
+    torch.testing.assert_close(pool(spoiled, mask, how), expected, rtol=1e-12, atol=1e-12)
+    assert torch.equal(mask, before)  # the caller goes on using it
+    assert torch.autograd.gradcheck(lambda h: pool(h, mask, how), hidden.requires_grad_())
 
 
-@pytest.mark.parametrize("how", POOLS)
+@each_pooling
 @pytest.mark.parametrize("cut", [1, 3, 6])
 def test_folding_blocks_is_pooling_the_whole(block, how, cut):
     """The decoding loop sees one token at a time; the result must not depend on that."""
-    hidden, mask = block
-    hidden, mask = hidden[[0, 3]], mask[[0, 3]]
+    hidden, mask = block[0][[0, 3]], block[1][[0, 3]]
     mask[:, 0] = 1  # a state exists from the first block on, as every prompt has tokens that count
     state = fold(None, hidden[:, :cut], mask[:, :cut], how)
     state = fold(state, hidden[:, cut:], mask[:, cut:], how)
     torch.testing.assert_close(unit(state), pool(hidden, mask, how), rtol=1e-12, atol=1e-12)
-
-
-@pytest.mark.parametrize("how", POOLS)
-def test_what_does_not_count_cannot_matter(block, how):
-    """Padding may hold anything, NaN included, and the caller's mask is left as it was."""
-    hidden, mask = block
-    expected, before = pool(hidden, mask, how), mask.clone()
-    spoiled = hidden.masked_fill(mask[..., None] == 0, float("nan"))
-    torch.testing.assert_close(pool(spoiled, mask, how), expected, rtol=0, atol=0)
-    assert torch.equal(mask, before)
 
 
 def test_mean_in_any_order(block):
@@ -63,28 +59,15 @@ def test_mean_in_any_order(block):
     torch.testing.assert_close(mean_pool(hidden[:, order], mask[:, order]), mean_pool(hidden, mask))
 
 
-@pytest.mark.parametrize("how", POOLS)
-def test_gradient(block, how):
-    hidden, mask = block
-    assert torch.autograd.gradcheck(lambda h: pool(h, mask, how), hidden.requires_grad_())
-
-
 def test_half_precision_is_summed_in_float32():
     hidden = torch.ones(1, 257, 2, dtype=torch.bfloat16)  # there is no 257 in bfloat16
     assert float(fold(None, hidden, torch.ones(1, 257))[0, 0]) == 257
 
 
-def test_a_row_without_tokens_is_an_error(block):
+def test_what_is_refused(block):
     hidden, mask = block
+    with pytest.raises(ValueError, match="choose one of mean"):
+        pool(hidden, mask, "median")
     mask[2] = 0
     with pytest.raises(ValueError, match=r"row\(s\) \[2\]"):
         mean_pool(hidden, mask)
-
-
-def test_unknown_pooling_is_an_error(block):
-    with pytest.raises(ValueError, match="choose one of mean"):
-        pool(*block, "median")
-
-
-def test_length_mask_counts():
-    assert length_mask(torch.tensor([0, 2, 5]), 5).sum(1).tolist() == [0, 2, 5]

@@ -18,6 +18,17 @@ def close(values, expected):
     torch.testing.assert_close(values, torch.tensor(expected, dtype=torch.float64), rtol=1e-10, atol=1e-10)
 
 
+def pairs(B, *shared):
+    """`[B, B]`, True where two instances share a text."""
+    same_text = torch.eye(B, dtype=torch.bool)
+    for i, j in shared:
+        same_text[i, j] = same_text[j, i] = True
+    return same_text
+
+
+# ---------------------------------------------------------------- the paper
+
+
 @pytest.mark.parametrize("B, K, M, D", [(5, 4, 2, 8), (1, 3, 1, 4), (3, 1, 0, 4), (2, 2, 3, 2)])
 class TestPaper:
     def test_eq13(self, B, K, M, D):
@@ -33,18 +44,40 @@ class TestPaper:
         close(reward.consistency(p), expected)
 
     def test_eq15(self, B, K, M, D):
+        """A batch of one has 0; instances that share a text are not others of each other."""
         q, p = units(B, D), units(B, K, D, seed=1)
-        expected = [
-            -sum(max(float(q[i] @ p[j, l]) for l in range(K)) for j in range(B) if j != i) / max(B - 1, 1) for i in range(B)
-        ]
-        close(reward.hard_negative(q, p), expected)
+        for same_text in (None, pairs(B, (0, B - 1))):
+            expected = []
+            for i in range(B):
+                others = [j for j in range(B) if j != i and (same_text is None or not same_text[i, j])]
+                expected.append(-sum(max(float(q[i] @ p[j, l]) for l in range(K)) for j in others) / max(len(others), 1))
+            close(reward.hard_negative(q, p, same_text), expected)
 
     def test_eq21(self, B, K, M, D):
         a, p = units(B, D), units(B, K, D, seed=1)
         close(reward.self_similarity(a, p), [[float(a[i] @ p[i, k]) for k in range(K)] for i in range(B)])
 
 
-def infonce_by_loop(rows, columns, t, negatives, twins, mined, leave_one_out):
+def test_total_and_scale_are_eq16_and_eq17():
+    c, s, h = torch.randn(3, 2, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    R = reward.scaled(reward.total({"contrastive": c, "consistency": s, "hard": h}, 0.2, 0.5), 0.1)
+    close(R, [[float(c[i, k] + 0.2 * s[i, k] + 0.5 * h[i, k]) / 0.1 for k in range(4)] for i in range(2)])
+
+
+def test_length_penalty_is_eq28():
+    R, gamma = torch.randn(2, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) - 1, 0.7
+    finished = torch.tensor([[True, False, True, False], [False, True, False, False]])
+    expected = [[float(R[i, k]) if finished[i, k] else -gamma for k in range(4)] for i in range(2)]
+    close(reward.length_penalty(R, finished, gamma, relative=False), expected)
+    assert (torch.tensor(expected) > R)[~finished].any()  # where rewards lie below -gamma, Eq. 28 is a prize
+    relative = [[float(R[i, k]) - (0 if finished[i, k] else gamma) for k in range(4)] for i in range(2)]
+    close(reward.length_penalty(R, finished, gamma), relative)
+
+
+# ---------------------------------------------------------------- InfoNCE
+
+
+def infonce_by_loop(rows, columns, t, negatives=None, same_text=None, mined=False, leave_one_out=False):
     B, Kr, _ = rows.shape
     pick = max if mined else (lambda xs: sum(xs) / len(xs))
     table = []
@@ -56,7 +89,7 @@ def infonce_by_loop(rows, columns, t, negatives, twins, mined, leave_one_out):
             own = sum(float(row @ columns[i, l]) for l in mates) / len(mates)
             scores = [own]
             for j in range(B):
-                if j != i and not (twins is not None and twins[i, j]):
+                if j != i and not (same_text is not None and same_text[i, j]):
                     scores.append(pick([float(row @ c) for c in columns[j]]))
             for m in range(negatives.shape[1] if negatives is not None else 0):
                 scores.append(pick([float(row @ c) for c in negatives[i, m]]))
@@ -64,26 +97,47 @@ def infonce_by_loop(rows, columns, t, negatives, twins, mined, leave_one_out):
     return table
 
 
-@pytest.mark.parametrize("mined", [False, True])
-@pytest.mark.parametrize("twinned", [False, True])
-@pytest.mark.parametrize("M", [None, 0, 1, 3])
-def test_infonce(mined, twinned, M):
-    B, Kr, Kc, D = 5, 3, 4, 8
-    rows, columns = units(B, Kr, D), units(B, Kc, D, seed=1)
-    negatives = None if M is None else units(B, M, 2, D, seed=2)
-    twins = torch.eye(B, dtype=torch.bool) if twinned else None
-    if twinned:
-        twins[0, 3] = twins[3, 0] = True
-    close(
-        reward.infonce(rows, columns, 0.1, negatives, twins, mined),
-        infonce_by_loop(rows, columns, 0.1, negatives, twins, mined, False),
-    )
+def outranked_by_loop(n, q, p, t, mined=False):
+    pick = max if mined else (lambda xs: sum(xs) / len(xs))
+    expected = []
+    for i in range(len(n)):
+        own = [float(a @ b) for a in q[i] for b in p[i]]
+        for m in range(n.shape[1]):
+            near = [pick([float(h @ a) for a in q[i]]) for h in n[i, m]]
+            expected.append([-math.log(1 + math.exp((s - sum(own) / len(own)) / t)) for s in near])
+    return expected
 
 
-@pytest.mark.parametrize("mined", [False, True])
-def test_infonce_unsupervised(mined):
-    x = units(4, 3, 6)
-    close(reward.infonce(x, x, 0.1, mined=mined, leave_one_out=True), infonce_by_loop(x, x, 0.1, None, None, mined, True))
+@pytest.mark.parametrize("M", [0, 2])
+@pytest.mark.parametrize("same_text", [None, pairs(4, (1, 2))])
+def test_infonce_of_each_role(M, same_text):
+    """Whose columns are its candidates, whose negatives, and what is mined."""
+    t, q, p, n, text = 0.2, units(4, 2, 6), units(4, 3, 6, seed=1), units(4, M, 3, 6, seed=2), units(4, 3, 6, seed=3)
+    roles = {"query": q, "positive": p, "negative": n, "text": text}
+    for mined, name in ((False, "contrastive"), (True, "hard")):
+        expected = {
+            "query": infonce_by_loop(q, p, t, n, same_text, mined),
+            "positive": infonce_by_loop(p, q, t, None, same_text, mined),
+            "text": infonce_by_loop(text, text, t, None, same_text, mined, leave_one_out=True),
+        }
+        if M:
+            expected["negative"] = outranked_by_loop(n, q, p, t, mined)
+        for role, values in expected.items():
+            components = reward.infonce_components(roles, role, t, same_text)
+            close(components[name], values)
+            close(components["consistency"], reward.consistency(roles[role].flatten(0, -3)).tolist())
+
+
+def test_paper_components_of_both_modes():
+    same_text = pairs(4, (1, 2))
+    q, p, n = units(4, 1, 6), units(4, 3, 6, seed=1), units(4, 2, 1, 6, seed=2)
+    supervised = reward.paper_components({"query": q, "positive": p, "negative": n}, same_text)
+    unsupervised = reward.paper_components({"anchor": q, "text": p}, same_text)
+    close(supervised["contrastive"], reward.contrastive(q[:, 0], p, n[:, :, 0]).tolist())
+    close(unsupervised["contrastive"], reward.self_similarity(q[:, 0], p).tolist())
+    for components in (supervised, unsupervised):
+        close(components["hard"], reward.hard_negative(q[:, 0], p, same_text)[:, None].expand(4, 3).tolist())
+        close(components["consistency"], reward.consistency(p).tolist())
 
 
 def test_infonce_ignores_a_rise_of_all():
@@ -99,67 +153,3 @@ def test_infonce_ignores_a_rise_of_all():
     torch.testing.assert_close(after, before)
     paid = reward.contrastive(coned(q)[:, 0], coned(p), coned(units(4, 0, 6))) - reward.contrastive(q[:, 0], p, units(4, 0, 6))
     assert paid.mean() > 0.5
-
-
-def test_every_term_depends_on_the_rollout():
-    """Moving another instance's column moves rollouts of one group unequally; Eq. 15 cannot."""
-    q, p = units(4, 3, 6), units(4, 3, 6, seed=1)
-    moved = q.clone()
-    moved[1] = units(3, 6, seed=9)
-    change = (reward.infonce(p, moved, 0.1) - reward.infonce(p, q, 0.1))[0]
-    assert change.max() - change.min() > 0.1
-    hard = reward.hard_negative(q[:, 0], p)[:, None].expand(4, 3)
-    assert torch.equal(hard - hard.mean(1, keepdim=True), torch.zeros(4, 3, dtype=hard.dtype))
-
-
-def test_outranked():
-    n, q, p, t = units(3, 2, 4, 6), units(3, 2, 6, seed=1), units(3, 5, 6, seed=2), 0.2
-    expected = []
-    for i in range(3):
-        own = sum(float(a @ b) for a in q[i] for b in p[i]) / 10
-        for m in range(2):
-            near = [sum(float(n[i, m, k] @ a) for a in q[i]) / 2 for k in range(4)]
-            expected.append([-math.log(1 + math.exp((s - own) / t)) for s in near])
-    close(reward.outranked(n, q, p, t), expected)
-    assert (reward.outranked(n, q, p, t, mined=True) <= reward.outranked(n, q, p, t)).all()
-
-
-@pytest.mark.parametrize("function", ["contrastive", "consistency", "hard_negative", "infonce", "outranked"])
-def test_gradients(function):
-    q, p, n = units(3, 2, 4), units(3, 2, 4, seed=1), units(3, 1, 2, 4, seed=2)
-    call = {
-        "contrastive": lambda q, p, n: reward.contrastive(q[:, 0], p, n[:, :, 0]),
-        "consistency": lambda q, p, n: reward.consistency(p),
-        "hard_negative": lambda q, p, n: reward.hard_negative(q[:, 0], p),
-        "infonce": lambda q, p, n: reward.infonce(q, p, 0.1, n, mined=True),
-        "outranked": lambda q, p, n: reward.outranked(n, q, p, 0.1),
-    }[function]
-    assert torch.autograd.gradcheck(call, tuple(x.requires_grad_() for x in (q, p, n)))
-
-
-def test_length_penalty():
-    R, finished = torch.tensor([[-3.0, -2.0], [0.5, 0.2]]), torch.tensor([[True, False], [False, True]])
-    assert reward.length_penalty(R, finished, 1.0).tolist() == [[-3.0, -3.0], [-0.5, pytest.approx(0.2)]]
-    replaced = reward.length_penalty(R, finished, 1.0, relative=False)  # Eq. 28
-    assert replaced.tolist() == [[-3.0, -1.0], [-1.0, pytest.approx(0.2)]]
-    assert replaced[0, 1] > replaced[0, 0]  # where rewards lie below -gamma, Eq. 28 is a prize
-
-
-def test_total_and_scale():
-    components = {name: torch.full((2, 3), x) for name, x in (("contrastive", 1.0), ("consistency", 2.0), ("hard", -3.0))}
-    R = reward.scaled(reward.total(components, 0.2, 0.5), 0.1)  # Eq. 16, 17
-    torch.testing.assert_close(R, torch.full((2, 3), (1 + 0.4 - 1.5) / 0.1))
-
-
-def test_twins_are_left_out_of_eq15():
-    q, p = units(3, 4), units(3, 2, 4, seed=1)
-    twins = torch.eye(3, dtype=torch.bool)
-    twins[0, 1] = twins[1, 0] = True
-    expected = [-max(float(q[0] @ p[2, l]) for l in range(2))]
-    close(reward.hard_negative(q, p, twins)[:1], expected)
-
-
-def test_one_is_zero_not_nan():
-    """A group of one, and a batch of one."""
-    assert reward.consistency(units(3, 1, 4)).eq(0).all()
-    assert reward.hard_negative(units(1, 4), units(1, 2, 4)).eq(0).all()
