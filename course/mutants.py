@@ -4,8 +4,8 @@
     python course/mutants.py task1 --one-in 10     only a task's, and of its mutants only every tenth
 
 Each mutant is the reference with one mistake that a student might make, and has to fail its own task's tests.
-The alternatives of a task together are another right solution, and have to pass them. All other tasks' functions are
-empty meanwhile: a task's tests need no other task's code.
+The alternatives are other right solutions of tasks 1 and 2, and have to pass them. All other tasks' functions are empty
+meanwhile: a task's tests need no other task's code.
 """
 
 import argparse
@@ -156,19 +156,6 @@ ALTERNATIVES = {  # right solutions, written otherwise: function, its body
         embeddings, finished = unit(state).view(N, K, -1), ended.view(N, K)
         kept = prompts.ids, prompts.mask, prompts.counted, prompts.cut
         return Rollouts(*kept, ids, mask, logprobs, embeddings, finished, unit(of_prompt), prompts.n_shared)
-    """,
-    "backward_in_tiles": """
-        d_rows, d_columns = torch.zeros_like(rows), torch.zeros_like(columns)
-        for here, s, mean, nearest, own, other in blocks_of_rows(rows, columns, excluded):
-            lse_mean, lse_nearest, w_own, w_mean, w_nearest, w_hard = (x[here, None] for x in saved)
-            p = (mean / temperature - lse_mean).exp().nan_to_num() * other
-            q = (nearest / temperature - lse_nearest).exp().nan_to_num() * other
-            near = (s == nearest).to(s.dtype)
-            ds = (own * w_own + p * w_mean.nan_to_num() / temperature) / len(s)
-            ds = ds + near / near.sum(0) * (q * w_nearest / temperature + other * w_hard)
-            d_rows[here] = torch.einsum("knb,bkd->nd", ds, columns)
-            d_columns = d_columns + torch.einsum("knb,nd->bkd", ds, rows[here])
-        return d_rows, d_columns
     """,
 }
 

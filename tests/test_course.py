@@ -39,7 +39,13 @@ def test_every_task_of_a_starter_is_to_do_and_all_else_works(tmp_path):
         about = {p.get("name"): p.get("value") for p in case.iter("property")}
         failure = case.find("failure")
         assert case.find("error") is None
-        outcome = "passed" if failure is None else "to do" if "NotImplementedError" in failure.get("message") else failure.get("message")
+        outcome = (
+            "passed"
+            if failure is None
+            else "to do"
+            if "NotImplementedError" in failure.get("message")
+            else failure.get("message")
+        )
         outcomes.setdefault(about.get("task", "given"), set()).add("to do" if case.find("skipped") is not None else outcome)
     assert outcomes == {"given": {"passed"}, **{task: {"to do"} for task in TASKS}}
     assert run("course/make_starter.py", starter).returncode == 1  # not into a folder that holds something
@@ -86,8 +92,8 @@ def test_bodies_are_located_and_put_back():
 
 def test_mutants_are_caught_and_other_right_solutions_pass():
     """A sample; `python course/mutants.py` tries all."""
-    tried = run("course/mutants.py", "task1", "task6", "--one-in", "6")
-    assert tried.returncode == 0 and tried.stdout.count("caught by") > 4, tried.stderr
+    tried = run("course/mutants.py", "task1", "task6", "--one-in", "10")
+    assert tried.returncode == 0 and tried.stdout.count("caught by") >= 4, tried.stderr
     assert "task1: another right solution passes" in tried.stdout
 
 
