@@ -73,7 +73,7 @@ def follow_other(policy, world, n):
     equal them.
     """
     other, tokenizer = reading_otherwise(policy, instruction=world.other_instruction), policy.tokenizer
-    texts, answers = zip(*world.other_chats(n, random.Random(0), held_out=True))
+    texts, answers = zip(*world.other_chats(n, random.Random(0)))
     greedy = sample(other, other.template(list(texts)))
     written = [tokenizer.decode(group[0], skip_special_tokens=True).strip() for group in greedy.rationales()]
     rows = [[*tokenizer(answer, add_special_tokens=False)["input_ids"], int(policy.end_ids[0])] for answer in answers]

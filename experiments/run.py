@@ -22,7 +22,7 @@ from experiments.runs import TABLES
 
 
 def each(function, runs, jobs):
-    """Yields `function(run)` of each run as it is ready. Two processes of one thread are faster here than one of two threads."""
+    """Yields `function(run)` of each run as it is ready. Two processes of one thread beat one of two threads here."""
     if jobs == 1:
         yield from map(function, runs)
     else:

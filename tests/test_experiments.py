@@ -215,7 +215,7 @@ class World:
     def well_formed(self, rationale):
         return isinstance(rationale, str)
 
-    def other_chats(self, n, rng, held_out=True):
+    def other_chats(self, n, rng):
         return list(zip(TEXTS, self.answers))
 
 
