@@ -28,16 +28,6 @@ from policy import load_policies
 from rollout import make_batch
 
 
-class TimedTrainer(grace.Trainer):
-    """A trainer that keeps the seconds of its last update."""
-
-    def update(self, *args):
-        start = clock(self.config.device)
-        result = super().update(*args)
-        self.update_s = clock(self.config.device) - start
-        return result
-
-
 def make_trainer(args, rest):
     """A trainer as grace.py builds it. It has B rows, so that every step is the same work."""
     flags = {name: getattr(args, name) for name in ("model", "batch", "rollouts", "max_new_tokens", "device", "dtype", "steps")}
@@ -49,7 +39,7 @@ def make_trainer(args, rest):
         texts = make_texts(3 * config.batch, policy, args.prompt_tokens)
         rows = [{"query": q, "positive": p, "negative": [n]} for q, p, n in zip(*[iter(texts)] * 3)]
         rows = rows if config.mode == "supervised" else [{"text": row["query"]} for row in rows]
-    return TimedTrainer(policy, reference, rows, config)
+    return grace.Trainer(policy, reference, rows, config)
 
 
 def against_trl(ours, step, prompt_tokens, steps):
@@ -112,18 +102,18 @@ def main():
 
     def step():
         start = clock(args.device)
-        length = trainer.step()["length"]
-        rows.append((clock(args.device) - start, trainer.update_s, length))
+        metrics = trainer.step()
+        rows.append((clock(args.device) - start, metrics["sample_s"], metrics["length"]))
 
     if args.peer:
         theirs["TRL"] = against_trl(trainer, step, args.prompt_tokens, args.steps + 1)[1:]
     else:
         for _ in range(args.steps + 1):
             step()
-    seconds, updates, lengths = zip(*rows[1:])
-    total, update = statistics.median(seconds), statistics.median(updates)
+    seconds, sampling, lengths = zip(*rows[1:])
+    total, sampled = statistics.median(seconds), statistics.median(sampling)
     print(f"B = {args.batch}, K = {args.rollouts}, {statistics.mean(lengths):.1f} tokens per rationale")
-    print(f"sampling and reward {total - update:.4f} s, update {update:.4f} s")
+    print(f"sampling {sampled:.4f} s, reward and update {total - sampled:.4f} s")
     if args.device != "cpu" and not args.peer:
         print(f"peak memory {torch.cuda.max_memory_allocated() / 1e9:.1f} GB")
     show({"grace.py": seconds, **theirs}, 1, "steps")
