@@ -110,10 +110,6 @@ def revision():
     return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--", "*.py") else "")
 
 
-def rounded(x, digits=5):
-    """Every float to so many significant digits, so that records stay small and readable."""
-    if isinstance(x, dict):
-        return {name: rounded(value, digits) for name, value in x.items()}
-    if isinstance(x, list):
-        return [rounded(value, digits) for value in x]
-    return float(f"{x:.{digits}g}") if isinstance(x, float) else x
+def rounded(record):
+    """The record with every float at five significant digits, so that records stay small and readable."""
+    return json.loads(json.dumps(record), parse_float=lambda x: float(f"{float(x):.5g}"))

@@ -2,7 +2,7 @@
 
     python experiments/run.py                        the names, their runs, and the minutes each takes by itself
     python experiments/run.py table1                 one table or figure: makes its missing runs, then its part of the page
-    python experiments/run.py all                    all of them
+    python experiments/run.py all                    all of them: four hours on two cores, where no run has a record
     python experiments/run.py table4 --out runs/x    your own runs, made anew: records, pictures and page go there
 
 A run is made once: tables that share it share its record (experiments/results.jsonl).
