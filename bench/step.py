@@ -2,7 +2,7 @@
 
     python bench/step.py --model DIR --batch 8 --rollouts 8 --max-new-tokens 48 --train-roles positive --steps 5
     python bench/step.py --shape qwen2.5-0.5b --batch 32 --prompt-tokens 128 --max-new-tokens 256
-    python bench/step.py --train-roles query,positive --peer trl             needs `pip install trl`
+    python bench/step.py --train-roles query,positive --peer trl             needs `pip install trl accelerate`
 
 Runs real steps of grace.py on B rows of made-up texts, or on the first B of --data. The last line is `step_s X`, the
 median step after one to warm up. Every flag of grace.py works here: `--kl 0`, `--recipe paper`, `--lora 8`.
@@ -14,7 +14,6 @@ are not trained are read here alone.
 """
 
 import statistics
-import sys
 import tempfile
 
 import torch
@@ -44,11 +43,9 @@ def make_trainer(args, rest):
 
 def against_trl(ours, step, prompt_tokens, steps):
     """Steps of TRL's trainer on the rows of ours, with a call of `step` after each. Returns their seconds."""
-    try:
-        import datasets
-        import trl
-    except ImportError as error:
-        sys.exit(f"bench/step.py: --peer trl needs trl and accelerate ({error})")
+    import datasets
+    import trl
+
     config, tokenizer, bfloat16 = ours.config, ours.policy.tokenizer, ours.config.dtype == "bfloat16"
     model = transformers.AutoModelForCausalLM.from_pretrained(config.model, dtype=torch.float32).to(config.device)
     by_role = make_batch(ours.rows).texts

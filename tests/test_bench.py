@@ -2,7 +2,6 @@
 
 import re
 import runpy
-import sys
 
 import pytest
 
@@ -30,12 +29,6 @@ def bench(monkeypatch, tmp_path, capsys):
 def test_a_step_ends_with_its_seconds(bench, flags):
     *_, last = bench("step.py", f"{flags} --steps 1").splitlines()
     assert re.fullmatch(r"step_s \d+\.\d+", last) and float(last.split()[1]) > 0
-
-
-def test_without_trl_a_sentence_says_what_to_install(bench, monkeypatch):
-    monkeypatch.setitem(sys.modules, "trl", None)
-    with pytest.raises(SystemExit, match="needs trl"):
-        bench("step.py", "--peer trl --steps 1")
 
 
 def test_rollouts_have_two_peers(bench):
