@@ -14,6 +14,7 @@ are not trained are read here alone.
 """
 
 import statistics
+import sys
 import tempfile
 
 import torch
@@ -43,9 +44,11 @@ def make_trainer(args, rest):
 
 def against_trl(ours, step, prompt_tokens, steps):
     """Steps of TRL's trainer on the rows of ours, with a call of `step` after each. Returns their seconds."""
-    import datasets
-    import trl
-
+    try:
+        import datasets
+        import trl
+    except ImportError as error:
+        sys.exit(f"--peer trl: {error}; pip install trl datasets")
     config, tokenizer, bfloat16 = ours.config, ours.policy.tokenizer, ours.config.dtype == "bfloat16"
     model = transformers.AutoModelForCausalLM.from_pretrained(config.model, dtype=torch.float32).to(config.device)
     by_role = make_batch(ours.rows).texts
