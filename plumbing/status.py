@@ -1,7 +1,7 @@
 """The command `status DIR`: where a run is, how long it still takes, and whether it shows a sign of collapse.
 
 The signs compare the first steps of a run with the last. Their thresholds were drawn between 15 runs of the events world: the
-paper's recipe, which collapses there, the full one, which does not, and the steps between (docs/reliability.md has the table).
+paper's recipe, which collapses there, the full one, which does not, and the steps between.
 On other data a sign is a reason to look, not a verdict.
 """
 
