@@ -18,7 +18,6 @@ from experiments.baselines import longest
 from plumbing.data import read_triplets
 from plumbing.run import read_metrics
 from policy import Policy
-from pool import length_mask
 from rollout import sample, score, uniforms
 from worlds.town import Town
 
@@ -79,7 +78,8 @@ def follow_other(policy, world, n):
     rows = [[*tokenizer(answer, add_special_tokens=False)["input_ids"], int(policy.end_ids[0])] for answer in answers]
     lengths = torch.tensor([len(row) for row in rows], device=policy.device)
     ids = torch.tensor([row + [0] * (int(lengths.max()) - len(row)) for row in rows], device=policy.device)
-    right = dataclasses.replace(greedy, ids=ids[:, None], mask=length_mask(lengths, ids.shape[1]).long()[:, None])
+    mask = (torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]).long()
+    right = dataclasses.replace(greedy, ids=ids[:, None], mask=mask[:, None])
     loss = -score(other, right).logprobs.sum() / lengths.sum()
     return {"other_loss": float(loss), "other_right": float(np.mean([a == b for a, b in zip(written, answers)]))}
 
