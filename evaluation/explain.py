@@ -109,7 +109,6 @@ def _rationale_words(tokenizer, ids):
     beginnings = [tokenizer.decode(ids[:n], clean_up_tokenization_spaces=False) for n in range(1, len(ids) + 1)]
     # A token may end inside a character, which is then decoded as a replacement character until the next token completes it.
     ends = [*(len(string.rstrip("\ufffd")) for string in beginnings[:-1]), len(beginnings[-1])]
-    ends = list(itertools.accumulate(ends, max))
     yield from _words(beginnings[-1], list(zip([0, *ends], ends)), "rationale")
 
 
