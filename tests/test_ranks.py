@@ -13,7 +13,7 @@ import time
 import pytest
 import torch
 from conftest import ROWS, command, config, start, weights
-from forked import fork_ranks
+from forked import before, fork_ranks, send
 from safetensors.torch import load_file
 
 import grace
@@ -91,16 +91,10 @@ def run(tiny_world, no_page, tmp_path_factory):
     return arguments, near
 
 
-def in_rank(rank, method, act, at=1):
-    """In one of the ranks: `act()` before a method of the trainer in step `at + 1`."""
-    original = getattr(grace.Trainer, method)
-
-    def acting(trainer, *args):
-        if ranks.rank == rank and trainer.step_number == at:
-            act()
-        return original(trainer, *args)
-
-    setattr(grace.Trainer, method, acting)  # in a forked process: nothing to undo
+def in_second_step(rank, method, act):
+    """In one of the ranks: `act()` before a method of the trainer in its second step."""
+    when = lambda trainer, *_: ranks.rank == rank and trainer.step_number == 1
+    setattr(grace.Trainer, method, before(getattr(grace.Trainer, method), when, act))  # in a forked process: nothing to undo
 
 
 def test_a_rank_that_runs_out_of_memory(run, tmp_path):
@@ -112,7 +106,7 @@ def test_a_rank_that_runs_out_of_memory(run, tmp_path):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     def program():
-        in_rank(1, "objective", out_of_memory)
+        in_second_step(1, "objective", out_of_memory)
         grace.main(arguments(out))
 
     (first, _), (second, printed) = fork_ranks(program, tmp_path)
@@ -130,9 +124,8 @@ def test_a_signal_to_one_rank(run, tmp_path):
     out = tmp_path / "out"
 
     def program():
-        in_rank(0, "update", lambda: os.kill(os.getpid(), signal.SIGTERM))
-        save = torch.save
-        torch.save = lambda *args: (time.sleep(0.5), save(*args))
+        in_second_step(0, "update", lambda: send(signal.SIGTERM))
+        torch.save = before(torch.save, lambda *_: True, lambda: time.sleep(0.5))
         grace.main(arguments(out, "--save-every 0"))
 
     (first, printed), (second, silent) = fork_ranks(program, tmp_path)

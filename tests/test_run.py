@@ -13,7 +13,7 @@ import time
 import pytest
 import torch
 from conftest import command, same
-from forked import ended, fork
+from forked import before, ended, fork, send
 
 import grace
 from plumbing.errors import GraceError
@@ -131,6 +131,12 @@ def test_an_unfinished_run_gets_more_steps(tiny_world, six_steps, two_checkpoint
 # ---------------------------------------------------------------- stopped and resumed
 
 
+def nth(n):
+    """A condition that is true once: the nth time that it is asked."""
+    calls = itertools.count(1)
+    return lambda *_: next(calls) == n
+
+
 @pytest.mark.parametrize("more", ["--lr-decay --minibatches 2", "--recipe paper --mode unsupervised"])
 def test_resumed_is_never_stopped(tiny_world, tmp_path, monkeypatch, more):
     """By an evaluation that fails, where a batch crosses into the next pass over the data."""
@@ -139,15 +145,13 @@ def test_resumed_is_never_stopped(tiny_world, tmp_path, monkeypatch, more):
     (tmp_path / "ten.jsonl").write_text("".join(lines[:10]))  # in batches of 4
     arguments = lambda out, *x: command(tiny_world, out, f"--steps 5 --eval-every 3 --data {tmp_path}/ten.jsonl", more, *x)
     grace.main(arguments(tmp_path / "straight"))
-    out, evaluate, calls = tmp_path / "stopped", grace.evaluate_heldout, itertools.count(1)
+    out = tmp_path / "stopped"
 
-    def fails(*args, **options):
-        if next(calls) == 2:
-            raise GraceError("no memory left")
-        return evaluate(*args, **options)
+    def fail():
+        raise GraceError("no memory left")
 
     with monkeypatch.context() as patched, pytest.raises(SystemExit, match="grace.py: no memory left"):
-        patched.setattr(grace, "evaluate_heldout", fails)
+        patched.setattr(grace, "evaluate_heldout", before(grace.evaluate_heldout, nth(2), fail))
         grace.main(arguments(out))
     assert saved(out) == [1, 2]
     with open(out / "metrics.jsonl", "a") as file:
@@ -157,34 +161,24 @@ def test_resumed_is_never_stopped(tiny_world, tmp_path, monkeypatch, more):
     same(tmp_path / "straight", out)
 
 
-def kill_at(module, name, path):
-    """Have this process kill itself when a function of this name is called with the path: `torch.save` when half is written."""
-    usual = getattr(module, name)
-
-    def dying(*args, **options):
-        if any(str(x).endswith(path) for x in args):
-            if name == "save":
-                usual(*args)
-                os.truncate(args[1], os.path.getsize(args[1]) // 2)
-            os.kill(os.getpid(), signal.SIGKILL)
-        return usual(*args, **options)
-
-    setattr(module, name, dying)
-
-
 @pytest.mark.parametrize(
-    "moment",
+    "module, name, path, newest",
     [
-        (torch, "save", "00000005.tmp/trainer.pt"),
-        (shutil, "rmtree", "00000003.tmp"),
-        (os, "replace", "summary.json.tmp"),
-        (os, "replace", "checkpoints"),  # after the summary is written
+        (torch, "save", "00000005.tmp/trainer.pt", 4),
+        (shutil, "rmtree", "00000003.tmp", 5),
+        (os, "replace", "summary.json.tmp", 6),
+        (os, "replace", "checkpoints", 6),  # after the summary is written
     ],
 )
-def test_killed_while_writing(tiny_world, six_steps, two_checkpoints, moment):
+def test_killed_while_writing(tiny_world, six_steps, two_checkpoints, module, name, path, newest):
     arguments = command(tiny_world, two_checkpoints, "--steps 6 --resume")
-    assert ended(fork(lambda: (kill_at(*moment), grace.main(arguments)))) == -signal.SIGKILL
-    assert saved(two_checkpoints)[-1] == (4 if "save" in moment else 5 if "rmtree" in moment else 6)
+
+    def program():
+        writes_it = lambda *args: any(str(x).endswith(path) for x in args)
+        setattr(module, name, before(getattr(module, name), writes_it, lambda: send(signal.SIGKILL)))
+        grace.main(arguments)
+
+    assert ended(fork(program)) == -signal.SIGKILL and saved(two_checkpoints)[-1] == newest
     grace.main(arguments)
     same(six_steps, two_checkpoints)
 
@@ -201,41 +195,33 @@ def test_killed_at_random_moments(tiny_world, finished_run, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "number, where, nth, step",
+    "number, place, name, n, step",
     [
-        (signal.SIGTERM, "update", 2, 2),
-        (signal.SIGINT, "evaluate_heldout", 2, 5),
-        (signal.SIGINT, "evaluate_heldout", 3, 6),  # after the training: it ends the run at once, and all is saved
+        (signal.SIGTERM, grace.Trainer, "update", 2, 2),
+        (signal.SIGINT, grace, "evaluate_heldout", 2, 5),
+        (signal.SIGINT, grace, "evaluate_heldout", 3, 6),  # after the training: it ends the run at once, and all is saved
     ],
 )
-def test_a_signal_saves_and_stops(tiny_world, six_steps, tmp_path, monkeypatch, capfd, number, where, nth, step):
+def test_a_signal_saves_and_stops(tiny_world, six_steps, tmp_path, monkeypatch, capfd, number, place, name, n, step):
     """After the step, or the evaluation, in which it comes; also without --save-every."""
-    place = grace.Trainer if where == "update" else grace
-    usual, calls, before = getattr(place, where), itertools.count(1), signal.getsignal(number)
-
-    def interrupted(*args, **options):
-        if next(calls) == nth:
-            os.kill(os.getpid(), number)
-        return usual(*args, **options)
-
-    flags = "--steps 6 --save-every 0"
+    arguments, handler = command(tiny_world, tmp_path, "--steps 6 --save-every 0"), signal.getsignal(number)
     with monkeypatch.context() as patched, pytest.raises(SystemExit) as stop:
-        patched.setattr(place, where, interrupted)
-        grace.main(command(tiny_world, tmp_path, flags))
-    assert stop.value.code == 128 + number and signal.getsignal(number) is before and saved(tmp_path) == [step]
+        patched.setattr(place, name, before(getattr(place, name), nth(n), lambda: send(number)))
+        grace.main(arguments)
+    assert stop.value.code == 128 + number and signal.getsignal(number) is handler and saved(tmp_path) == [step]
     printed, told = capfd.readouterr(), step < 6
     assert (f"{number.name}: finishing this step, then saving. Again: end at once." in printed.err) == told
     assert (f"stopped after step {step}, with a checkpoint: the same command with --resume" in printed.out) == told
-    grace.main(command(tiny_world, tmp_path, flags, "--resume"))
+    grace.main([*arguments, "--resume"])
     same(six_steps, tmp_path)
 
 
 def test_a_second_signal_ends_at_once():
     def program():
         with Signals() as signals:
-            os.kill(os.getpid(), signal.SIGTERM)
+            send(signal.SIGTERM)
             assert signals.received == signal.SIGTERM
-            os.kill(os.getpid(), signal.SIGINT)
+            send(signal.SIGINT)
             time.sleep(60)
 
     assert ended(fork(program)) == -signal.SIGINT
@@ -247,17 +233,18 @@ def test_a_second_signal_ends_at_once():
 @pytest.mark.parametrize("place, name", [(torch, "save"), (Policy, "save_result")])
 def test_a_full_disk(tiny_world, six_steps, two_checkpoints, monkeypatch, place, name):
     """It ends the run with one sentence, and with more room the run continues."""
+    arguments = command(tiny_world, two_checkpoints, "--steps 6 --resume")
 
     def full(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patched, pytest.raises(SystemExit) as stop:
         patched.setattr(place, name, full)
-        grace.main(command(tiny_world, two_checkpoints, "--steps 6 --resume"))
+        grace.main(arguments)
     assert "cannot be written (No space left on device); make room, or give the right" in stop.value.code
     assert stop.value.code.startswith("grace.py: ") and "\n" not in stop.value.code
     assert not list(two_checkpoints.rglob("*.tmp"))
-    grace.main(command(tiny_world, two_checkpoints, "--steps 6 --resume"))
+    grace.main(arguments)
     same(six_steps, two_checkpoints)
 
 
