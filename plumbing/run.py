@@ -120,9 +120,9 @@ def digest(rows):
 
 # ---------------------------------------------------------------- one run
 
-RESULTS = (  # of an earlier run, which --overwrite deletes
-    "summary.json", "*.safetensors*", "adapter", "checkpoints", "checkpoints.tmp", "run.json", "probe.json", "rationales.md",
-    "report.html", "not_finite_step_*",
+RESULTS = (  # of an earlier run: what --overwrite deletes, beside the files that the new run replaces at once
+    "summary.json", "*.safetensors*", "adapter", "checkpoints", "checkpoints.tmp", "probe.json", "report.html",
+    "not_finite_step_*",
 )  # fmt: skip
 
 
@@ -170,9 +170,9 @@ class Run:
 
     def restore(self, trainer):
         """Put the trainer where the checkpoint left it, and metrics.jsonl too. Returns whether there is one."""
-        if self.config.resume and not self.checkpoint:
-            print(f"no checkpoint under {self.config.out} to resume from: starting at step 0")
         if not self.checkpoint:
+            if self.config.resume:
+                print(f"no checkpoint under {self.config.out} to resume from: starting at step 0")
             return False
         state = torch.load(os.path.join(self.checkpoint, "trainer.pt"), map_location="cpu", weights_only=True)
         if state["progress"]["rows"] != digest(trainer.rows):
@@ -248,7 +248,6 @@ class Run:
             "after": after,
             "after_without_rationale": without,
             "seconds": time.time() - self.started,
-            "seed": self.config.seed,
             "config": dataclasses.asdict(self.config),
             "reading": dataclasses.asdict(trainer.policy.reading),
             "versions": versions(),

@@ -53,9 +53,8 @@ def two_steps(make_policy, lora=None, **settings):
         dict(recipe="paper", batch=5, minibatches=2, kl=0.1),
         dict(mode="unsupervised", batch=5, lora=4),
         dict(recipe="paper", mode="unsupervised", batch=3, minibatches=3),  # one group each: a rank is left without
-        dict(train_roles="query,positive,negative", batch=2, kl_estimator="k2"),
     ],
-    ids=["full", "paper", "full, unsupervised, adapters", "paper, unsupervised", "negatives too"],
+    ids=["full", "paper", "full, unsupervised, adapters", "paper, unsupervised"],
 )
 def test_the_step_of_one_process(make_policy, tmp_path, monkeypatch, settings):
     monkeypatch.setattr(grace, "MAX_GRAD_NORM", 1e9)  # neither clipping nor Adam, which would hide a gradient of a wrong scale
