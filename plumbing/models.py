@@ -36,7 +36,8 @@ def opening(source):
 def end_ids(model, tokenizer):
     """Every configured end token, sorted. Raises GraceError if there is none, because no rationale could end."""
     found = set()
-    for ids in (model.generation_config.eos_token_id, model.config.eos_token_id, tokenizer.eos_token_id):
+    from_config = getattr(model.config, "eos_token_id", None)  # not every configuration has one
+    for ids in (model.generation_config.eos_token_id, from_config, tokenizer.eos_token_id):
         found |= set(ids if isinstance(ids, (list, tuple)) else [ids])
     found -= {None}
     if not found:
