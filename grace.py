@@ -341,7 +341,7 @@ def train(config, make_trainer=Trainer):
         while trainer.step_number < config.steps:
             metrics = safe_step(trainer)
             last = trainer.step_number == config.steps
-            bar.set_postfix({name: f"{metrics[name]:.2f}" for name in ("reward", "length", "distinct")})
+            bar.set_postfix({name: f"{metrics[name]:.2f}" for name in ("reward", "length", "distinct", "step_s")})
             bar.update()
             if due(config.eval_every) and not last:
                 metrics |= {f"heldout_{name}": score for name, score in note(evaluate()).items()}
