@@ -29,7 +29,7 @@ def peft():
         import peft
     except ImportError as error:
         raise GraceError(f"adapters need peft ({first_line(error)}): pip install peft") from error
-    warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # peft's affair with transformers
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing`|fan_in_fan_out")  # peft's affairs with transformers
     return peft
 
 
