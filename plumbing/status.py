@@ -11,7 +11,7 @@ import statistics
 import time
 
 from plumbing.errors import GraceError
-from plumbing.run import newest_checkpoint, read_json, read_metrics, show_summary
+from plumbing.run import checkpoints, read_json, read_metrics, show_summary
 
 
 def alike(a, b):
@@ -73,7 +73,7 @@ def status(arguments):
         ago = time.time() - os.path.getmtime(os.path.join(out, "metrics.jsonl"))
         left = statistics.median(m["step_s"] for m in steps[-20:]) * (wanted - done) / 60
         print(f"{out}: step {done} of {wanted}, {ago:.0f} s ago; {left:.1f} minutes left, evaluations aside")
-        print(f"newest checkpoint: {os.path.basename(newest_checkpoint(out) or 'none')}")
+        print(f"newest checkpoint: {os.path.basename((checkpoints(out) or ["none"])[-1])}")
     signs = health(run, steps)
     print(f"\n{'sign':<24}{'start':>10}{'now':>10}" if signs else "\ntoo few steps to tell how it is doing")
     for name, _, first, last, trouble in signs:
