@@ -73,7 +73,8 @@ def status(arguments):
         ago = time.time() - os.path.getmtime(os.path.join(out, "metrics.jsonl"))
         left = statistics.median(m["step_s"] for m in steps[-20:]) * (wanted - done) / 60
         print(f"{out}: step {done} of {wanted}, {ago:.0f} s ago; {left:.1f} minutes left, evaluations aside")
-        print(f"newest checkpoint: {os.path.basename((checkpoints(out) or ["none"])[-1])}")
+        newest = (checkpoints(out) or ["none"])[-1]
+        print(f"newest checkpoint: {os.path.basename(newest)}")
     signs = health(run, steps)
     print(f"\n{'sign':<24}{'start':>10}{'now':>10}" if signs else "\ntoo few steps to tell how it is doing")
     for name, _, first, last, trouble in signs:
