@@ -88,7 +88,7 @@ class Config:
     resume: bool = setting(False, "continue from the newest checkpoint under --out")
     overwrite: bool = setting(False, "start afresh in an --out that holds a model or checkpoints; they are deleted")
     tokens_per_batch: int = setting(
-        None, "token budget of a micro-batch; lower it when memory is short [16384 on CUDA, else 4096]", least=1
+        None, "token budget of a micro-batch; lower it when memory is short [16384 on CUDA, else 2048]", least=1
     )
     dtype: str = setting(
         "float32", "compute type; weights stay float32, rationales are sampled from a copy in it", ("float32", "bfloat16")
@@ -117,7 +117,7 @@ class Config:
         except RuntimeError as error:
             raise GraceError(f"--device {self.device}: give cpu, cuda or cuda:N") from error
         # A micro-batch launches thousands of kernels whatever its size: a GPU that gets small ones waits for the host.
-        self.tokens_per_batch = self.tokens_per_batch or (16384 if self.device.startswith("cuda") else 4096)
+        self.tokens_per_batch = self.tokens_per_batch or (16384 if self.device.startswith("cuda") else 2048)
         if self.device.startswith("cuda") and not torch.cuda.is_available():
             raise GraceError(f"--device {self.device}: torch finds no CUDA device here")
         if self.mode == "supervised" and not (self.roles and set(self.roles) <= {"query", "positive", "negative"}):

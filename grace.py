@@ -66,7 +66,6 @@ import time
 
 import numpy as np
 import torch
-import transformers
 from tqdm import tqdm
 
 from config import parse
@@ -393,7 +392,6 @@ def safe_step(trainer):
 
 
 def main(arguments, make_trainer=Trainer):
-    transformers.utils.logging.disable_progress_bar()
     commands = {"explain": explain, "report": report, "status": status}
     try:
         if arguments[:1] and arguments[0] in commands:

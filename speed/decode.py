@@ -1,7 +1,7 @@
 """The decoding step: what `rollout.sample` needs from the network once per token, made cheap.
 
 Decoding moves memory, it hardly computes: for one new token per row, all weights and all keys and values
-are read once. So there are two ways to be fast, to keep less and to move it fewer times:
+are read once. So it is fast to keep less, and to move it fewer times:
 
 1. A prompt's keys and values are kept once, not once for each of its K rollouts. Attention over
    [prompt | rationale so far] is a softmax over two stretches of scores; for the first, the queries of
@@ -14,13 +14,13 @@ are read once. So there are two ways to be fast, to keep less and to move it few
        rollout K   qK └─────────────────────┘          qK · own keys K
 
 2. The rationales' keys and values go into a buffer made once, instead of a longer copy for each token.
-3. On CUDA, hundreds of small kernels per token cost more to launch than to run: the step is captured as
-   a graph and replayed. Nothing in it depends on a Python number that changes from token to token.
-   Where Triton is installed, the whole attention is one kernel instead of sixteen (decode_triton.py). There every
-   rollout reads its prompt's keys for itself, but from the GPU's cache, since they are kept once.
+3. Rollouts that have ended leave the batch.
+4. On CUDA, hundreds of small kernels per token cost more to launch than to run: the step is captured as
+   a graph and replayed. Where Triton is installed, the whole attention is one kernel instead of sixteen
+   (decode_triton.py). There every rollout reads its prompt's keys for itself, but from the GPU's cache.
 
 A model whose attention cannot be taken apart like this (sliding windows, soft-capped scores, position
-biases) gets `PlainDecoder`, the library's own cache repeated K times: `Policy` tries which one fits.
+biases) gets `PlainDecoder`, the library's own cache repeated K times: `can_share_prompts` tries which one fits.
 
 Shapes: N prompts of P positions, K rollouts each, R = N * K rows, T new tokens, H heads in G queries per
 key-value head, d channels per head.
@@ -30,6 +30,7 @@ import functools
 import warnings
 
 import torch
+import torch.nn.functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -39,42 +40,39 @@ from plumbing.models import near
 from speed import runs
 
 
-def attend(module, query, key, value, attention_mask, scaling=None, shared_cache=None, **kwargs):
+def attend(module, query, key, value, attention_mask, scaling=None, decoder=None, **kwargs):
     """Attention over a prompt kept once and the rationales' own keys. Called by the model's layers.
 
-    query           `[R, H, 1, d]`; key, value `[R, H/G, t, d]`: the rationales' own
+    query           `[R, H, 1, d]`; key, value `[R, H/G, T, d]`: the buffer of the rationales' own
     attention_mask  `[N, 1, 1, P]`, True where the prompt has a token
-    shared_cache    the `SharedCache`; where there is none, this is the library's own attention
+    decoder         the `SharedDecoder`; where there is none, this is the library's own attention
     Returns `[R, 1, H, d]`, and None in the place of attention weights. Raises NotImplementedError, a RuntimeError, where a
-    layer asks for more than this: `Policy` sees it in its probe, and decodes with the library's cache.
+    layer asks for more than this: `can_share_prompts` sees it, and the library's cache is used.
     """
-    if shared_cache is None:
+    if decoder is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     if unknown := [name for name in ("softcap", "sliding_window", "position_bias", "s_aux") if kwargs.get(name) is not None]:
         raise NotImplementedError(f"attention with {', '.join(unknown)}")
-    layer = shared_cache.layers[module.layer_idx]
+    layer = decoder.cache.layers[module.layer_idx]
     (N, heads, P, d), R = layer.prompt_keys.shape, len(query)
     K, G = R // N, query.shape[1] // heads
     scaling = scaling if scaling is not None else d**-0.5
-    if shared_cache.fused:
+    if decoder.fused:
         from speed import decode_triton
 
         prompt = layer.prompt_keys, layer.prompt_values, attention_mask
-        return decode_triton.attend(query, *prompt, key, value, shared_cache.at, scaling), None
-    query = query * scaling
-    # The queries of a prompt's K rollouts stand side by side, so that one product meets its keys for all of them.
-    side_by_side = query.view(N, K, heads, G, d).transpose(1, 2).reshape(N, heads, K * G, d)
-    on_prompt = side_by_side @ layer.prompt_keys.transpose(2, 3)  # [N, heads, K*G, P]
-    on_prompt = on_prompt.masked_fill(~attention_mask, -torch.inf)
-    on_prompt = on_prompt.view(N, heads, K, G, P).transpose(1, 2).reshape(R, heads, G, P)
-    on_own = query.view(R, heads, G, d) @ key.transpose(2, 3)  # [R, heads, G, t]
+        return decode_triton.attend(query, *prompt, key, value, decoder.at, scaling), None
+    query, t = (query * scaling).view(N, K, heads, G, d), decoder.t + 1
+    # A prompt's keys meet the queries of all its K rollouts in one product.
+    on_prompt = torch.einsum("nkhgd,nhpd->nkhgp", query, layer.prompt_keys)
+    on_prompt = on_prompt.masked_fill(~attention_mask[:, None], -torch.inf).reshape(R, heads, G, P)
+    on_own = query.view(R, heads, G, d) @ key[:, :, :t].transpose(2, 3)  # [R, heads, G, t]
     # One softmax over both stretches; in float32, as the library's attention does it.
     precise = torch.promote_types(query.dtype, torch.float32)
     weights = torch.cat([on_prompt, on_own], 3).softmax(3, dtype=precise).to(query.dtype)
-    from_prompt, from_own = weights.split([P, key.shape[2]], 3)
-    from_prompt = from_prompt.view(N, K, heads, G, P).transpose(1, 2).reshape(N, heads, K * G, P)
-    mixed = (from_prompt @ layer.prompt_values).view(N, heads, K, G, -1).transpose(1, 2).reshape(R, heads, G, -1)
-    return (mixed + from_own @ value).reshape(R, 1, heads * G, -1), None
+    from_prompt, from_own = weights.split([P, t], 3)
+    mixed = torch.einsum("nkhgp,nhpd->nkhgd", from_prompt.view(N, K, heads, G, P), layer.prompt_values)
+    return (mixed.reshape(R, heads, G, -1) + from_own @ value[:, :, :t]).reshape(R, 1, heads * G, -1), None
 
 
 AttentionInterface.register("grace", attend)
@@ -82,39 +80,25 @@ AttentionMaskInterface.register("grace", sdpa_mask)
 
 
 class SharedLayer(DynamicLayer):
-    """One layer of a SharedCache: the prompts' keys and values once, and a buffer for the rationales'."""
+    """One layer's keys and values: the N prompts' once, and a buffer for T tokens of each of their K rationales."""
 
-    def __init__(self, layer, K, T, cache):
+    def __init__(self, layer, K, T, at):
         super().__init__()
         self.prompt_keys, self.prompt_values = layer.keys, layer.values  # [N, H/G, P, d]
         N, heads, _, d = layer.keys.shape
         self.keys, self.values = layer.keys.new_zeros(2, N * K, heads, T, d)
-        self.cache, self.is_initialized = cache, True
+        self.at, self.is_initialized = at, True
 
     def update(self, keys, values, *args, **kwargs):
-        """Put one more token's keys and values at their place, and return what can be attended to."""
-        self.keys.index_copy_(2, self.cache.at, keys.to(self.keys.dtype))
-        self.values.index_copy_(2, self.cache.at, values.to(self.values.dtype))
-        return self.keys[:, :, : self.cache.length], self.values[:, :, : self.cache.length]
+        """Put one more token's keys and values at their place, and return the whole buffer."""
+        self.keys.index_copy_(2, self.at, keys.to(self.keys.dtype))
+        self.values.index_copy_(2, self.at, values.to(self.values.dtype))
+        return self.keys, self.values
 
-    def keep(self, rows, groups, t):
-        """Leave out all but these rows, t tokens of each, and these prompts."""
+    def keep(self, rows, groups):
+        """Leave out all but these rows and these prompts."""
         self.prompt_keys, self.prompt_values = self.prompt_keys[groups], self.prompt_values[groups]
-        for name in ("keys", "values"):
-            old = getattr(self, name)
-            new = old.new_zeros(len(rows), *old.shape[1:])
-            new[:, :, :t] = old[rows, :, :t]
-            setattr(self, name, new)
-
-
-class SharedCache(Cache):
-    """Keys and values of N prompts, once, and of the K rationales of each, up to T tokens."""
-
-    def __init__(self, cache, K, T, device):
-        self.at = torch.zeros(1, dtype=torch.long, device=device)  # where the next token's keys go
-        self.length = 0  # how much of the buffer a step attends to
-        self.fused = False  # whether the attention is Triton's, which reads `at` by itself
-        super().__init__(layers=[SharedLayer(layer, K, T, self) for layer in cache.layers])
+        self.keys, self.values = self.keys[rows], self.values[rows]
 
 
 # ---------------------------------------------------------------- one token for every row
@@ -131,7 +115,6 @@ class Decoder:
         self.rows = torch.arange(len(mask) * K, device=mask.device)  # the rollouts still in the batch
         self.position = mask.sum(1).repeat_interleave(K)[:, None]  # [R, 1]
         self.look_every, self.leave_out_at = (16, 0.5) if mask.is_cuda else (1, 0.1)  # so many tokens; share of the batch
-        self.states = None
 
     def step(self, token, writing):
         """Feed each rollout's token. `[n], [n] bool -> [n, D], [n, D]`: states for the head, and states to pool.
@@ -142,11 +125,10 @@ class Decoder:
             self._leave_out(writing)
         states = [x[:, 0] for x in self.feed(token[self.rows])]
         self.t += 1
-        if len(self.rows) == len(token):
-            return states
-        if self.states is None:
-            self.states = [x.new_zeros(len(token), x.shape[1]) for x in states]
-        return [whole.index_copy_(0, self.rows, x) for whole, x in zip(self.states, states)]
+        self.position += 1  # in place, because a captured step reads this very tensor again
+        if len(self.rows) < len(token):
+            states = [x.new_zeros(len(token), x.shape[1]).index_copy_(0, self.rows, x) for x in states]
+        return states
 
     def all_ended(self, writing):
         """Whether no rollout is being written any more. On CUDA a late answer: it is looked for every 16 tokens."""
@@ -178,16 +160,13 @@ class PlainDecoder(Decoder):
 
     def __init__(self, policy, cache, mask, K):
         super().__init__(policy, mask, K)
-        (N, self.P), self.cache = mask.shape, cache
         cache.batch_repeat_interleave(K)
-        self.mask = torch.cat([mask, mask.new_ones(N, policy.reading.max_new_tokens)], 1).repeat_interleave(K, 0)
+        self.cache, self.mask = cache, mask.repeat_interleave(K, 0)  # [R, P + t]
 
     def feed(self, token):
         """One token per row of the batch. `[R] -> [R, 1, D]` twice: states for the head, and states to pool."""
-        mask = self.mask[:, : self.P + self.t + 1]
-        hidden, to_pool, _ = self.policy.forward(token[:, None], mask, self.position, self.cache)
-        self.position = self.position + 1
-        return hidden, to_pool
+        self.mask = F.pad(self.mask, (0, 1), value=1)
+        return self.policy.forward(token[:, None], self.mask, self.position, self.cache)[:2]
 
     def keep(self, rows, groups):
         """Continue with these rows of the batch alone, K' for each of these prompts."""
@@ -220,57 +199,50 @@ def side_stream():
 class SharedDecoder(Decoder):
     """Prompts once, rationales in a buffer; on CUDA a captured graph. Gives what PlainDecoder gives.
 
-    fused: the attention is Triton's. capture: the step is captured, which needs that attention: it reads on the device how
-    many tokens there are. A step that cannot be captured is run as it is, with a warning.
+    The attention is Triton's where that runs. Only then is the step captured, because that attention reads on the device
+    how many tokens there are. A step that cannot be captured is run as it is, with a warning. capture: False to not try.
     """
 
-    def __init__(self, policy, cache, mask, K, fused=None, capture=None):
+    def __init__(self, policy, cache, mask, K, capture=True):
         super().__init__(policy, mask, K)
-        self.T = policy.reading.max_new_tokens
-        self.cache = SharedCache(cache, K, self.T, mask.device)
-        if fused is None and (fused := mask.is_cuda):
-            keys, H = self.cache.layers[0].keys, policy.model.config.get_text_config().num_attention_heads
-            fused = can_fuse(H, keys.shape[1], keys.shape[3], keys.dtype, mask.device)
-        self.cache.fused = fused
-        self.capture = fused and mask.is_cuda if capture is None else capture
-        self.mask = mask.bool()[:, None, None]  # [N, 1, 1, P]
-        self.replay = None
-
-    def _forward(self):
-        """The step itself, over tensors that stay where they are."""
-        return self.policy.forward(self.token, self.mask, self.position, self.cache, shared_cache=self.cache)[:2]
+        self.at = torch.zeros(1, dtype=torch.long, device=mask.device)  # where the next token's keys go: t, on the device
+        layers = [SharedLayer(layer, K, policy.reading.max_new_tokens, self.at) for layer in cache.layers]
+        self.cache, self.mask = Cache(layers=layers), mask.bool()[:, None, None]  # [N, 1, 1, P]
+        keys, H = layers[0].keys, policy.model.config.get_text_config().num_attention_heads
+        self.fused = mask.is_cuda and can_fuse(H, keys.shape[1], keys.shape[3], keys.dtype, mask.device)
+        self.capture, self.replay = capture and self.fused, None
 
     def feed(self, token):
         """As PlainDecoder.feed. What it returns is overwritten by the next call."""
-        self.cache.length = self.T if self.cache.fused else self.t + 1
-        if self.replay is None:
-            self.token = token[:, None].clone()
-            self.replay = self._captured() if self.capture else self._forward
-        self.token.copy_(token[:, None])
-        states = self.replay()
-        # In place: a captured step reads these very tensors again.
-        self.position += 1
-        self.cache.at += 1
+        if self.capture and self.replay is None:
+            self.replay = self._captured(token)
+        states = (self.replay or self._forward)(token)
+        self.at += 1  # in place, as the positions
         return states
 
-    def _captured(self):
-        """The step as a CUDA graph: a function that replays it. Where that fails, the step itself."""
-        side, graph = side_stream(), torch.cuda.CUDAGraph()
+    def _forward(self, token):
+        """The step itself. Nothing in it depends on a Python number that changes, if the attention is Triton's."""
+        return self.policy.forward(token[:, None], self.mask, self.position, self.cache, decoder=self)[:2]
+
+    def _captured(self, token):
+        """The step as a CUDA graph: a function that replays it for other tokens. None where that fails."""
+        token, side, graph = token.clone(), side_stream(), torch.cuda.CUDAGraph()
         side.wait_stream(torch.cuda.current_stream())
         try:
             with torch.cuda.stream(side):
-                self._forward()  # libraries set themselves up on the first call; it writes what the replay will write again
+                self._forward(token)  # libraries set themselves up on the first call; the replay writes the same again
             torch.cuda.current_stream().wait_stream(side)
             with torch.cuda.graph(graph, stream=side):
-                states = self._forward()
+                states = self._forward(token)
         except torch.OutOfMemoryError:  # a RuntimeError, too, but of another kind: the training loop makes the batch smaller
             raise
         except RuntimeError as error:
             warnings.warn(f"the decoding step cannot be captured as a CUDA graph, so it is slower ({error})", stacklevel=2)
             self.capture = False
-            return self._forward
+            return None
 
-        def replay():
+        def replay(new):
+            token.copy_(new)
             graph.replay()
             return states
 
@@ -279,7 +251,7 @@ class SharedDecoder(Decoder):
     def keep(self, rows, groups):
         """As PlainDecoder.keep."""
         for layer in self.cache.layers:
-            layer.keep(rows, groups, self.t)
+            layer.keep(rows, groups)
         self.mask, self.replay = self.mask[groups], None
 
 

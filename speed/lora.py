@@ -23,45 +23,30 @@ from plumbing.errors import GraceError, first_line
 ALPHA = 32
 
 
-@contextlib.contextmanager
-def _warned():
-    """In here one of peft's warnings is an error, and two are not shown."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", "Found missing adapter keys")  # what a file lacks would stay random
-        warnings.filterwarnings("ignore", "fan_in_fan_out")  # it is set as the layer needs it
-        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
-        yield
-
-
 def peft():
     """The library, which is installed only for this. Raises GraceError where it is not there."""
     try:
         import peft
     except ImportError as error:
         raise GraceError(f"adapters need peft ({first_line(error)}): pip install peft") from error
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing`|fan_in_fan_out")  # peft's affairs with transformers
     return peft
 
 
 def adapt(model, rank, seed, folder=None):
     """Put adapters beside all linear layers of a model's body, new ones or those of a folder, and freeze the rest.
 
-    Returns peft's handle on them. New ones depend on the seed alone. Raises GraceError where no such adapters can be.
+    Returns peft's handle on them. New ones depend on the seed alone.
     """
-    library, width = peft(), model.config.get_text_config().hidden_size
-    if rank >= width:
-        raise GraceError(f"--lora {rank}: adapters are smaller than the layers: give a rank below the model's width, {width}")
     if folder:
-        adapters = load(model, folder, is_trainable=True)
-    else:
-        settings = library.LoraConfig(r=rank, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM")
-        try:
-            with torch.random.fork_rng(devices=[]), _warned():
-                torch.manual_seed(seed)
-                adapters = library.get_peft_model(model, settings)
-        except ValueError as error:
-            raise GraceError(f"--lora {rank}: {type(model).__name__} cannot be adapted ({first_line(error)})") from error
-        if os.path.isdir(model.name_or_path):  # in their file, so that they find it from any folder
-            settings.base_model_name_or_path = os.path.abspath(model.name_or_path)
+        return load(model, folder, is_trainable=True)
+    library = peft()
+    settings = library.LoraConfig(r=rank, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        adapters = library.get_peft_model(model, settings)
+    if os.path.isdir(model.name_or_path):  # in their file, so that they find it from any folder
+        settings.base_model_name_or_path = os.path.abspath(model.name_or_path)
     return adapters
 
 
@@ -72,7 +57,8 @@ def load(model, source, **options):
     """
     library, base = peft(), model.name_or_path
     try:
-        with _warned():
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", "Found missing adapter keys")  # what a file lacks would stay random
             return library.PeftModel.from_pretrained(model, source, torch_device="cpu", **options)
     except (RuntimeError, ValueError, UserWarning) as error:  # other shapes, no such layers, layers without adapters
         raise GraceError(f"{source}: its adapters do not fit {base}: give the model that they were trained on") from error

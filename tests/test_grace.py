@@ -10,9 +10,7 @@ import pytest
 import torch
 import transformers
 from conftest import (
-    ARCHITECTURES,
     ROWS,
-    adapted,
     build,
     by_full_forward,
     command,
@@ -34,8 +32,6 @@ from policy import Policy
 from prompt import Reading
 from reward import infonce, infonce_components, paper_components
 from rollout import make_batch, roll_out, sample, score, uniforms
-
-both_ways = pytest.mark.parametrize("lora", [None, 2], ids=["weights", "adapters"])  # what is trained
 
 # ---------------------------------------------------------------- advantage, objective, KL
 
@@ -145,7 +141,7 @@ def test_under_infonce_they_move_advantages():
 
 
 @pytest.fixture
-def enumerable(lora):
+def enumerable():
     """A float64 policy over four tokens and rationales of at most two: thirteen rationales in all."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
@@ -153,7 +149,6 @@ def enumerable(lora):
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<end>", unk_token="c")
     policy = Policy(build("GPT2", 4, eos_token_id=3).double(), tokenizer, Reading("a", 32, 2))
-    policy = adapted(policy, lora) if lora else policy
     rollouts = sample(policy, policy.template(["a b b"]), 13, 1.0, uniforms(0, 1, 13, 2))
     rollouts.ids, rollouts.mask = torch.zeros(1, 13, 2, dtype=torch.long), torch.ones(1, 13, 2, dtype=torch.long)
     for k, ids in enumerate([[3]] + [[x, y] for x in range(3) for y in range(4)]):
@@ -165,7 +160,6 @@ def enumerable(lora):
     return policy, rollouts
 
 
-@both_ways
 @pytest.mark.parametrize("reward", ["infonce", "paper"])
 def test_full_gradient_is_exact(enumerable, reward):
     """E over all 169 groups of two = (K-1)/K times the gradient of the exactly computed E[R]; Eq. 19 alone is not it."""
@@ -241,8 +235,7 @@ def test_update_is_eq19(make_policy):
     assert (ours - expected).norm() < 1e-9 * expected.norm()
 
 
-@both_ways
-@pytest.mark.parametrize("estimator", ["k2", "k3"])
+@pytest.mark.parametrize("estimator, lora", [("k3", None), ("k2", 2)], ids=["k3, weights", "k2, adapters"])
 def test_loss_with_pathwise_kl_term_and_text_term(make_policy, estimator, lora):
     """Off policy, with every term: the loss, its gradient, and what is logged, a rationale at a time by full forward passes."""
     policy = make_policy("GPT2", double=True, lora=lora)
@@ -290,12 +283,11 @@ def test_prompt_term(make_policy):
     torch.testing.assert_close(updates[0], torch.cat(torch.autograd.grad(rewards.sum(), trained)), rtol=1e-4, atol=1e-8)
 
 
-@both_ways
 @pytest.mark.parametrize("minibatches", [1, 3])
-def test_micro_batches_make_one_update(make_policy, minibatches, lora):
-    updates, splits = [], []
+def test_micro_batches_make_one_update(make_policy, minibatches):
+    updates, norms, splits = [], [], []
     for budget in (1, 80, 10**6):
-        policy = make_policy("GPT2", double=True, lora=lora)
+        policy = make_policy("GPT2", double=True)
         trainer, rollouts, A, g = prepared(policy, tokens_per_batch=budget, minibatches=minibatches)
         parts = list(grace.micro_batches(rollouts, torch.arange(8), budget))
         assert sorted(torch.cat(parts).tolist()) == list(range(8))
@@ -304,18 +296,17 @@ def test_micro_batches_make_one_update(make_policy, minibatches, lora):
             assert len(part) == 1 or tokens <= 1.5 * budget
         splits.append([len(part) for part in parts])
         before = weights(policy)
-        trainer.update(rollouts, A, g)
+        norms.append(trainer.update(rollouts, A, g)["grad_norm"])
         updates.append(weights(policy) - before)
     assert len(splits[0]) == 8 > len(splits[1]) > len(splits[2]) == 1 and len(set(splits[1])) > 1  # an uneven split
-    for update in updates[1:]:
-        assert (update - updates[0]).norm() < 1e-7 * updates[0].norm()
+    for update, norm in zip(updates[1:], norms[1:]):  # the norm is that before clipping
+        assert (update - updates[0]).norm() < 1e-7 * updates[0].norm() and norm == pytest.approx(norms[0], rel=1e-7)
 
 
-@both_ways
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_first_ratio_is_one(make_policy, architecture, lora):
+@pytest.mark.parametrize("lora", [None, 2], ids=["weights", "adapters"])  # what is trained
+def test_first_ratio_is_one(make_policy, lora):
     """In the first of four optimizer steps on a batch, not in the later ones; in the next batch again."""
-    policy = make_policy(architecture, lora=lora)
+    policy = make_policy("Qwen2", lora=lora)
     trainer = Trainer(policy, start(policy), ROWS, config(lr=0.05, minibatches=4))
     for step in (1, 2):
         metrics = trainer.step()
@@ -408,19 +399,19 @@ def short_of_memory(monkeypatch, name, fails):
     monkeypatch.setattr(grace, name, starved)
 
 
-@pytest.mark.parametrize("name, fails", [("score", [2]), ("score", [1, 3]), ("update_metrics", [2]), ("roll_out", [1, 3])])
+@pytest.mark.parametrize("name, fails", [("score", [1, 3]), ("roll_out", [1, 3])])
 def test_a_step_made_again_is_the_step(make_policy, monkeypatch, name, fails):
-    """Out of memory in the update, before or after a backward pass, or while sampling: two steps in double precision."""
-    updates, losses, budgets = [], [], []
+    """Out of memory in the update, before and after a backward pass, or while sampling: two steps in double precision."""
+    updates, logged, budgets = [], [], []
     for starved in (False, True):
         trainer = descent(make_policy("GPT2", double=True), kl=0.0, tokens_per_batch=80)
         before = weights(trainer.policy)
         if starved:
             short_of_memory(monkeypatch, name, fails)
-        losses.append([safe_step(trainer)["loss"] for _ in range(2)])
+        logged.append([safe_step(trainer)[name] for _ in range(2) for name in ("loss", "grad_norm")])
         updates.append(weights(trainer.policy) - before)
         budgets.append(trainer.config.tokens_per_batch)
-    assert budgets == [80, 80 // 2 ** len(fails)] and losses[1] == pytest.approx(losses[0], rel=1e-9)
+    assert budgets == [80, 80 // 2 ** len(fails)] and logged[1] == pytest.approx(logged[0], rel=1e-9)
     assert (updates[1] - updates[0]).norm() < 1e-9 * updates[0].norm()
 
 

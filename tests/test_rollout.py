@@ -60,8 +60,8 @@ def test_rows_end_at_any_end_token(make_policy):
         assert finished or int(mask.sum()) == 6
 
 
-@pytest.mark.parametrize("V", [7, 110, 512, 3000])
-def test_draws_follow_the_softmax(V):
+@pytest.mark.parametrize("V", [7, 110, 512])
+def test_a_draw_follows_the_softmax(V):
     """Over 100,000 draws (chi-square, four standard deviations); what cannot be drawn never is; greedy is the largest."""
     torch.manual_seed(V)
     logits, n = 2 * torch.randn(V), 100_000
@@ -77,17 +77,14 @@ def test_draws_follow_the_softmax(V):
     chi_square, freedom = ((counts - p * n) ** 2 / (p * n))[often].sum(), int(often.sum()) - 1
     assert abs(chi_square - freedom) < 4 * (2 * freedom) ** 0.5
     token, logprob = draw(logits[None], 0.0)
-    assert int(token) == int(logits.argmax())
-    torch.testing.assert_close(
-        logprob.double(), torch.log_softmax(logits.double(), -1).amax(-1, keepdim=True), rtol=1e-5, atol=1e-6
-    )
+    assert token == logits.argmax() and logprob.item() == pytest.approx(torch.log_softmax(logits.double(), -1).max().item())
 
 
 def test_rounding_turns_no_draw():
-    """At a real vocabulary, logits that differ by 1e-6, as they do between two batches, give the same tokens."""
+    """At a real vocabulary. Between two batches logits differ by 1e-6; here a hundred times as much gives the same tokens."""
     torch.manual_seed(0)
-    logits, u = 2.2 * torch.randn(2000, 49_152), uniforms(5, 2000)
-    other = logits + 1e-6 * torch.randn_like(logits)
+    logits, u = 2.2 * torch.randn(200, 49_152), uniforms(5, 200)
+    other = logits + 1e-4 * torch.randn_like(logits)
     assert torch.equal(draw(logits, 1.0, u)[0], draw(other, 1.0, u)[0])
 
 
@@ -97,10 +94,8 @@ def test_no_two_numbers_of_a_hash_are_alike():
     assert x.min() > 0 and x.max() < 1 and torch.isfinite(-(-x.log()).log()).all()
     torch.testing.assert_close(x.mean(0), torch.full((12,), 0.5), rtol=0, atol=6e-3)
     torch.testing.assert_close(x.var(0), torch.full((12,), 1 / 12), rtol=0, atol=2e-3)
-    assert (
-        torch.corrcoef(x.T).fill_diagonal_(0).abs().max() < 0.02
-        and abs(torch.corrcoef(torch.stack([x[1:, 0], x[:-1, 0]]))[0, 1]) < 0.02
-    )
+    beside = torch.cat([x[1:], x[:-1, :1]], 1)  # each number's twelve, and the first of the number before it
+    assert torch.corrcoef(beside.T).fill_diagonal_(0).abs().max() < 0.02
 
 
 # ---------------------------------------------------------------- parts of a batch
@@ -188,16 +183,12 @@ def test_effective_rank():
 
 def test_groups_that_cannot_teach_are_counted(make_policy):
     rollouts = rolled(make_policy(), [row["query"] for row in ROWS])
-    N, K, _ = rollouts.ids.shape
-    rollouts.ids[0], rollouts.mask[0] = rollouts.ids[0, :1], rollouts.mask[0, :1]  # all identical
-    rollouts.finished[:] = True
+    rollouts.ids[:], rollouts.mask[:], rollouts.finished[:] = torch.arange(12).view(4, 3, 1), 1, True
+    rollouts.ids[0] = 7  # all identical
     rollouts.finished[1] = False  # all truncated
     rollouts.finished[2, 0] = False  # only one of them
-    rollouts.mask[2:] = 1
-    rollouts.ids[3] = torch.arange(K)[:, None] + 7
     rollouts.mask[3, 1, 1:] = 0  # the end token alone
-    rollouts.mask[0] = 1
-    R = torch.rand(N, K)
+    R = torch.arange(12.0).view(4, 3)
     R[3] = 0.25
     stats = batch_metrics(rollouts, R, {})
     assert (stats["all_identical"], stats["all_truncated"], stats["no_spread"]) == (1 / 4, 1 / 4, 1 / 4)

@@ -76,9 +76,8 @@ for N, K, heads, G, d, P, T, at in ((2, 3, 2, 3, 20, 70, 80, 66), (3, 1, 1, 1, 6
     query, keys, values = draw(N * K, heads * G, 1, d), *draw(2, N * K, heads, T, d)
     results = []
     for fused in (False, True):
-        cache = SimpleNamespace(layers=[layer], fused=fused, at=torch.tensor([at]))
-        own = (keys, values) if fused else (keys[:, :, : at + 1], values[:, :, : at + 1])
-        results.append(decode.attend(SimpleNamespace(layer_idx=0), query, *own, mask[:, None, None], None, cache)[0])
+        decoder = SimpleNamespace(cache=SimpleNamespace(layers=[layer]), fused=fused, at=torch.tensor([at]), t=at)
+        results.append(decode.attend(SimpleNamespace(layer_idx=0), query, keys, values, mask[:, None, None], None, decoder)[0])
     torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
     print("equal")
 assert decode.can_fuse(6, 2, 20, torch.float32, "cpu") and not decode.can_fuse(6, 2, 20, torch.float64, "cpu")
