@@ -19,14 +19,7 @@ from worlds.make import INSTRUCTION, build_tokenizer
 
 def test_model_that_does_more_than_its_head(tokenizer):
     model = build("Llama", len(tokenizer))
-    forward = model.forward
-
-    def bent(*args, **kwargs):
-        out = forward(*args, **kwargs)
-        out.logits = out.logits * 1.5 + 1
-        return out
-
-    model.forward = bent
+    model.register_forward_hook(lambda model, given, out: out | {"logits": out.logits * 1.5 + 1})
     with pytest.raises(GraceError, match="not its output head"):
         Policy(model, tokenizer, Reading(INSTRUCTION, 64, 4))
 
@@ -87,24 +80,27 @@ class Evil:
         return os.mkdir, (self.path,)
 
 
-def test_no_pickle_is_read(tiny_world, tmp_path):
-    shutil.copytree(tiny_world / "model", tmp_path / "model")
-    os.remove(tmp_path / "model" / "model.safetensors")
-    torch.save({"x": Evil(str(tmp_path / "was-here"))}, tmp_path / "model" / "pytorch_model.bin")
+@pytest.fixture
+def folder(tiny_world, tmp_path):
+    """A checkpoint folder to be damaged; beside it, nothing may appear when it is loaded."""
+    yield shutil.copytree(tiny_world / "model", tmp_path / "model")
+    assert os.listdir(tmp_path) == ["model"]
+
+
+def test_no_pickle_is_read(folder):
+    os.remove(folder / "model.safetensors")
+    torch.save({"x": Evil(str(folder.parent / "was-here"))}, folder / "pytorch_model.bin")
     with pytest.raises(GraceError, match="pickles, which can run code, and are not read.*convert it once"):
-        Policy.load(str(tmp_path / "model"))
-    assert not (tmp_path / "was-here").exists()
+        Policy.load(str(folder))
 
 
-def test_no_code_is_run(tiny_world, tmp_path):
-    shutil.copytree(tiny_world / "model", tmp_path / "model")
-    settings = json.loads((tmp_path / "model" / "config.json").read_text())
+def test_no_code_is_run(folder):
+    settings = json.loads((folder / "config.json").read_text())
     settings |= {"model_type": "mine", "auto_map": {"AutoConfig": "mine.Mine", "AutoModelForCausalLM": "mine.Mine"}}
-    (tmp_path / "model" / "config.json").write_text(json.dumps(settings))
-    (tmp_path / "model" / "mine.py").write_text(f"import os; os.mkdir({str(tmp_path / 'was-here')!r})")
+    (folder / "config.json").write_text(json.dumps(settings))
+    (folder / "mine.py").write_text(f"import os; os.mkdir({str(folder.parent / 'was-here')!r})")
     with pytest.raises(GraceError, match="Code that comes with a model is not run here"):
-        Policy.load(str(tmp_path / "model"))
-    assert not (tmp_path / "was-here").exists()
+        Policy.load(str(folder))
 
 
 # ---------------------------------------------------------------- a copy to sample from
