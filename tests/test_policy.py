@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import build, by_full_forward, rolled, weights
+from conftest import build, rolled, weights
 
 from plumbing.errors import GraceError
 from policy import Policy
@@ -38,21 +38,6 @@ def test_limits_and_the_context(tokenizer):
         assert make(8).reading.max_prompt_tokens == 120
     with pytest.raises(GraceError, match="fills the model's context"):
         make(128)
-
-
-def test_positions_counted_in_the_mask(tokenizer):
-    """They forbid sharing the instruction: MPT takes ALiBi distances from places in the row, not from position_ids."""
-    from transformers import MptConfig, MptForCausalLM
-
-    torch.manual_seed(0)
-    model = MptForCausalLM(MptConfig(d_model=32, n_heads=4, n_layers=2, vocab_size=len(tokenizer), max_seq_len=128))
-    policy = Policy(model, tokenizer, Reading(INSTRUCTION, 64, 6))
-    assert not policy.shares_instruction
-    rollouts = rolled(policy)
-    with torch.no_grad():
-        for n in range(3):
-            _, h = by_full_forward(policy, rollouts, n, 0)
-            torch.testing.assert_close(rollouts.embeddings[n, 0], h, rtol=1e-5, atol=1e-5)
 
 
 # ---------------------------------------------------------------- folders
