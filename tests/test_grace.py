@@ -329,11 +329,15 @@ def test_every_kind_of_step(make_policy, name, M):
 
 def test_the_copy_that_samples_is_never_stale(make_policy):
     """It has the weights of the step before, rounded: the first ratio is near 1, however far the step went."""
-    policy, given = make_policy("Qwen2"), config(lr=0.05)
+    policy, given = make_policy("Qwen2", tie_word_embeddings=True), config(lr=0.05)
     given.dtype = "bfloat16"  # a compute type for CUDA alone, but the copy can be had here
     trainer = Trainer(policy, start(policy), ROWS, given)
     for _ in range(3):
+        before = weights(policy)
         assert 0 < trainer.step()["first_ratio_off"] < 0.5
+        assert before.dtype == torch.float32 and torch.equal(weights(trainer.sampler), before.bfloat16())
+    assert trainer.sampler.head.weight is trainer.sampler.base.embed_tokens.weight  # still tied
+    assert trainer.batch.rollouts.embeddings.dtype == trainer.batch.rollouts.logprobs.dtype == torch.float32
 
 
 def test_rate_and_largest_step(make_policy):

@@ -1,4 +1,4 @@
-"""The policy: which models are refused and why, loading without running anyone's code, saving, a copy in bfloat16."""
+"""The policy: which models are refused and why, loading without running anyone's code, saving."""
 
 import json
 import os
@@ -6,12 +6,11 @@ import shutil
 
 import pytest
 import torch
-from conftest import build, rolled, weights
+from conftest import build, weights
 
 from plumbing.errors import GraceError
 from policy import Policy
 from prompt import Reading
-from rollout import score
 from worlds.make import INSTRUCTION, build_tokenizer
 
 # ---------------------------------------------------------------- models that are refused, and limits
@@ -86,19 +85,3 @@ def test_no_code_is_run(folder):
     (folder / "mine.py").write_text(f"import os; os.mkdir({str(folder.parent / 'was-here')!r})")
     with pytest.raises(GraceError, match="Code that comes with a model is not run here"):
         Policy.load(str(folder))
-
-
-# ---------------------------------------------------------------- a copy to sample from
-
-
-def test_bfloat16_copy(make_policy):
-    """The policy's own weights stay float32, and so do log-probabilities and embeddings; test_grace.py holds how near it is."""
-    policy = make_policy("Qwen2", tie_word_embeddings=True)
-    before, sampler = weights(policy), policy.frozen_copy(torch.bfloat16)
-    rollouts = rolled(sampler, K=4)
-    assert torch.equal(weights(policy), before) and torch.equal(weights(sampler), before.bfloat16())
-    assert sampler.head.weight is sampler.base.embed_tokens.weight  # still tied
-    assert rollouts.embeddings.dtype == rollouts.logprobs.dtype == torch.float32
-    with torch.no_grad():
-        scores = score(policy, rollouts)
-    assert (scores.embeddings * rollouts.embeddings).sum(-1).min() > 0.99

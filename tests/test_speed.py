@@ -52,14 +52,6 @@ def test_pack():
     assert rows.tolist() == [1, 0, 6, 8]  # as many rows per group as the busiest needs; those still writing first
 
 
-def test_attention_that_does_not_come_apart(make_policy):
-    """It uses the library's cache."""
-    policy = make_policy("Gemma2")  # soft-capped scores, sliding windows
-    x = policy.template(TEXTS)
-    _, _, cache = policy.prefill(x.ids, x.mask, x.n_shared)
-    assert not policy.shares_prompts and isinstance(policy.decoder(cache, x.mask, 2), decode.PlainDecoder)
-
-
 # ---------------------------------------------------------------- the attention in Triton
 
 INTERPRETED = """
