@@ -88,7 +88,7 @@ class Config:
     resume: bool = setting(False, "continue from the newest checkpoint under --out")
     overwrite: bool = setting(False, "start afresh in an --out that holds a model or checkpoints; they are deleted")
     tokens_per_batch: int = setting(
-        None, "token budget of a micro-batch; lower it when memory is short [16384 on CUDA, else 4096]", least=1
+        None, "token budget of a micro-batch; lower it when memory is short [16384 on CUDA, else 2048]", least=1
     )
     dtype: str = setting(
         "float32", "compute type; weights stay float32, rationales are sampled from a copy in it", ("float32", "bfloat16")
@@ -117,7 +117,7 @@ class Config:
         except RuntimeError as error:
             raise GraceError(f"--device {self.device}: give cpu, cuda or cuda:N") from error
         # A micro-batch launches thousands of kernels whatever its size: a GPU that gets small ones waits for the host.
-        self.tokens_per_batch = self.tokens_per_batch or (16384 if self.device.startswith("cuda") else 4096)
+        self.tokens_per_batch = self.tokens_per_batch or (16384 if self.device.startswith("cuda") else 2048)
         if self.device.startswith("cuda") and not torch.cuda.is_available():
             raise GraceError(f"--device {self.device}: torch finds no CUDA device here")
         if self.mode == "supervised" and not (self.roles and set(self.roles) <= {"query", "positive", "negative"}):
@@ -132,7 +132,6 @@ class Config:
             raise GraceError("--reward paper is defined for the positive's rollouts (Eq. 13); use --train-roles positive")
         if self.reward == "infonce" and self.batch == 1:
             raise GraceError("--batch 1: InfoNCE tells an instance from others of its batch; use 2 or more")
-        self.check_groups(1)
         if self.resume and self.overwrite:
             raise GraceError("--resume continues a run and --overwrite starts anew: give one of them")
         if self.dtype == "bfloat16" and not self.device.startswith("cuda"):
@@ -148,16 +147,15 @@ class Config:
                 f"a batch of {groups} groups cannot be shared out to --minibatches {self.minibatches} and {ranks.size} ranks"
             )
 
-    def must_match(self, other, where):
-        """Raises GraceError, naming them, if settings differ from those of the run being resumed.
+    def must_match(self, other):
+        """Raises GraceError, naming them, if settings differ from `other`, those of the run in --out, as a dict.
 
-        other: its settings as a dict; where: its folder. A resumed run may change where it writes, how long it goes on,
-        and how it is split to fit the memory.
+        A resumed run may change how long it goes on, what it writes, and how it is split to fit the memory.
         """
         free = HOW_LONG_AND_WHERE - ({"steps"} if self.lr_decay else set())  # the decaying rate depends on it
         if changed := [k for k, v in dataclasses.asdict(self).items() if k not in free and other.get(k) != v]:
             was = ", ".join(f"{name} was {other.get(name)}" for name in changed)
-            raise GraceError(f"{where} is of another run ({was}): give its settings, or another --out")
+            raise GraceError(f"--out {self.out} is of another run ({was}): give its settings, or another --out")
 
     @property
     def reading(self):

@@ -15,12 +15,12 @@ In mteb's own harness: `mteb.evaluate(mteb_encoder(GraceEncoder("DIR")), [mteb.g
 import argparse
 import json
 import os
+import sqlite3
 import sys
 import time
 
-import datasets
 import numpy as np
-import transformers
+import torch
 
 from evaluation.encoder import GraceEncoder
 from evaluation.tasks import FAMILIES, SUBSET, TASKS, choose_tasks, evaluate_tasks
@@ -89,39 +89,35 @@ def main(arguments):
     add("--dtype", default="float32", choices=("float32", "bfloat16"), help="compute type [float32]")
     add("--device", help="default: cuda where there is one, else cpu")
     args = parser.parse_args(arguments)
-    transformers.utils.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
     try:
         evaluate(args)
     except GraceError as error:
         sys.exit(f"eval_mteb_subset.py: {error}")
+    except torch.OutOfMemoryError:
+        sys.exit("eval_mteb_subset.py: out of memory: the same command with a lower --tokens-per-batch goes on from here")
+    except sqlite3.Error as error:
+        sys.exit(f"eval_mteb_subset.py: --cache {args.cache} cannot be used ({error}): delete it, or give another folder")
+    except ModuleNotFoundError as error:  # some scores are defined by scikit-learn and scipy
+        sys.exit(f"eval_mteb_subset.py: {error}: pip install scikit-learn")
     except KeyboardInterrupt:
         print("\nstopped; the vectors read so far are in --cache, and the same command goes on from there", file=sys.stderr)
         sys.exit(130)
 
 
 def evaluate(args):
-    """Run the chosen tasks, print them as they come, write `--out`. Returns what it wrote."""
-    chosen, start = choose_tasks(",".join(args.tasks)), time.time()
-    if args.out:
-        check_writable(args.out)
+    """Run the chosen tasks, print them as they come, write `--out`."""
+    chosen, start, results = choose_tasks(",".join(args.tasks)), time.time(), {}
     encoder = GraceEncoder(
         args.model, args.cache or None, args.temperature, args.seed, not args.no_rationale, args.tokens_per_batch,
         args.device, args.dtype, progress=True, instruction=args.instruction, max_prompt_tokens=args.max_prompt_tokens,
         max_new_tokens=args.max_new_tokens, pooling=args.pooling,
     )  # fmt: skip
-
-    def report(name, result):
-        print(f"{name}: {100 * result['main_score']:.2f}  ({result['seconds']:.1f} s)", flush=True)
-
-    results = evaluate_tasks(encoder.encode, chosen, args.data_dir, report)
-    counts = encoder.counts
+    for name in chosen:
+        results |= evaluate_tasks(encoder.encode, [name], args.data_dir)
+        print(f"{name}: {100 * results[name]['main_score']:.2f}  ({results[name]['seconds']:.1f} s)", flush=True)
+    counts, seconds = encoder.counts, time.time() - start
     print("\n" + table(results))
-    print(
-        f"{counts['requested']} texts requested, {counts['distinct']} distinct: {counts['read']} read now, "
-        f"{counts['remembered']} remembered; {counts['cut']} cut at the limit, {counts['unfinished']} rationales unfinished, "
-        f"{counts['empty']} empty; {time.time() - start:.0f} s"
-    )
+    print(", ".join(f"{name} {count}" for name, count in counts.items()) + f"; {seconds:.0f} s")
     record = {
         "model": args.model,
         "tasks": results,
@@ -129,24 +125,12 @@ def evaluate(args):
         "settings": encoder.settings,
         "data": args.data_dir or {name: [TASKS[name].path, TASKS[name].revision] for name in results},
         "texts": counts,
-        "seconds": time.time() - start,
+        "seconds": seconds,
         "versions": versions(),
     }
     if args.out:
+        os.makedirs(os.path.dirname(args.out) or ".", exist_ok=True)
         write_atomically(args.out, json.dumps(record, indent=2))
-    return record
-
-
-def check_writable(path):
-    """Raises GraceError where a file cannot be written: better before an evaluation of hours than after it."""
-    try:
-        os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-        if os.path.isdir(path):
-            raise IsADirectoryError(0, "is a folder")
-        open(f"{path}.tmp", "w").close()
-        os.remove(f"{path}.tmp")
-    except OSError as error:
-        raise GraceError(f"--out {path}: cannot be written ({error.strerror})") from error
 
 
 if __name__ == "__main__":

@@ -66,7 +66,6 @@ import time
 
 import numpy as np
 import torch
-import transformers
 from tqdm import tqdm
 
 from config import parse
@@ -342,7 +341,7 @@ def train(config, make_trainer=Trainer):
         while trainer.step_number < config.steps:
             metrics = safe_step(trainer)
             last = trainer.step_number == config.steps
-            bar.set_postfix({name: f"{metrics[name]:.2f}" for name in ("reward", "length", "distinct")})
+            bar.set_postfix({name: f"{metrics[name]:.2f}" for name in ("reward", "length", "distinct", "step_s")})
             bar.update()
             if due(config.eval_every) and not last:
                 metrics |= {f"heldout_{name}": score for name, score in note(evaluate()).items()}
@@ -393,7 +392,6 @@ def safe_step(trainer):
 
 
 def main(arguments, make_trainer=Trainer):
-    transformers.utils.logging.disable_progress_bar()
     commands = {"explain": explain, "report": report, "status": status}
     try:
         if arguments[:1] and arguments[0] in commands:

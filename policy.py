@@ -21,6 +21,7 @@ import json
 import os
 
 import torch
+import transformers
 
 from plumbing.errors import GraceError
 from plumbing.models import check_network, end_ids, opening, room_for_prompts
@@ -28,6 +29,7 @@ from prompt import PromptTemplate, Reading
 from speed import lora
 from speed.decode import PlainDecoder, SharedDecoder, can_share_prompts
 
+transformers.utils.logging.disable_progress_bar()  # of files that are read and written: they would be printed over ours
 SETTINGS = "grace_config.json"
 SAFE = dict(trust_remote_code=False)  # left out, the library would ask at the terminal
 

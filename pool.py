@@ -23,16 +23,6 @@ import torch.nn.functional as F
 POOLS = ("mean", "penultimate", "eos", "max")  # penultimate: the mean, one layer below the last
 
 
-def length_mask(lengths, width):
-    """The mask of right-padded rows, True for the first `lengths` of `width` positions. `[...] -> [..., width]`, bool.
-
-    >>> length_mask(torch.tensor([1, 3]), 4).int()
-    tensor([[1, 0, 0, 0],
-            [1, 1, 1, 0]], dtype=torch.int32)
-    """
-    return torch.arange(width, device=lengths.device) < lengths[..., None]
-
-
 def fold(state, hidden, mask, how="mean"):
     """Fold one more block of hidden states into the running state.
 

@@ -2,7 +2,7 @@
 # GRACE from nothing to a trained encoder, as a story. Two CPU cores and no model hub are enough.
 #
 #   bash train.sh                       the town, a world in which thinking pays   about 8 minutes
-#   bash train.sh paper                 the same world by the paper's recipe       about 6 minutes
+#   bash train.sh paper                 the same world by the paper's recipe       about 4 minutes
 #   bash train.sh events                a world in which naming is enough          about 4 minutes
 #   bash train.sh supervised [MODEL]    a real chat model on triplets, from the hub, on one GPU
 #   bash train.sh unsupervised [MODEL]  the same on plain sentences
@@ -20,7 +20,7 @@ SEED=${SEED:-0}
 # 1. An environment: .venv, made once.
 . ./setup.sh requirements.txt
 
-# 2. A real backbone? Then one call is the whole story. Defaults are the paper's: B = 64, K = 8,
+# 2. A real chat model? Then one call is the whole story. Defaults are the paper's: B = 64, K = 8,
 #    learning rate 1e-6. Weights stay float32; bfloat16 is only what the GPU computes in.
 case "$what" in
   supervised | unsupervised)

@@ -1,10 +1,9 @@
-"""The in-batch similarity: in tiles, by its definition, and as loss libraries compute theirs.
+"""The in-batch similarity in tiles, and by its definition.
 
     python bench/similarity.py [--rows 4096] [--group 8] [--dim 896]
 
-Time and memory of a forward and a backward pass in float32, for N rows and N columns in groups of K. A loss library
-makes the table of all cosines and takes one softmax of each row, as for sentence-transformers' in-batch negatives. That is
-the least that InfoNCE costs by autograd, and less work: it gives one of our four numbers per row.
+Time and memory of a forward and a backward pass in float32, for N rows and N columns in groups of K. The definition makes
+the table of all cosines at once, as loss libraries do.
 """
 
 import argparse
@@ -25,11 +24,6 @@ def tiles(rows, columns):
 def definition(rows, columns):
     own = torch.eye(len(columns), dtype=torch.bool, device=rows.device)
     return sum(x.sum() for x in similarity.plain_similarity(rows, columns, T, own))
-
-
-def library(rows, columns):
-    own = torch.arange(len(rows), device=rows.device)
-    return F.cross_entropy(rows @ columns.flatten(0, 1).T / T, own, reduction="sum")
 
 
 def peak_bytes(function, device):
@@ -62,10 +56,9 @@ def main():
     sides = {  # each gives the gradients at rows and columns
         "tiles (similarity.py)": lambda: torch.autograd.grad(tiles(*inputs), inputs),
         "its definition": lambda: torch.autograd.grad(definition(*inputs), inputs),
-        "as a loss library": lambda: torch.autograd.grad(library(*inputs), inputs),
     }
     times = take_turns(sides, args.device, args.repeats)
-    ours, plain, _ = (function() for function in sides.values())
+    ours, plain = (function() for function in sides.values())
     apart = max(float((a - b).abs().max()) for a, b in zip(ours, plain))
     print(f"{machine(args.device)}; N = {args.rows}, K = {args.group}, D = {args.dim}")
     print(f"largest difference of gradients, tiles and definition: {apart:.1e}")

@@ -2,7 +2,7 @@
 
     python bench/step.py --model DIR --batch 8 --rollouts 8 --max-new-tokens 48 --train-roles positive --steps 5
     python bench/step.py --shape qwen2.5-0.5b --batch 32 --prompt-tokens 128 --max-new-tokens 256
-    python bench/step.py --train-roles query,positive --peer trl             needs `pip install trl`
+    python bench/step.py --train-roles query,positive --peer trl             needs `pip install trl accelerate`
 
 Runs real steps of grace.py on B rows of made-up texts, or on the first B of --data. The last line is `step_s X`, the
 median step after one to warm up. Every flag of grace.py works here: `--kl 0`, `--recipe paper`, `--lora 8`.
@@ -28,16 +28,6 @@ from policy import load_policies
 from rollout import make_batch
 
 
-class TimedTrainer(grace.Trainer):
-    """A trainer that keeps the seconds of its last update."""
-
-    def update(self, *args):
-        start = clock(self.config.device)
-        result = super().update(*args)
-        self.update_s = clock(self.config.device) - start
-        return result
-
-
 def make_trainer(args, rest):
     """A trainer as grace.py builds it. It has B rows, so that every step is the same work."""
     flags = {name: getattr(args, name) for name in ("model", "batch", "rollouts", "max_new_tokens", "device", "dtype", "steps")}
@@ -49,7 +39,7 @@ def make_trainer(args, rest):
         texts = make_texts(3 * config.batch, policy, args.prompt_tokens)
         rows = [{"query": q, "positive": p, "negative": [n]} for q, p, n in zip(*[iter(texts)] * 3)]
         rows = rows if config.mode == "supervised" else [{"text": row["query"]} for row in rows]
-    return TimedTrainer(policy, reference, rows, config)
+    return grace.Trainer(policy, reference, rows, config)
 
 
 def against_trl(ours, step, prompt_tokens, steps):
@@ -58,7 +48,7 @@ def against_trl(ours, step, prompt_tokens, steps):
         import datasets
         import trl
     except ImportError as error:
-        sys.exit(f"bench/step.py: --peer trl needs trl and accelerate ({error})")
+        sys.exit(f"--peer trl: {error}; pip install trl datasets")
     config, tokenizer, bfloat16 = ours.config, ours.policy.tokenizer, ours.config.dtype == "bfloat16"
     model = transformers.AutoModelForCausalLM.from_pretrained(config.model, dtype=torch.float32).to(config.device)
     by_role = make_batch(ours.rows).texts
@@ -112,18 +102,18 @@ def main():
 
     def step():
         start = clock(args.device)
-        length = trainer.step()["length"]
-        rows.append((clock(args.device) - start, trainer.update_s, length))
+        metrics = trainer.step()
+        rows.append((clock(args.device) - start, metrics["sample_s"], metrics["length"]))
 
     if args.peer:
         theirs["TRL"] = against_trl(trainer, step, args.prompt_tokens, args.steps + 1)[1:]
     else:
         for _ in range(args.steps + 1):
             step()
-    seconds, updates, lengths = zip(*rows[1:])
-    total, update = statistics.median(seconds), statistics.median(updates)
+    seconds, sampling, lengths = zip(*rows[1:])
+    total, sampled = statistics.median(seconds), statistics.median(sampling)
     print(f"B = {args.batch}, K = {args.rollouts}, {statistics.mean(lengths):.1f} tokens per rationale")
-    print(f"sampling and reward {total - update:.4f} s, update {update:.4f} s")
+    print(f"sampling {sampled:.4f} s, reward and update {total - sampled:.4f} s")
     if args.device != "cpu" and not args.peer:
         print(f"peak memory {torch.cuda.max_memory_allocated() / 1e9:.1f} GB")
     show({"grace.py": seconds, **theirs}, 1, "steps")

@@ -1,7 +1,7 @@
 """Makes the students' repository from this one: the functions of every task lose their bodies, and nothing else changes.
 
     python course/make_starter.py OUT                   all tasks are to do
-    python course/make_starter.py OUT --tasks 1 3 5     only these are to do; the others stand there as they are here
+    python course/make_starter.py OUT --tasks 1 3 5     only these are to do; the others are solved
 
 The functions are looked up by name in the files themselves, so a starter never falls behind this repository. Standard
 library only.
@@ -12,32 +12,28 @@ import ast
 import glob
 import json
 import os
-import re
 import shutil
 import sys
-
-from outline import outline
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(HERE)
 TASKS = {  # task: its file, and the functions to write there
-    "task1": ("pool.py", ("length_mask", "fold")),
-    "task2": ("rollout.py", ("draw", "write")),
+    "task1": ("pool.py", ("fold", "pool")),
+    "task2": ("rollout.py", ("draw", "sample")),
     "task3": (
         "reward.py",
         ("contrastive", "self_similarity", "consistency", "hard_negative", "confidence", "total", "scaled", "length_penalty"),
     ),
-    "task4": ("similarity.py", ("_Torch.forward", "_Torch.backward")),
+    "task4": ("similarity.py", ("forward_in_tiles", "backward_in_tiles")),
     "task5": ("grace.py", ("advantages", "masked_mean", "clipped_objective", "kl_k3")),
-    "task6": ("grace.py", ("judge", "pathwise")),
+    "task6": ("grace.py", ("judge", "pathwise", "Trainer.objective")),
     "bonus": ("speed/similarity_triton.py", ("forward_kernel",)),
 }
 FILES = ("train.sh", "test.sh", "setup.sh", "requirements.txt", "requirements-dev.txt", "LICENSE", ".gitignore")
 FOLDERS = ("plumbing", "evaluation", "speed", "worlds")  # beside all *.py of the root
-GIVEN = os.path.join("tests", "given.json")  # in a starter: which tasks are to do, and what its files define
+GIVEN = os.path.join("tests", "given.json")  # in a starter: the tasks to do, and their files as they were handed out
 # These settings also keep a starter that lies inside a clone from using the clone's files.
-PYTEST = "[pytest]\naddopts = -q -p no:warnings\npythonpath = .\n"
-ELSEWHERE = re.compile(r"\b(?:docs|experiments|bench|course|tests)/[\w/]*(?:\.\w+)?|(?<!\")\bREADME\.md\b")
+PYTEST = "[pytest]\naddopts = -q --tb=short -p no:warnings\npythonpath = .\n"
 
 
 # ---------------------------------------------------------------- bodies of functions
@@ -73,12 +69,6 @@ def put(source, name, lines):
     return "\n".join([*old[:first], *lines, *old[last:]]) + "\n"
 
 
-def blank(source, name, task):
-    """The source with an exception as that function's body."""
-    indent = " " * body(source, name)[2]
-    return put(source, name, [f'{indent}raise NotImplementedError("{task}: {name}")'])
-
-
 # ---------------------------------------------------------------- the students' repository
 
 
@@ -88,64 +78,29 @@ def build(out, tasks=tuple(TASKS)):
         raise FileExistsError(f"{out} is not empty: give a folder that is new")
     no_caches = shutil.ignore_patterns("__pycache__")
     shutil.copytree(os.path.join(HERE, "tests"), os.path.join(out, "tests"), ignore=no_caches)
-    shutil.copy(os.path.join(HERE, "outline.py"), os.path.join(out, "tests"))
     shutil.copy(os.path.join(HERE, "submit.sh"), out)
     for name in (*glob.glob("*.py", root_dir=ROOT), *FILES):
-        if os.path.exists(os.path.join(ROOT, name)):
-            shutil.copy(os.path.join(ROOT, name), out)
+        shutil.copy(os.path.join(ROOT, name), out)
     for name in FOLDERS:
-        if os.path.isdir(os.path.join(ROOT, name)):
-            shutil.copytree(os.path.join(ROOT, name), os.path.join(out, name), ignore=no_caches)
+        shutil.copytree(os.path.join(ROOT, name), os.path.join(out, name), ignore=no_caches)
     for task in tasks:
         file, names = TASKS[task]
         source = read(out, file)
         for name in names:
-            source = blank(source, name, task)
+            indent = " " * body(source, name)[2]
+            source = put(source, name, [f'{indent}raise NotImplementedError("{task}: {name}")'])
         write(out, file, source)
-    outlines = {file: outline(read(out, file)) for file, _ in TASKS.values()}
-    write(out, GIVEN, json.dumps({"tasks": list(tasks), "outlines": outlines}, indent=1))
-    text = handout(read(HERE, "handout.md"), tasks)
-    write(out, "README.md", text + not_here(out))
-    write(out, "answers.md", "".join(f"## {question}\n\n\n" for question, _ in questions(text)))
+    files = {file: {"to_do": [], "source": read(out, file)} for file, _ in TASKS.values()}
+    for task in tasks:
+        file, names = TASKS[task]
+        files[file]["to_do"] += names
+    write(out, GIVEN, json.dumps({"tasks": list(tasks), "files": files}, indent=1))
+    text = read(HERE, "handout.md")
+    if len(tasks) < len(TASKS):
+        text = text.replace("\n\n", f"\n\n**To do: {', '.join(tasks)}. The rest is solved here and gives no points.**\n\n", 1)
+    write(out, "README.md", text)
+    write(out, "answers.md", "".join(f"## Question {task[4:]}\n\n\n" for task in tasks if task != "bonus"))
     write(out, "pytest.ini", PYTEST)
-
-
-def handout(text, tasks):
-    """The handout for these tasks: their pages alone, and the points that these have."""
-    pages = []
-    for page in text.split("\n---\n"):
-        heading = re.search(r"^## (Task \d+|Bonus)\b", page, re.M)
-        if heading is None or heading[1].lower().replace(" ", "") in tasks:
-            pages.append(page)
-    text = "\n---\n".join(pages)
-    points = {
-        "code": sum(map(int, re.findall(r"^## Task .*\((\d+) points\)", text, re.M))),
-        "written answers": sum(points for _, points in questions(text)),
-        "the bonus": sum(map(int, re.findall(r"^## Bonus.*\((\d+) points\)", text, re.M))),
-    }
-    line = ", ".join(f"{n} for {what}" for what, n in points.items() if n)
-    return re.sub(r"^\* Points: .*", f"* Points: {line}.", text, flags=re.M)
-
-
-def questions(text):
-    """The written questions of a handout: `[("Question 1", points)]`."""
-    return [(name, int(n)) for name, n in re.findall(r"^\*\*(Question \d+[a-z]?)\.\*\* \((\d+) points\)", text, re.M)]
-
-
-def not_here(out):
-    """A last page for the handout: what the code names of this repository that is not part of a starter."""
-    named = {}
-    for path in sorted(glob.glob("**/*.py", root_dir=out, recursive=True) + glob.glob("*.sh", root_dir=out)):
-        for name in ELSEWHERE.findall(read(out, path)):
-            if name == "README.md" or not os.path.exists(os.path.join(out, name)):  # a starter's README.md is the handout
-                named.setdefault(name, path)
-    if not named:
-        return ""
-    places = ", ".join(f"`{name}` (in `{path}`)" for name, path in sorted(named.items()))
-    return (
-        "\n---\n\n## What the code names and this folder does not hold\n\nThis folder is a part of a larger repository. "
-        f"Comments in the code name other parts of it, which you do not need for your tasks: {places}.\n"
-    )
 
 
 def read(folder, name):

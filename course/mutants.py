@@ -1,9 +1,11 @@
-"""Tries the graders' tests on wrong solutions, and on right ones that are written otherwise.
+"""Tries the tests that grade on wrong solutions, and on right ones that are written otherwise.
 
-    python course/mutants.py            tries all and prints the table of docs/lecturer.md; fails at the first wrong verdict
+    python course/mutants.py                       all of them, a line each; fails at the first wrong verdict
+    python course/mutants.py task1 --one-in 10     only a task's, and of its mutants only every tenth
 
 Each mutant is the reference with one mistake that a student might make, and has to fail its own task's tests.
-Each alternative is another right solution, of at most twenty lines per task, and has to pass them.
+The alternatives are other right solutions of tasks 1 and 2, and have to pass them. All other tasks' functions are empty
+meanwhile: a task's tests need no other task's code.
 """
 
 import argparse
@@ -18,258 +20,164 @@ import tempfile
 import textwrap
 
 import pytest
-from make_starter import TASKS, body, build, put
+from make_starter import TASKS, body, build, put, read, take
 
-MUTANTS = [  # task, what is wrong, function, what stands there, what a student wrote (None: the whole body)
-    ("task1", "zeros everywhere", "fold", None, "return torch.zeros(len(hidden), hidden.shape[2])"),
-    ("task1", "one position too many", "length_mask", "< lengths", "<= lengths"),
-    ("task1", "mask from what the states hold", "fold", "mask = mask.bool()", "mask = (hidden != 0).any(-1)"),
-    ("task1", "the mask is edited in place", "fold", "mask = mask.bool()", "mask[:, 0] = mask[:, 0].clamp(min=0) * 1; mask[:, 1:] *= mask[:, 1:]; mask[mask > 0] = 2; mask = mask.bool()"),
-    ("task1", "padding is multiplied by 0, and NaN stays", "fold", "torch.where(mask[..., None], hidden, 0).sum(1)", "(hidden * mask[..., None]).sum(1)"),
-    ("task1", "the mean over all positions", "fold", "torch.where(mask[..., None], hidden, 0).sum(1)", "hidden.mean(1)"),
-    ("task1", "each block divided by its own count", "fold", "torch.where(mask[..., None], hidden, 0).sum(1)", "torch.where(mask[..., None], hidden, 0).sum(1) / mask.sum(1, keepdim=True).clamp(min=1)"),
-    ("task1", "the last position as the end token", "fold", "last = (mask * torch.arange(mask.shape[1], device=mask.device)).argmax(1)", "last = torch.full((len(mask),), mask.shape[1] - 1)"),
-    ("task1", "padding counts as 0 in the maximum", "fold", "-torch.inf", "0.0"),
-    ("task1", "summed in the states' own precision", "fold", "hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32))", ""),
-    ("task1", "the state is edited in place", "fold", "new if state is None else state + new", "new if state is None else state.add_(new)"),
-    ("task1", "NaN made 0, infinity kept", "fold", "torch.where(mask[..., None], hidden, 0).sum(1)", "(hidden.nan_to_num(posinf=torch.inf) * mask[..., None]).sum(1)"),
-    ("task2", "temperature forgotten in the score", "draw", "return token[:, 0], probabilities.gather(1, token)[:, 0].log()", "return token[:, 0], torch.log_softmax(logits, -1).gather(1, token)[:, 0]"),
-    ("task2", "temperature forgotten in the draw", "draw", "tempered(logits, temperature)", "tempered(logits, 1.0)"),
-    ("task2", "always greedy", "draw", "if temperature == 0:", "if True:"),
-    ("task2", "drawn from torch's own generator", "draw", "uniform[:, None]", "torch.rand_like(uniform)[:, None]"),
-    ("task2", "one number for all rows", "draw", "uniform[:, None]", "uniform[:1, None]"),
-    ("task2", "an impossible token where the number is 0", "draw", None, "p = tempered(logits, temperature).exp()\ntoken = p.argmax(1, keepdim=True) if temperature == 0 else torch.searchsorted(p.cumsum(1), uniform[:, None].to(p.dtype)).clamp(max=p.shape[1] - 1)\nreturn token[:, 0], p.gather(1, token)[:, 0].log()"),
-    ("task2", "a token behind the last where the sum is rounded down", "draw", None, "p = tempered(logits, temperature).exp()\ntoken = p.argmax(1, keepdim=True) if temperature == 0 else torch.searchsorted(p.cumsum(1), uniform[:, None].to(p.dtype), right=True)\nreturn token[:, 0], p.gather(1, token)[:, 0].log()"),
-    ("task2", "the twenty likeliest alone", "draw", "probabilities = tempered(logits, temperature).exp()", "probabilities = tempered(logits, temperature).exp()\n    probabilities = torch.where(probabilities < probabilities.topk(min(20, logits.shape[1])).values[:, -1:], 0, probabilities)"),
-    ("task2", "the end token is not counted", "write", "lengths += writing", "lengths += writing.index_fill(0, rows[torch.isin(token, policy.end_ids)], False)"),
-    ("task2", "the length from `ids == pad`", "write", "return ids, logprobs, lengths", "lengths = (ids != 0).sum(1)\n    return ids, logprobs, lengths"),
-    ("task2", "only one of the end tokens ends", "write", "(token[:, None] != policy.end_ids).all(1)", "(token != policy.end_ids[0])"),
-    ("task2", "a truncated rationale counts as finished", "write", "lengths, ~writing,", "lengths, torch.ones_like(writing),"),
-    ("task2", "what is drawn after the end is pooled", "write", "writing[rows, None]", "torch.ones_like(rows)[:, None]"),
-    ("task2", "the end token is not pooled", "write", "writing[rows, None]", "(writing[rows] & ~torch.isin(token, policy.end_ids))[:, None]"),
-    ("task2", "the state before a token is pooled for it", "write", "hidden, to_pool = decoder.step(token)", "to_pool = last[rows, None]; hidden, _ = decoder.step(token)"),
-    ("task2", "always the mean", "write", "policy.reading.pooling", '"mean"'),
-    ("task2", "the next token predicted from the states to pool", "write", "hidden[:, -1]", "to_pool[:, -1]"),
-    ("task2", "the loop continues when all have ended", "write", "if not writing.any():", "if False:"),
-    ("task2", "the loop stops before the last end token is fed", "write", "hidden, to_pool = decoder.step(token)", "if not (writing[rows] & ~torch.isin(token, policy.end_ids)).any():\n            return ids, logprobs, lengths + writing, torch.ones_like(writing), state\n        hidden, to_pool = decoder.step(token)"),
-    ("task2", "the first position's number at every position", "write", "uniform[rows, t]", "uniform[rows, 0]"),
-    ("task2", "numbers by place in the batch, not by rollout", "write", "uniform[rows, t]", "uniform[: len(rows), t]"),
-    ("task2", "the batch is taken to keep all its rows", "write", "rows = decoder.rows", "rows = torch.arange(n)"),
-    ("task2", "rows that still write are dropped", "write", "drop_finished(writing)", "drop_finished(~writing)"),
-    ("task2", "tokens by place in the batch, not by rollout", "write", "ids[rows, t]", "ids[: len(rows), t]"),
-    ("task3", "zeros everywhere", "contrastive", None, "return torch.zeros(positive.shape[:2], dtype=positive.dtype)"),
-    ("task3", "negatives averaged, not summed", "contrastive", '"bd,bmd->b", query, negative)', '"bd,bmd->b", query, negative) / max(negative.shape[1], 1)'),
-    ("task3", "a rollout counts itself among the others", "consistency", "others = rollouts.sum(1, keepdim=True) - rollouts", "others = rollouts.sum(1, keepdim=True)"),
-    ("task3", "divided by K", "consistency", "/ (K - 1)", "/ K"),
-    ("task3", "a group of one gives NaN", "consistency", "if K == 1:", "if False:"),
-    ("task3", "the sign of the hard term", "hard_negative", "return -", "return "),
-    ("task3", "the farthest rollout, not the nearest", "hard_negative", None, "s = torch.einsum('id,jkd->ijk', query, positive).amin(2)\nother = ~torch.eye(len(s), dtype=torch.bool) if twins is None else ~twins & ~torch.eye(len(s), dtype=torch.bool)\nreturn -(s * other).sum(1) / other.sum(1).clamp(min=1)"),
-    ("task3", "own group left among the negatives", "hard_negative", None, "return -torch.einsum('id,jkd->ijk', query, positive).amax(2).mean(1)"),
-    ("task3", "the rollouts are detached", "self_similarity", "anchor, rollouts)", "anchor, rollouts.detach())"),
-    ("task3", "twins count as negatives", "hard_negative", ", twins)", ")"),
-    ("task3", "own pair left out of the candidates", "confidence", "torch.stack([own / temperature, others], 2)", "others[..., None]"),
-    ("task3", "temperature forgotten on the hard negatives", "confidence", "near / temperature", "near"),
-    ("task3", "a loss, not a reward: the sign", "confidence", "return own / temperature - candidates.logsumexp(2)", "return candidates.logsumexp(2) - own / temperature"),
-    ("task3", "exponentials that overflow", "confidence", "candidates.logsumexp(2)", "candidates.exp().sum(2).log()"),
-    ("task3", "weights exchanged", "total", None, 'return components["contrastive"] + lambda_hard * components["consistency"] + lambda_consistency * components["hard"]'),
-    ("task3", "times tau", "scaled", "/ tau", "* tau"),
-    ("task3", "finished rollouts pay the penalty", "length_penalty", "torch.where(finished,", "torch.where(~finished,"),
-    ("task3", "Eq. 28 whatever `relative` says", "length_penalty", "reward - gamma if relative else ", ""),
-    ("task4", "own group left among the others", "_Torch.forward", "masked_fill(~other, -torch.inf).logsumexp(1)", "logsumexp(1)"),
-    ("task4", "mean of exponentials, not of cosines", "_Torch.forward", "for here, _, mean, nearest, own, other in _Torch.blocks(rows, columns, barred):", "for here, s, mean, nearest, own, other in _Torch.blocks(rows, columns, barred):\n            mean = (s / temperature).logsumexp(0) * temperature - temperature * torch.tensor(float(len(s))).log()"),
-    ("task4", "divided by B, not by the others", "_Torch.forward", "other.sum(1).clamp(min=1)", "other.shape[1]"),
-    ("task4", "zeros for the gradient", "_Torch.backward", None, "return torch.zeros_like(rows), torch.zeros_like(columns)"),
-    ("task4", "1/t forgotten in the gradient", "_Torch.backward", "p * w_mean / temperature", "p * w_mean"),
-    ("task4", "1/K forgotten in the gradient", "_Torch.backward", ") / len(s)", ")"),
-    ("task4", "one of equal members takes all", "_Torch.backward", "top = torch.eq(s, nearest, out=s)", "top = torch.nn.functional.one_hot(s.argmax(0), len(s)).permute(2, 0, 1).to(s.dtype)"),
-    ("task4", "every member takes the nearest's gradient", "_Torch.backward", "most / top.sum(0)", "most / len(s)"),
-    ("task4", "only the last block's columns", "_Torch.backward", "            for k in range(len(s)):", "            d_columns.zero_()\n            for k in range(len(s)):"),
-    ("task4", "equal members each take all", "_Torch.backward", "most / top.sum(0)", "most"),
-    ("task4", "infinity times 0 where there is no other group", "_Torch.backward", "torch.where(other, (mean / temperature - lse_mean).exp(), 0)", "(mean / temperature - lse_mean).exp() * other"),
-    ("task4", "the whole table at once", "_Torch.forward", "for here, _,", "rows @ columns.flatten(0, 1).T\n        for here, _,"),
-    ("task4", "the plain definition in place of tiles", "_Torch.forward", None, "return tuple(plain_similarity(rows, columns, temperature, barred))"),
-    ("task4", "autograd through the plain definition", "_Torch.backward", None, "with torch.enable_grad():\n    r, c = rows.detach().requires_grad_(), columns.detach().requires_grad_()\n    own, mean, nearest, hard = plain_similarity(r, c, temperature, barred)\n    count = (~barred).sum(1).clamp(min=1).repeat_interleave(len(rows) // len(columns))\n    numbers = (own, mean.nan_to_num(neginf=0.0), nearest.nan_to_num(neginf=0.0), hard * count)\n    return tuple(x.nan_to_num() for x in torch.autograd.grad(numbers, (r, c), saved[2:]))"),
-    ("task5", "zeros everywhere", "clipped_objective", None, "return logprobs.sum(-1) * 0"),
-    ("task5", "standard deviation in the advantage", "advantages", "if normalize:", "if True:"),
-    ("task5", "equal rewards give NaN", "advantages", " + 1e-6", ""),
-    ("task5", "the batch's mean in place of the group's", "advantages", "rewards.mean(1, keepdim=True)", "rewards.mean()"),
-    ("task5", "the rewards are edited in place", "advantages", "centred = rewards - rewards.mean(1, keepdim=True)", "centred = rewards.sub_(rewards.mean(1, keepdim=True))"),
-    ("task5", "ratio without clipping", "clipped_objective", "torch.minimum(ratio * A, ratio.clamp(1 - clip_eps, 1 + (clip_high or clip_eps)) * A)", "ratio * A"),
-    ("task5", "clipped without the minimum", "clipped_objective", "torch.minimum(ratio * A, ratio.clamp(1 - clip_eps, 1 + (clip_high or clip_eps)) * A)", "ratio.clamp(1 - clip_eps, 1 + (clip_high or clip_eps)) * A"),
-    ("task5", "clipping on the wrong side", "clipped_objective", "torch.minimum", "torch.maximum"),
-    ("task5", "old over new", "clipped_objective", "logprobs - old_logprobs", "old_logprobs - logprobs"),
-    ("task5", "the ratio detached", "clipped_objective", "(logprobs - old_logprobs).exp()", "(logprobs - old_logprobs).exp().detach()"),
-    ("task5", "one number of tokens for all rollouts", "masked_mean", "/ mask.sum(-1)", "/ (mask.sum() / mask.shape[0] / mask.shape[1])"),
-    ("task5", "padding counts in the mean's denominator", "masked_mean", "/ mask.sum(-1)", "/ mask.shape[-1]"),
-    ("task5", "padding counts in the mean", "masked_mean", "(x * mask)", "x"),
-    ("task5", "padding is summed too", "clipped_objective", "(token * mask)", "token"),
-    ("task5", "the mean whatever `length_normalize` says", "clipped_objective", " if length_normalize else (token * mask).sum(-1)", ""),
-    ("task5", "clip_high forgotten", "clipped_objective", "clip_high or clip_eps", "clip_eps"),
-    ("task5", "the other KL", "kl_k3", "reference - logprobs", "logprobs - reference"),
-    ("task5", "the plain estimator, which can be negative", "kl_k3", "log_ratio.exp() - 1 - log_ratio", "-log_ratio"),
-    ("task5", "padding counts in the KL", "kl_k3", "masked_mean(log_ratio.exp() - 1 - log_ratio, mask)", "(log_ratio.exp() - 1 - log_ratio).mean(-1)"),
-    ("task5", "a KL without a gradient", "kl_k3", "log_ratio = reference - logprobs", "log_ratio = reference - logprobs.detach()"),
-    ("task6", "detached pathwise term", "pathwise", "g * h", "g * h.detach()"),
-    ("task6", "zeros everywhere", "pathwise", None, "return torch.zeros(h.shape[:2], dtype=h.dtype) * h.sum(-1)"),
-    ("task6", "to be minimised", "pathwise", "(g * h)", "-(g * h)"),
-    ("task6", "the gradient of the mean reward", "judge", "R.sum()", "R.mean()"),
-    ("task6", "each role's own reward alone", "judge", "g = torch.autograd.grad(R.sum(), [leaves[role] for role in config.roles])", "sizes = [len(components['hard']) // len(config.roles)] * len(config.roles)\n    g = [torch.autograd.grad(r.sum(), leaves[role], retain_graph=True)[0] for r, role in zip(R.split(sizes), config.roles)]"),
-    ("task6", "roles in another order", "judge", "[leaves[role] for role in config.roles]", "[leaves[role] for role in sorted(config.roles)]"),
-    ("task6", "the caller's embeddings are made leaves", "judge", "x.detach().requires_grad_(role in config.roles)", "x.requires_grad_(role in config.roles)"),
-    ("task6", "the penalty forgotten", "judge", "rewards.length_penalty(R, finished, config.gamma, config.relative_length_penalty)", "R"),
-    ("task6", "tau forgotten", "judge", ", config.tau)", ", 1.0)"),
-    ("task6", "the reward keeps its graph", "judge", "return R.detach()", "return R"),
-    ("task6", "the paper's reward is never used", "judge", 'if config.reward == "paper":', "if False:"),
-    ("task6", "twins not passed on", "judge", ", twins)", ", None)"),
-    ("task6", "the penalty is always relative", "judge", ", config.relative_length_penalty)", ", True)"),
-    ("task6", "negatives keep their own shape", "judge", "x.flatten(0, -3)", "x"),
-    ("bonus", "own group left among the others", "forward_kernel", "log_sum_exp(mean * inverse_t, other)", "log_sum_exp(mean * inverse_t, own | other)"),
-    ("bonus", "temperature forgotten", "forward_kernel", "mean * inverse_t", "mean"),
-    ("bonus", "a sum of exponentials without the maximum", "forward_kernel", "log_sum_exp(nearest * inverse_t, other)", "tl.log(tl.sum(tl.where(other, tl.exp(nearest * inverse_t), 0.0), 1))"),
-    ("bonus", "every block of rows is the first", "forward_kernel", "tl.program_id(0) * ROWS + tl.arange(0, ROWS)", "tl.arange(0, ROWS)"),
-    ("bonus", "every tile at the place of the first", "forward_kernel", "at, step = out + tile * N + n", "at, step = out + n"),
+MUTANTS = [  # function, what is wrong, what stands there, what a student wrote (None: the whole body)
+    ("fold", "zeros everywhere", None, "return torch.zeros(len(hidden), hidden.shape[2])"),
+    ("fold", "mask from what the states hold", "mask = mask.bool()", "mask = (hidden != 0).any(-1)"),
+    ("fold", "the mask is edited in place", "mask = mask.bool()", "mask[mask > 0] = 2; mask = mask.bool()"),
+    ("fold", "padding is multiplied by 0, and NaN stays", "torch.where(mask[..., None], hidden, 0).sum(1)", "(hidden * mask[..., None]).sum(1)"),
+    ("fold", "each block divided by its own count", "torch.where(mask[..., None], hidden, 0).sum(1)", "torch.where(mask[..., None], hidden, 0).sum(1) / mask.sum(1, keepdim=True).clamp(min=1)"),
+    ("fold", "the last position as the end token", "last = (mask * torch.arange(mask.shape[1], device=mask.device)).argmax(1)", "last = torch.full((len(mask),), mask.shape[1] - 1)"),
+    ("fold", "padding counts as 0 in the maximum", "-torch.inf", "0.0"),
+    ("fold", "summed in the states' own precision", "hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32))", ""),
+    ("fold", "the state is edited in place", "new if state is None else state + new", "new if state is None else state.add_(new)"),
+    ("pool", "the sum, not scaled to length one", "unit(fold(", "(fold("),
+    ("pool", "a row without a token is not noticed", "if empty:", "if False:"),
+    ("draw", "temperature forgotten in the score", "return token[:, 0], logprobs.gather", "return token[:, 0], torch.log_softmax(logits, -1).gather"),
+    ("draw", "temperature forgotten in the draw", "logprobs.exp(), uniform", "torch.softmax(logits, -1), uniform"),
+    ("draw", "drawn from torch's own generator", "logprobs.exp(), uniform", "logprobs.exp(), torch.rand_like(uniform)"),
+    ("draw", "an impossible token where the number is 0", None, "p = tempered(logits, temperature).exp()\ntoken = p.argmax(1, keepdim=True) if temperature == 0 else torch.searchsorted(p.cumsum(1), uniform[:, None].to(p.dtype)).clamp(max=p.shape[1] - 1)\nreturn token[:, 0], p.gather(1, token)[:, 0].log()"),
+    ("draw", "a token behind the last where the sum is rounded down", None, "p = tempered(logits, temperature).exp()\ntoken = p.argmax(1, keepdim=True) if temperature == 0 else torch.searchsorted(p.cumsum(1), uniform[:, None].to(p.dtype), right=True)\nreturn token[:, 0], p.gather(1, token)[:, 0].log()"),
+    ("draw", "the twenty likeliest alone", "logprobs.exp(), uniform", "torch.where(logprobs < logprobs.topk(min(20, logits.shape[1])).values[:, -1:], 0, logprobs.exp()), uniform"),
+    ("sample", "the end token is not counted", "logprob, writing)", "logprob, writing & (token[:, None] != policy.end_ids).all(1))"),
+    ("sample", "the mask from `ids == pad`", "by_group = lambda", "mask = ids != 0\n    by_group = lambda"),
+    ("sample", "only one of the end tokens ends", "(token[:, None] != policy.end_ids).all(1)", "(token != policy.end_ids[0])"),
+    ("sample", "a truncated rationale counts as finished", "by_group(~writing)", "by_group(torch.ones_like(writing))"),
+    ("sample", "what is drawn after the end is pooled", "writing[:, None], pooling", "torch.ones_like(writing)[:, None], pooling"),
+    ("sample", "a rollout ends before its end token is fed", "decoder.step(token, writing)", "decoder.step(token, writing & (token[:, None] != policy.end_ids).all(1))"),
+    ("sample", "the state before a token is pooled for it", "last, to_pool = decoder.step(token, writing)", "to_pool = last; last, _ = decoder.step(token, writing)"),
+    ("sample", "always the mean", "policy.reading.pooling", '"mean"'),
+    ("sample", "the next token predicted from the states to pool", "last, to_pool = decoder.step(token, writing)", "_, to_pool = decoder.step(token, writing); last = to_pool.nan_to_num()"),
+    ("sample", "the loop continues when all have ended", "if decoder.all_ended(writing):", "if False:"),
+    ("sample", "the loop stops before the last end token is fed", "last, to_pool = decoder.step(token, writing)", "if not (writing & (token[:, None] != policy.end_ids).all(1)).any():\n            writing = writing & False\n            break\n        last, to_pool = decoder.step(token, writing)"),
+    ("sample", "numbers of the rollouts in another order", "uniform.flatten(0, 1)", "uniform.transpose(0, 1).flatten(0, 1)"),
+    ("sample", "rollouts and their prompts in another order", "x.repeat_interleave(K, 0)", "x.repeat(K, 1)"),
+    ("sample", "the text is not pooled", "decoder = policy.decoder", "state = torch.zeros_like(state)\n    decoder = policy.decoder"),
+    ("sample", "the instruction is pooled", "prompts.counted[:, prompts.n_shared :]", "prompts.mask[:, prompts.n_shared :]"),
+    ("sample", "padding behind the longest rationale", "x[:, :T]", "x"),
+    ("sample", "log-probabilities of what is drawn after the end", "logprobs.where(mask, 0)", "logprobs"),
+    ("contrastive", "zeros everywhere", None, "return torch.zeros(positive.shape[:2], dtype=positive.dtype)"),
+    ("contrastive", "negatives averaged, not summed", '"bd,bmd->b", query, negative)', '"bd,bmd->b", query, negative) / max(negative.shape[1], 1)'),
+    ("consistency", "a rollout counts itself among the others", "others = rollouts.sum(1, keepdim=True) - rollouts", "others = rollouts.sum(1, keepdim=True)"),
+    ("consistency", "a group of one gives NaN", "if K == 1:", "if False:"),
+    ("hard_negative", "the sign of the hard term", "return -", "return "),
+    ("hard_negative", "own group left among the negatives", None, "return -torch.einsum('id,jkd->ijk', query, positive).amax(2).mean(1)"),
+    ("self_similarity", "the rollouts are detached", "anchor, rollouts)", "anchor, rollouts.detach())"),
+    ("hard_negative", "instances of one text count as negatives", ", same_text)", ")"),
+    ("confidence", "own pair left out of the candidates", "torch.stack([own / temperature, others], 2)", "others[..., None]"),
+    ("confidence", "temperature forgotten on the hard negatives", "near / temperature", "near"),
+    ("confidence", "a loss, not a reward: the sign", "return own / temperature - candidates.logsumexp(2)", "return candidates.logsumexp(2) - own / temperature"),
+    ("confidence", "exponentials that overflow", "candidates.logsumexp(2)", "candidates.exp().sum(2).log()"),
+    ("total", "weights exchanged", None, 'return components["contrastive"] + lambda_hard * components["consistency"] + lambda_consistency * components["hard"]'),
+    ("scaled", "times tau", "/ tau", "* tau"),
+    ("length_penalty", "Eq. 28 whatever `relative` says", "reward - gamma if relative else ", ""),
+    ("forward_in_tiles", "own group left among the others", "masked_fill(~other, -torch.inf).logsumexp(1)", "logsumexp(1)"),
+    ("forward_in_tiles", "mean of exponentials, not of cosines", "for here, _, mean, nearest, own, other in blocks_of_rows(rows, columns, excluded):", "for here, s, mean, nearest, own, other in blocks_of_rows(rows, columns, excluded):\n        mean = (s / temperature).logsumexp(0) * temperature - temperature * torch.tensor(float(len(s))).log()"),
+    ("forward_in_tiles", "divided by B, not by the others", "other.sum(1).clamp(min=1)", "other.shape[1]"),
+    ("backward_in_tiles", "1/K forgotten in the gradient", ") / len(s)", ")"),
+    ("backward_in_tiles", "one of equal members takes all", "is_nearest = torch.eq(s, nearest, out=s)", "is_nearest = torch.nn.functional.one_hot(s.argmax(0), len(s)).permute(2, 0, 1).to(s.dtype)"),
+    ("backward_in_tiles", "only the last block's columns", "        for k in range(len(s)):", "        d_columns.zero_()\n        for k in range(len(s)):"),
+    ("backward_in_tiles", "infinity times 0 where there is no other group", "torch.where(other, (mean / temperature - lse_mean).exp(), 0)", "(mean / temperature - lse_mean).exp() * other"),
+    ("forward_in_tiles", "the plain definition in place of tiles", None, "return tuple(plain_similarity(rows, columns, temperature, excluded))"),
+    ("clipped_objective", "zeros everywhere", None, "return logprobs.sum(-1) * 0"),
+    ("advantages", "equal rewards give NaN", " + 1e-6", ""),
+    ("advantages", "the batch's mean in place of the group's", "rewards.mean(1, keepdim=True)", "rewards.mean()"),
+    ("advantages", "the rewards are edited in place", "centred = rewards - rewards.mean(1, keepdim=True)", "centred = rewards.sub_(rewards.mean(1, keepdim=True))"),
+    ("clipped_objective", "ratio without clipping", "torch.minimum(ratio * A, ratio.clamp(1 - clip_eps, 1 + (clip_high or clip_eps)) * A)", "ratio * A"),
+    ("clipped_objective", "clipped without the minimum", "torch.minimum(ratio * A, ratio.clamp(1 - clip_eps, 1 + (clip_high or clip_eps)) * A)", "ratio.clamp(1 - clip_eps, 1 + (clip_high or clip_eps)) * A"),
+    ("clipped_objective", "clipping on the wrong side", "torch.minimum", "torch.maximum"),
+    ("clipped_objective", "old over new", "logprobs - old_logprobs", "old_logprobs - logprobs"),
+    ("clipped_objective", "the ratio detached", "(logprobs - old_logprobs).exp()", "(logprobs - old_logprobs).exp().detach()"),
+    ("masked_mean", "padding counts in the mean's denominator", "/ mask.sum(-1)", "/ mask.shape[-1]"),
+    ("clipped_objective", "padding is summed too", "(token * mask)", "token"),
+    ("clipped_objective", "the mean whatever `length_normalize` says", " if length_normalize else (token * mask).sum(-1)", ""),
+    ("clipped_objective", "clip_high forgotten", "clip_high or clip_eps", "clip_eps"),
+    ("kl_k3", "the other KL", "reference - logprobs", "logprobs - reference"),
+    ("kl_k3", "padding counts in the KL", "masked_mean(log_ratio.exp() - 1 - log_ratio, mask)", "(log_ratio.exp() - 1 - log_ratio).mean(-1)"),
+    ("kl_k3", "a KL without a gradient", "log_ratio = reference - logprobs", "log_ratio = reference - logprobs.detach()"),
+    ("pathwise", "detached pathwise term", "g * h", "g * h.detach()"),
+    ("judge", "the gradient of the mean reward", "R.sum()", "R.mean()"),
+    ("judge", "each role's own reward alone", "g = torch.autograd.grad(R.sum(), [leaves[role] for role in config.roles])", "sizes = [len(components['hard']) // len(config.roles)] * len(config.roles)\n    g = [torch.autograd.grad(r.sum(), leaves[role], retain_graph=True)[0] for r, role in zip(R.split(sizes), config.roles)]"),
+    ("judge", "roles in another order", "[leaves[role] for role in config.roles]", "[leaves[role] for role in sorted(config.roles)]"),
+    ("judge", "the caller's embeddings are made leaves", "x.detach().requires_grad_(role in config.roles)", "x.requires_grad_(role in config.roles)"),
+    ("judge", "the reward keeps its graph", "return R.detach()", "return R"),
+    ("judge", "the paper's reward is never used", 'if config.reward == "paper":', "if False:"),
+    ("judge", "same_text not passed on", ", same_text)", ", None)"),
+    ("judge", "the penalty is always relative", ', relative=config.reward != "paper")', ", True)"),
+    ("judge", "negatives keep their own shape", "x.flatten(0, -3)", "x"),
+    ("Trainer.objective", "the KL is rewarded", "value - config.kl", "value + config.kl"),
+    ("Trainer.objective", "k2 is never used", 'config.kl_estimator == "k2"', "False"),
+    ("Trainer.objective", "the pathwise term has no weight", "config.pathwise * pathwise", "pathwise"),
+    ("Trainer.objective", "the prompt's pathwise term is left out", "if g_prompt is not None:", "if False:"),
+    ("Trainer.objective", "one number for the whole batch", "return value", "return value.mean()"),
+    ("forward_kernel", "own group left among the others", "log_sum_exp(mean * inverse_t, other)", "log_sum_exp(mean * inverse_t, own | other)"),
+    ("forward_kernel", "temperature forgotten", "mean * inverse_t", "mean"),
+    ("forward_kernel", "a sum of exponentials without the maximum", "log_sum_exp(nearest * inverse_t, other)", "tl.log(tl.sum(tl.where(other, tl.exp(nearest * inverse_t), 0.0), 1))"),
+    ("forward_kernel", "every tile at the place of the first", "at, step = out + tile * N + n", "at, step = out + n"),
 ]  # fmt: skip
-ALTERNATIVES = [  # task, how it is written, {function: body}
-    (
-        "task1", "means by matrix product, masks by comparison with a list", {
-            "length_mask": "positions = torch.tensor(list(range(width)), device=lengths.device)\nreturn positions.expand(*lengths.shape, width) < lengths.unsqueeze(-1)",
-            "fold": """
-                if how not in ("mean", "penultimate", "max", "eos"):
-                    raise ValueError(how)
-                mask, out = mask > 0, []
-                for n, row in enumerate(hidden if hidden.dtype == torch.float64 else hidden.float()):
-                    kept = row[mask[n]]
-                    if state is not None and how in ("max", "eos"):
-                        kept = torch.cat([state[n : n + 1], kept])
-                    before = 0 if state is None or how in ("max", "eos") else state[n]
-                    out.append(kept.amax(0) if how == "max" else kept[-1] if how == "eos" else kept.sum(0) + before)
-                return torch.stack(out)
-            """,
-        },
-    ),
-    (
-        "task2", "no row is dropped, and the likeliest token comes first in the sum", {
-            "draw": """
-                logprobs = tempered(logits, temperature)
-                sorted_logprobs, order = logprobs.sort(dim=1, descending=True)
-                below = sorted_logprobs.exp().cumsum(1)
-                place = torch.zeros(len(logits), dtype=torch.long) if temperature == 0 else (below <= uniform[:, None] * below[:, -1:]).sum(1)
-                token = order.gather(1, place[:, None])
-                return token[:, 0], logprobs.gather(1, token)[:, 0]
-            """,
-            "write": """
-                writing, ids, logprobs = torch.ones(len(last), dtype=torch.bool, device=last.device), [], []
-                lengths = torch.zeros(len(last), dtype=torch.long, device=last.device)
-                for t in range(policy.reading.max_new_tokens):
-                    token, logprob = draw(policy.logits(last), temperature, None if uniform is None else uniform[:, t])
-                    ids.append(token)
-                    logprobs.append(logprob)
-                    hidden, to_pool = decoder.step(token)
-                    state = fold(state, to_pool, writing[:, None], policy.reading.pooling)
-                    lengths, last = lengths + writing, hidden[:, -1]
-                    writing = writing & ~torch.isin(token, policy.end_ids)
-                    if not writing.any():
-                        break
-                return torch.stack(ids, 1), torch.stack(logprobs, 1), lengths, ~writing, state
-            """,
-        },
-    ),
-    (
-        "task3", "plain products instead of the fused similarity", {
-            "hard_negative": """
-                s = torch.einsum("id,jkd->ijk", query, positive).amax(2)
-                out = torch.eye(len(s), dtype=torch.bool) if twins is None else twins | torch.eye(len(s), dtype=torch.bool)
-                return -s.masked_fill(out, 0).sum(1) / (~out).sum(1).clamp(min=1)
-            """,
-            "consistency": """
-                s = rollouts @ rollouts.transpose(1, 2)
-                K = s.shape[1]
-                return (s.sum(2) - s.diagonal(dim1=1, dim2=2)) / max(K - 1, 1)
-            """,
-            "confidence": """
-                candidates = [own / temperature, others, *(near / temperature).unbind(2)]
-                return torch.log_softmax(torch.stack(candidates), 0)[0]
-            """,
-        },
-    ),
-    (
-        "task4", "einsum, without in-place edits", {
-            "_Torch.backward": """
-                d_rows, d_columns = torch.zeros_like(rows), torch.zeros_like(columns)
-                for here, s, mean, nearest, own, other in _Torch.blocks(rows, columns, barred):
-                    lse_mean, lse_nearest, w_own, w_mean, w_nearest, w_hard = (x[here, None] for x in saved)
-                    p = (mean / temperature - lse_mean).exp().nan_to_num() * other
-                    q = (nearest / temperature - lse_nearest).exp().nan_to_num() * other
-                    top = (s == nearest).to(s.dtype)
-                    ds = (own * w_own + p * w_mean.nan_to_num() / temperature) / len(s)
-                    ds = ds + top / top.sum(0) * (q * w_nearest / temperature + other * w_hard)
-                    d_rows[here] = torch.einsum("knb,bkd->nd", ds, columns)
-                    d_columns = d_columns + torch.einsum("knb,nd->bkd", ds, rows[here])
-                return d_rows, d_columns
-            """,
-        },
-    ),
-    (
-        "task5", "`where` in place of `minimum`", {
-            "masked_mean": "return torch.where(mask.bool(), x, 0).sum(2) / mask.sum(2)",
-            "advantages": """
-                A = rewards - rewards.sum(1, keepdim=True) / rewards.shape[1]
-                return A / (rewards.std(1, keepdim=True, correction=0) + 1e-8) if normalize else A
-            """,
-            "clipped_objective": """
-                ratio, A = torch.exp(logprobs - old_logprobs), advantage.unsqueeze(2)
-                low, high = 1 - clip_eps, 1 + (clip_eps if clip_high is None else clip_high)
-                cut = ((A > 0) & (ratio > high)) | ((A < 0) & (ratio < low))
-                value = torch.where(mask.bool(), torch.where(cut, ratio.clamp(low, high), ratio) * A, 0).sum(2)
-                return value / mask.sum(2) if length_normalize else value
-            """,
-        },
-    ),
-    (
-        "task6", "by backward() instead of autograd.grad", {
-            "judge": """
-                free = {role: x.detach().clone().requires_grad_(role in config.roles) for role, x in embeddings.items()}
-                if config.reward == "paper":
-                    by_role = [rewards.paper_components(free, twins)]
-                else:
-                    by_role = [rewards.infonce_components(free, r, config.infonce_temperature, twins) for r in config.roles]
-                parts = {name: torch.cat([c[name] for c in by_role]) for name in ("contrastive", "consistency", "hard")}
-                R = rewards.scaled(rewards.total(parts, config.lambda_consistency, config.lambda_hard), config.tau)
-                R = rewards.length_penalty(R, finished, config.gamma, config.relative_length_penalty)
-                R.sum().backward()
-                g = torch.cat([free[role].grad.flatten(0, -3) for role in config.roles])
-                return R.detach(), {name: x.detach() for name, x in parts.items()}, g
-            """,
-            "pathwise": "return torch.einsum('nkd,nkd->nk', g, h)",
-        },
-    ),
-]  # fmt: skip
+ALTERNATIVES = {  # right solutions, written otherwise: function, its body
+    "fold": """
+        if how not in ("mean", "penultimate", "max", "eos"):
+            raise ValueError(how)
+        mask, out = mask > 0, []
+        for n, row in enumerate(hidden if hidden.dtype == torch.float64 else hidden.float()):
+            kept = row[mask[n]]
+            if state is not None and how in ("max", "eos"):
+                kept = torch.cat([state[n : n + 1], kept])
+            before = 0 if state is None or how in ("max", "eos") else state[n]
+            out.append(kept.amax(0) if how == "max" else kept[-1] if how == "eos" else kept.sum(0) + before)
+        return torch.stack(out)
+    """,
+    "draw": """
+        logprobs = tempered(logits, temperature)
+        sorted_logprobs, order = logprobs.sort(dim=1, descending=True)
+        below = sorted_logprobs.exp().cumsum(1)
+        place = torch.zeros(len(logits), dtype=torch.long) if temperature == 0 else (below <= uniform[:, None] * below[:, -1:]).sum(1)
+        token = order.gather(1, place[:, None])
+        return token[:, 0], logprobs.gather(1, token)[:, 0]
+    """,
+    "sample": """
+        N, how = len(prompts.ids), policy.reading.pooling
+        hidden, to_pool, cache = policy.prefill(prompts.ids, prompts.mask, prompts.n_shared)
+        of_prompt = fold(None, to_pool, prompts.counted[:, prompts.n_shared :], how)
+        state, last, decoder = of_prompt.repeat_interleave(K, 0), hidden[:, -1].repeat_interleave(K, 0), policy.decoder(cache, prompts.mask, K)
+        lengths, ended, ids, logprobs = torch.zeros(N * K).long(), torch.zeros(N * K).bool(), [], []
+        while len(ids) < policy.reading.max_new_tokens and not ended.all():
+            token, logprob = draw(policy.logits(last), temperature, uniform.reshape(N * K, -1)[:, len(ids)] if temperature else None)
+            ids.append(token)
+            logprobs.append(logprob)
+            last, to_pool = decoder.step(token, ~ended)
+            state, lengths = fold(state, to_pool[:, None], ~ended[:, None], how), lengths + ~ended
+            ended = ended | torch.isin(token, policy.end_ids)
+        T = int(lengths.max())
+        mask = (torch.arange(T) < lengths[:, None]).view(N, K, T).long()
+        ids, logprobs = (torch.stack(x[:T], 1).view(N, K, T).masked_fill(mask == 0, 0) for x in (ids, logprobs))
+        embeddings, finished = unit(state).view(N, K, -1), ended.view(N, K)
+        kept = prompts.ids, prompts.mask, prompts.counted, prompts.cut
+        return Rollouts(*kept, ids, mask, logprobs, embeddings, finished, unit(of_prompt), prompts.n_shared)
+    """,
+}
 
 
-def indented(text, indent):
-    """A body as lines at an indentation."""
-    return textwrap.indent(textwrap.dedent(text).strip("\n"), " " * indent).splitlines()
-
-
-def mutated(source, name, old, new):
-    """The source of a file with one function changed."""
-    first, last, indent = body(source, name)
+def mutant(name, old, new):
+    """The file of a function, and its source with that function changed."""
+    file = next(file for file, names in TASKS.values() if name in names)
+    source = read(".", file)
     if old is None:
-        return put(source, name, indented(new, indent))
-    text = "\n".join(source.splitlines()[first:last])
-    if old not in text:
-        raise ValueError(f"{name}: a mutant's text is no longer there: {old!r}")
-    return put(source, name, text.replace(old, new).splitlines())
+        text = textwrap.indent(textwrap.dedent(new).strip("\n"), " " * body(source, name)[2])
+    else:
+        text = "\n".join(take(source, name))
+        if old not in text:
+            raise ValueError(f"{name}: a mutant's text is no longer there: {old!r}")
+        text = text.replace(old, new)
+    return file, put(source, name, text.splitlines())
 
 
 @contextlib.contextmanager
-def exchanged(task, name, old, new):
-    """One of a task's functions with another body, under every name that it was imported by, until the block ends."""
-    file, names = TASKS[task]
-    if name not in names:
-        raise ValueError(f"{name} is not one of {task}'s functions")
-    with open(file) as f:
-        source = mutated(f.read(), name, old, new)
+def exchanged(name, old, new):
+    """A function with another body, under every name that it was imported by, until the block ends."""
+    file, source = mutant(name, old, new)
     label = f"{file}:mutant"
     linecache.cache[label] = (len(source), None, source.splitlines(True), label)  # triton reads a kernel's source
     module, scope = importlib.import_module(file.removesuffix(".py").replace("/", ".")), {}
@@ -286,95 +194,77 @@ def exchanged(task, name, old, new):
         yield
 
 
-class Verdicts:
-    """A pytest plugin that records which tests failed, and with what."""
+class Verdict:
+    """A pytest plugin that records how many tests passed, the first that failed, and with what."""
 
-    def __init__(self):
-        self.failed, self.passed = {}, []
+    passed, failed, why = 0, None, ""
 
     def pytest_runtest_logreport(self, report):
-        name = re.sub(r"\[.*", "", report.nodeid.split("::")[-1])
         if report.failed:
-            self.failed.setdefault(name, str(report.longrepr))
-        elif report.when == "call" and report.passed:
-            self.passed.append(name)
-
-    @property
-    def good(self):
-        return bool(self.passed) and not self.failed
-
-    @property
-    def skipped(self):
-        return not self.passed and not self.failed
+            self.failed, self.why = re.sub(r"\[.*", "", report.nodeid.split("::")[-1]), str(report.longrepr)
+        self.passed += report.when == "call" and report.passed
 
 
 def graded(task):
-    """Run one task's tests in this process, up to the first that fails. Returns `Verdicts`."""
-    verdicts = Verdicts()
+    """Run one task's tests in this process, up to the first that fails. Returns a `Verdict`."""
+    verdict = Verdict()
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         off = [f"-pno:{plugin}" for plugin in ("cacheprovider", "warnings", "unraisableexception")]  # the last collects garbage
-        pytest.main([f"tests/test_{task}.py", "-x", *off], plugins=[verdicts])
-    return verdicts
+        pytest.main([f"tests/test_{task}.py", "-x", *off], plugins=[verdict])
+    return verdict
 
 
-def code_lines(text):
-    """Lines of code, without blank ones and comments."""
-    return sum(bool(line.strip()) and not line.strip().startswith("#") for line in text)
+@contextlib.contextmanager
+def alone(task):
+    """All functions of the other tasks without their bodies, until the block ends."""
+    with contextlib.ExitStack() as stack:
+        for other, (_, names) in TASKS.items():
+            for name in names if other not in (task, "bonus") else ():
+                stack.enter_context(exchanged(name, None, "raise NotImplementedError"))
+        yield
 
 
-def rows():
-    """Try all mutants and alternatives, in a folder like a student's. Yields the table's lines; AssertionError: a wrong verdict."""
-    reference = {task: graded(task) for task in TASKS}
-    without = [task for task in TASKS if task == "bonus" and reference[task].skipped]  # triton is not installed
-    for task, verdicts in reference.items():
-        assert task in without or verdicts.good, f"{task}: the reference fails {verdicts.failed}"
-    yield "| task | what is wrong | in | caught by |"
-    yield "| --- | --- | --- | --- |"
-    for task, what, name, old, new in MUTANTS:
-        if task in without:
-            continue
-        with exchanged(task, name, old, new):
-            verdicts = graded(task)
-        assert verdicts.failed, f"{task}: {what!r} in {name} is not caught"
-        broken = [x for x in verdicts.failed.values() if "SyntaxError" in x or "NameError" in x]
-        assert not broken, f"{task}: {what!r} does not fail by what it computes: {broken[0]}"
-        yield f"| {task} | {what} | `{name}` | `{next(iter(verdicts.failed))}` |"
-    for task, what, bodies in ALTERNATIVES:
-        with contextlib.ExitStack() as stack:
-            for name, text in bodies.items():
-                stack.enter_context(exchanged(task, name, None, text))
-            verdicts = graded(task)
-        assert verdicts.good, f"{task}: {what!r} is right, and fails {verdicts.failed}"
-
-
-def one_by_one():
-    """The tasks whose tests pass: first with all bodies empty, then with the bodies of one task after the other put back."""
-    tasks = [task for task in TASKS if task != "bonus"]
-    empty = {task: contextlib.ExitStack() for task in tasks}
-    for task in tasks:
-        for name in TASKS[task][1]:
-            empty[task].enter_context(exchanged(task, name, None, "raise NotImplementedError"))
-    for n, task in enumerate([None, *tasks]):
-        if task:
-            empty[task].close()
-        verdicts = {other: graded(other) for other in tasks}
-        for other in tasks[:n]:
-            if not verdicts[other].good:
-                print(f"{other} has its bodies back and fails: {verdicts[other].failed}", file=sys.stderr)
-        yield " ".join(other for other in tasks if verdicts[other].good)
+def verdicts(task, one_in):
+    """Try a task's mutants and alternatives. Yields a line for each; AssertionError: a wrong verdict."""
+    reference, names = graded(task), TASKS[task][1]
+    if task == "bonus" and not reference.passed and not reference.failed:
+        yield "bonus: triton is not installed"
+        return
+    assert reference.passed and not reference.failed, f"{task}: the reference fails: {reference.why}"
+    for name, what, old, new in [m for m in MUTANTS if m[0] in names][::one_in]:
+        with exchanged(name, old, new):
+            tried = graded(task)
+        assert tried.failed, f"{task}: {what!r} in {name} is not caught"
+        assert "SyntaxError" not in tried.why and "NameError" not in tried.why, f"{name}: {what!r} cannot run: {tried.why}"
+        yield f"{task}: {name}: {what}: caught by {tried.failed}"
+    others = [name for name in names if name in ALTERNATIVES]
+    if not others:
+        return
+    with contextlib.ExitStack() as stack:
+        for name in others:
+            stack.enter_context(exchanged(name, None, ALTERNATIVES[name]))
+        tried = graded(task)
+    assert tried.passed and not tried.failed, f"{task}: another right solution fails: {tried.why}"
+    yield f"{task}: another right solution passes"
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--one-by-one", action="store_true", help="empty all tasks, put them back, print which pass each time")
+    parser.add_argument("tasks", nargs="*", help="task1 to task6 and bonus; all by default")
+    parser.add_argument("--one-in", type=int, default=1, metavar="N", help="try only every Nth mutant of a task")
     args = parser.parse_args()
+    os.environ["TRITON_INTERPRET"] = "1"  # the bonus runs on a CPU; triton reads this when it is imported
     folder = os.path.dirname(os.path.abspath(__file__))
     with tempfile.TemporaryDirectory() as scratch:
         build(scratch, tasks=())
         os.chdir(scratch)
         sys.path[:] = [scratch, *(p for p in sys.path if os.path.abspath(p or ".") not in (folder, os.path.dirname(folder)))]
-        for line in one_by_one() if args.one_by_one else rows():
-            print(line, flush=True)
+        for name, _, old, new in MUTANTS:  # all of them, so that a sample, too, notices one that no longer fits
+            compile(mutant(name, old, new)[1], name, "exec")
+        for task in args.tasks or TASKS:
+            with alone(task):
+                for line in verdicts(task, args.one_in):
+                    print(line, flush=True)
         os.chdir(folder)
 
 

@@ -9,7 +9,7 @@ import json
 import zipfile
 
 with open("tests/given.json") as file:
-    task_files = json.load(file)["outlines"]
+    task_files = json.load(file)["files"]
 with zipfile.ZipFile("submission.zip", "w", zipfile.ZIP_DEFLATED) as submission:
     for path in (*task_files, "tests/given.json", "answers.md", "points.xml"):
         submission.write(path)

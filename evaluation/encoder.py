@@ -8,7 +8,6 @@ most the batch it was reading.
 Shapes: n texts, D hidden size.
 """
 
-import contextlib
 import dataclasses
 import hashlib
 import json
@@ -20,7 +19,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from plumbing.errors import GraceError, first_line
+from plumbing.errors import GraceError
 from policy import Policy
 from pool import fold, unit
 from rollout import sample, token_logprobs, uniforms
@@ -38,26 +37,26 @@ class Encoded(NamedTuple):
 
 
 def token_batches(texts, tokens_per_batch, policy):
-    """Indices of the texts, longest first, in batches that fit the token budget, one rationale each.
+    """The texts, longest first, in batches that fit the token budget with one rationale each. Yields lists of texts.
 
     A text's tokens are estimated, at three bytes each, so that no text is tokenized twice.
     """
-    size = [len(text.encode("utf-8", "surrogatepass")) for text in texts]
     overhead = len(policy.template.prefix) // 4 + policy.reading.max_new_tokens
-    part = []
-    for i in sorted(range(len(texts)), key=lambda i: -size[i]):
-        longest = min(policy.reading.max_prompt_tokens, size[part[0] if part else i] // 3) + overhead
-        if part and (len(part) + 1) * longest > tokens_per_batch:
-            yield part
-            part = []
-        part.append(i)
-    if part:
-        yield part
+    size = lambda text: len(text.encode("utf-8", "surrogatepass"))
+    cost = lambda text: min(policy.reading.max_prompt_tokens, size(text) // 3) + overhead
+    batch = []
+    for text in sorted(texts, key=size, reverse=True):
+        if batch and (len(batch) + 1) * cost(batch[0]) > tokens_per_batch:
+            yield batch
+            batch = []
+        batch.append(text)
+    if batch:
+        yield batch
 
 
 @torch.inference_mode()
 def encode_batch(policy, texts, temperature=0.0, seed=0, rationale=True):
-    """One batch of texts, greedy or sampled, or the prompts alone (the paper's Base). `-> Encoded`.
+    """One batch of texts, greedy or sampled, or the prompts alone (the paper's Base): `[(vector, rationale, cut, finished)]`.
 
     What is sampled about a text depends on seed and text alone, not on the batch it is in. An empty text is
     allowed: its prompt still has tokens that count.
@@ -68,43 +67,21 @@ def encode_batch(policy, texts, temperature=0.0, seed=0, rationale=True):
         if temperature:
             uniform = torch.stack([uniforms([seed, *_key(text)], 1, T, device=policy.device) for text in texts])  # [n, 1, T]
         rollouts = sample(policy, prompts, 1, temperature, uniform)
-        vectors, finished = rollouts.embeddings[:, 0], rollouts.finished[:, 0].cpu().numpy()
+        vectors, finished = rollouts.embeddings[:, 0], rollouts.finished[:, 0].tolist()
         ids = [group[0] for group in rollouts.rationales()]
         rationales = [text.strip() for text in policy.tokenizer.batch_decode(ids, skip_special_tokens=True)]
     else:
         _, to_pool, _ = policy.prefill(prompts.ids, prompts.mask, prompts.n_shared)
         vectors = unit(fold(None, to_pool, prompts.counted[:, prompts.n_shared :], policy.reading.pooling))
-        rationales, finished = [""] * len(texts), np.ones(len(texts), bool)
-    return Encoded(vectors.float().cpu().numpy(), rationales, prompts.cut.cpu().numpy(), finished)
+        rationales, finished = [""] * len(texts), [True] * len(texts)
+    return list(zip(vectors.float().cpu().numpy(), rationales, prompts.cut.tolist(), finished))
 
 
-def encode_distinct(policy, texts, temperature=0.0, seed=0, rationale=True, tokens_per_batch=8192):
-    """Distinct texts, a batch at a time. Yields `{text: (vector [D], rationale, cut, finished)}` per batch.
-
-    A batch for which the memory is too small is read in halves. Raises GraceError where it is too small for one text.
-    """
-    batches = [[texts[i] for i in part] for part in token_batches(texts, tokens_per_batch, policy)]
-    while batches:
-        batch, encoded = batches.pop(0), None
-        try:
-            encoded = encode_batch(policy, batch, temperature, seed, rationale)
-        except torch.OutOfMemoryError as error:
-            if len(batch) == 1:
-                raise GraceError("out of memory with one text: lower --max-new-tokens or --max-prompt-tokens") from error
-        if encoded:
-            yield dict(zip(batch, zip(encoded.vectors, encoded.rationales, encoded.cut.tolist(), encoded.finished.tolist())))
-        else:  # out here the exception no longer keeps the tensors alive
-            torch.cuda.empty_cache()
-            print(f"out of memory while reading {len(batch)} texts: reading them in halves")
-            half = len(batch) // 2
-            batches[:0] = batch[:half], batch[half:]
-
-
-def encode_texts(policy, texts, **options):
-    """Any number of texts; equal ones are read once. `-> Encoded`. options: see `encode_distinct`; greedy by default."""
+def encode_texts(policy, texts, temperature=0.0, seed=0, rationale=True, tokens_per_batch=8192):
+    """Any number of texts, greedy by default; equal ones are read once. `-> Encoded`."""
     known = {}
-    for batch in encode_distinct(policy, list(dict.fromkeys(texts)), **options):
-        known |= batch
+    for batch in token_batches(dict.fromkeys(texts), tokens_per_batch, policy):
+        known |= zip(batch, encode_batch(policy, batch, temperature, seed, rationale))
     vectors, rationales, cut, finished = zip(*(known[text] for text in texts))
     return Encoded(np.stack(vectors), list(rationales), np.array(cut), np.array(finished))
 
@@ -117,9 +94,9 @@ def text_loss(policy, texts, tokens_per_batch=8192):
     these go: a text term (--text-weight) trains this very loss on the training texts.
     """
     nats, count = 0.0, 0
-    for part in token_batches(texts, tokens_per_batch, policy):
+    for batch in token_batches(texts, tokens_per_batch, policy):
         # Not shared: the text's first token is predicted by the instruction's last.
-        prompts = policy.template([texts[i] for i in part], share=False)
+        prompts = policy.template(batch, share=False)
         hidden, _, _ = policy.prefill(prompts.ids, prompts.mask, 0)
         keep = prompts.text[:, 1:].bool()
         nats -= float(token_logprobs(policy, hidden[:, :-1][keep], prompts.ids[:, 1:][keep]).sum())
@@ -156,8 +133,7 @@ class GraceEncoder:
     cache        a folder for the memory, or None to keep it in this process only
     reading      instruction, max_prompt_tokens, max_new_tokens, pooling: default as the checkpoint says
 
-    Equal texts get equal vectors. An empty text is embedded (its prompt still has tokens that count) and counted.
-    Raises GraceError for a text that is no string, and for a vector that has no direction.
+    Equal texts get equal vectors. An empty text is embedded: its prompt still has tokens that count.
     """
 
     def __init__(
@@ -172,9 +148,9 @@ class GraceEncoder:
             model = Policy.load(model, device or ("cuda" if torch.cuda.is_available() else "cpu"), **reading)
             if dtype == "bfloat16":  # weights in it, too: they are only read here, and rounding them per token costs more
                 model = model.frozen_copy(torch.bfloat16)
-        self.policy, self.temperature, self.seed, self.rationale = model, temperature, seed, rationale
+        self.policy, self.options = model, (temperature, seed, rationale)
         self.tokens_per_batch, self.progress = tokens_per_batch, progress
-        self.n_requested, self.n_read, self.flags = 0, 0, {}
+        self.n_requested, self.n_read, self.flags = 0, 0, {}  # flags: {key: (cut, finished)}
         self.settings = {
             "fingerprint": fingerprint(model.model),
             **dataclasses.asdict(model.reading),
@@ -185,63 +161,40 @@ class GraceEncoder:
             "seed": seed if temperature else None,
             "dtype": model.dtype,
         }
-        name = hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()[:16]
-        self.path = ":memory:" if cache is None else os.path.join(cache, f"{name}.sqlite")
-        with self._usable():
-            if cache is not None:
-                os.makedirs(cache, exist_ok=True)
-            self.memory = sqlite3.connect(self.path, timeout=60)
-            self.memory.execute(
-                "CREATE TABLE IF NOT EXISTS texts (key BLOB PRIMARY KEY, vector BLOB, rationale TEXT, cut INT, finished INT)"
-            )
-
-    @contextlib.contextmanager
-    def _usable(self):
-        """In here an error of the disk or of the database becomes a GraceError of one sentence."""
-        try:
-            yield
-        except (OSError, sqlite3.Error) as error:
-            raise GraceError(
-                f"{self.path}: this cache cannot be used ({first_line(error)}); delete the file, or give another cache folder"
-            ) from error
-
-    def _remembered(self, text):
-        """`(vector, rationale, cut, finished)`, or None where the memory does not have the text."""
-        row = self.memory.execute("SELECT * FROM texts WHERE key = ?", [_key(text)]).fetchone()
-        return row and (np.frombuffer(row[1], np.float32), *row[2:])
+        self.path = ":memory:"
+        if cache is not None:
+            os.makedirs(cache, exist_ok=True)
+            name = hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()[:16]
+            self.path = os.path.join(cache, f"{name}.sqlite")
+        self.memory = sqlite3.connect(self.path, timeout=60)
+        self.memory.execute(
+            "CREATE TABLE IF NOT EXISTS texts (key BLOB PRIMARY KEY, vector BLOB, rationale TEXT, cut INT, finished INT)"
+        )
 
     def _read(self, texts):
-        """Every text's `(vector, rationale, cut, finished)`; the unknown ones are read, a batch at a time."""
-        for i, text in enumerate(texts):
-            if not isinstance(text, str):
-                raise GraceError(f"text {i} is {text!r:.60}, not a string")
-        distinct = list(dict.fromkeys(texts))
-        with self._usable():
-            known = {text: row for text in distinct if (row := self._remembered(text))}
+        """`{text: (vector, rationale, cut, finished)}`: from the memory, and what it does not have a batch at a time."""
+        known, distinct = {}, list(dict.fromkeys(texts))
+        for text in distinct:
+            if row := self.memory.execute("SELECT * FROM texts WHERE key = ?", [_key(text)]).fetchone():
+                known[text] = (np.frombuffer(row[1], np.float32), *row[2:])
         new = [text for text in distinct if text not in known]
-        options = self.temperature, self.seed, self.rationale, self.tokens_per_batch
         with tqdm(total=len(new), unit="text", desc="reading", disable=not (self.progress and new), leave=False) as bar:
-            for batch in encode_distinct(self.policy, new, *options):
-                for text, (vector, *_) in batch.items():
-                    if not (np.isfinite(vector).all() and vector.any()):
-                        raise GraceError(
-                            f"the embedding of {text[:80]!r} is zero or not finite: the model, or its dtype, is broken"
-                        )
-                rows = ((_key(text), vector.tobytes(), *more) for text, (vector, *more) in batch.items())
-                with self._usable(), self.memory:  # one transaction: all of the batch or none of it
+            for batch in token_batches(new, self.tokens_per_batch, self.policy):
+                encoded = dict(zip(batch, encode_batch(self.policy, batch, *self.options)))
+                rows = [(_key(text), vector.tobytes(), *more) for text, (vector, *more) in encoded.items()]
+                with self.memory:  # one transaction: all of the batch or none of it
                     self.memory.executemany("INSERT OR REPLACE INTO texts VALUES (?, ?, ?, ?, ?)", rows)
-                known |= batch
+                known |= encoded
                 bar.update(len(batch))
         self.n_requested += len(texts)
         self.n_read += len(new)
-        self.flags |= {_key(text): (not text.strip(), cut, not finished) for text, (_, _, cut, finished) in known.items()}
+        self.flags |= {_key(text): flags for text, (_, _, *flags) in known.items()}
         return known
 
     def encode(self, texts):
         """`list[str] -> [n, D]` float32, unit length; one `str -> [D]`."""
         if isinstance(texts, str):
             return self.encode([texts])[0]
-        texts = list(texts)
         known = self._read(texts)
         return np.stack([known[text][0] for text in texts])
 
@@ -249,13 +202,13 @@ class GraceEncoder:
         """`list[str] -> list[str]`: what the policy wrote about each text, empty where it writes none; one `str -> str`."""
         if isinstance(texts, str):
             return self.rationales([texts])[0]
-        texts = list(texts)
         known = self._read(texts)
         return [known[text][1] for text in texts]
 
     @property
     def counts(self):
-        """Texts requested, and distinct ones: read now, remembered, empty, cut at the limit, rationale unfinished."""
-        empty, cut, unfinished = (sum(flags) for flags in zip(*self.flags.values())) if self.flags else (0, 0, 0)
-        distinct = {"distinct": len(self.flags), "read": self.n_read, "remembered": len(self.flags) - self.n_read}
-        return {"requested": self.n_requested, **distinct, "empty": empty, "cut": cut, "unfinished": unfinished}
+        """Texts requested; of the distinct ones those read now, remembered, cut at the limit, with an unfinished rationale."""
+        cut, finished = (sum(flags[i] for flags in self.flags.values()) for i in (0, 1))
+        distinct = len(self.flags)
+        counts = {"requested": self.n_requested, "distinct": distinct, "read": self.n_read}
+        return counts | {"remembered": distinct - self.n_read, "cut": cut, "unfinished": distinct - finished}

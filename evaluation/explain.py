@@ -19,7 +19,6 @@ import itertools
 import json
 import os
 import re
-import shutil
 import sys
 from dataclasses import dataclass
 
@@ -28,16 +27,10 @@ import torch
 import torch.nn.functional as F
 
 from evaluation.encoder import token_batches
-from evaluation.render import SHADES, comparison, document, escape
-from plumbing.errors import GraceError
-from plumbing.run import checkpoints, write_atomically
 from policy import Policy
 from rollout import sample
 
-NEAREST = 3  # how many neighbours of the first text are shown
-# A word: letters and digits with what joins them, one character of a script without spaces, or punctuation.
-UNSPACED = "\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff"
-WORD = re.compile(rf"[{UNSPACED}]|(?:(?![{UNSPACED}])\w)+(?:['’-]\w+)*|[^\w\s]+")
+WORD = re.compile(r"\w+(?:['’-]\w+)*|[^\w\s]+")  # letters and digits with what joins them, or punctuation
 
 # ---------------------------------------------------------------- an embedding as a sum
 
@@ -77,9 +70,9 @@ def split(policy, texts, tokens_per_batch=8192):
     A text is read twice: once by the sampler, once with all hidden states kept.
     """
     splits = {}
-    for indices in token_batches(texts, tokens_per_batch, policy):
-        splits |= zip(indices, _split_batch(policy, [texts[i] for i in indices]))
-    return [splits[i] for i in range(len(texts))]
+    for batch in token_batches(texts, tokens_per_batch, policy):
+        splits |= zip(batch, _split_batch(policy, batch))
+    return [splits[text] for text in texts]
 
 
 @torch.inference_mode()
@@ -116,7 +109,6 @@ def _rationale_words(tokenizer, ids):
     beginnings = [tokenizer.decode(ids[:n], clean_up_tokenization_spaces=False) for n in range(1, len(ids) + 1)]
     # A token may end inside a character, which is then decoded as a replacement character until the next token completes it.
     ends = [*(len(string.rstrip("\ufffd")) for string in beginnings[:-1]), len(beginnings[-1])]
-    ends = list(itertools.accumulate(ends, max))
     yield from _words(beginnings[-1], list(zip([0, *ends], ends)), "rationale")
 
 
@@ -147,46 +139,19 @@ def compare(a, b):
 
 
 def explain(arguments):
-    """Which words carry the cosine of two texts; of more texts, which are nearest to the first, and why."""
+    """Which words carry the cosine of two texts."""
     parser = argparse.ArgumentParser("grace.py explain", description=explain.__doc__)
-    parser.add_argument("--model", required=True, help="checkpoint folder, hub id, or the --out of a run in training")
-    parser.add_argument("texts", nargs="+", help="two texts, or one and those that it is compared with")
+    parser.add_argument("--model", required=True, help="checkpoint folder or hub id")
+    parser.add_argument("texts", nargs=2, metavar="TEXT")
     parser.add_argument("--json", action="store_true", help="the shares as JSON: cosine, a, b")
-    parser.add_argument("--html", metavar="FILE", help="write a page that shows the same")
+    parser.add_argument("--instruction", help="the system message")
     parser.add_argument("--max-new-tokens", type=int, help="the longest rationale")
-    parser.add_argument("--device", help="cpu, cuda, ...")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, ...")
     args = parser.parse_args(arguments)
-    if len(args.texts) < 2:
-        raise GraceError("explain compares texts: give two or more")
-    if args.json and len(args.texts) > 2:
-        raise GraceError("--json is for two texts")
-    source = newest_model(args.model)
-    # A run in training keeps the GPU to itself: what is taken from its memory there could stop it.
-    best = "cuda" if torch.cuda.is_available() and source == args.model else "cpu"
-    first, *others = split(Policy.load(source, args.device or best, max_new_tokens=args.max_new_tokens), args.texts)
-    compared = sorted((compare(first, other) for other in others), key=lambda c: -c["cosine"])[:NEAREST]
-    if args.json:
-        print(json.dumps(compared[0], indent=1))
-        return
-    if args.html:
-        cards = (
-            f'<article class="card"><p>cosine <b class="good">{c["cosine"]:.3f}</b></p>{comparison(c)}</article>'
-            for c in compared
-        )
-        lead = f'<p class="lead">{SHADES} Model: {escape(args.model)}.</p>'
-        write_atomically(args.html, document("Which words carry a cosine", "GRACE · explain", lead + "".join(cards)))
-        print(f"{args.html} shows it")
+    policy = Policy.load(args.model, args.device, instruction=args.instruction, max_new_tokens=args.max_new_tokens)
+    compared = compare(*split(policy, args.texts))
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-    print("\n\n".join(show(c, colour) for c in compared))
-
-
-def newest_model(source):
-    """What to load for --model: the folder or hub id itself; of a run that has not finished, its newest checkpoint."""
-    saved = checkpoints(source)
-    if not saved or os.path.isfile(os.path.join(source, "summary.json")):
-        return source
-    print(f"{source}: not finished; this is its checkpoint {os.path.basename(saved[-1])}", file=sys.stderr)
-    return saved[-1]
+    print(json.dumps(compared, indent=1) if args.json else show(compared, colour))
 
 
 def show(compared, colour):
@@ -195,7 +160,7 @@ def show(compared, colour):
     for name in "ab":
         for part, members in itertools.groupby(compared[name], key=lambda s: s["part"]):
             members = list(members)
-            words = _wrapped([(_visible(s["text"]), s["share"] / most if colour else 0) for s in members], 24)
+            words = " ".join(_shade(_visible(s["text"]), s["share"] / most if colour else 0) for s in members)
             lines.append(f"  {name}  {part:<10}{sum(s['share'] for s in members):7.3f}  {words}")
         best = sorted((s for s in compared[name] if s["part"] != "template"), key=lambda s: -s["share"])[:5]
         lines.append(f"     {'most':<19}" + ", ".join(f"{_visible(s['text'])} {s['share']:.3f}" for s in best))
@@ -204,26 +169,13 @@ def show(compared, colour):
 
 def _visible(word):
     """A word on one line and without control characters: a terminal would obey them."""
-    return re.sub(r"[\x00-\x1f\x7f-\x9f]", "\N{OPEN BOX}", word.replace("\n", "\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS}"))
-
-
-def _wrapped(words, indent):
-    """`(word, strength)` in lines of the terminal's width, the second and later ones indented."""
-    width, column, lines = shutil.get_terminal_size((100, 24)).columns - indent, 0, [[]]
-    for word, strength in words:
-        if column and column + len(word) > width:
-            lines.append([])
-            column = 0
-        lines[-1].append(_shade(word, strength))
-        column += len(word) + 1
-    return ("\n" + " " * indent).join(" ".join(line) for line in lines)
+    return re.sub(r"[\x00-\x1f\x7f-\x9f]", "\N{OPEN BOX}", word)
 
 
 def _shade(word, strength):
     """A word on green, or on red where its share is negative; strength in [-1, 1]."""
     if abs(strength) < 0.05:
         return word
-    level = round(60 + 140 * abs(strength))
-    red, green = (level // 4, level) if strength > 0 else (level, level // 4)
-    ink = 16 if strength > 0.6 else 231  # black on bright, white on dark
-    return f"\x1b[48;2;{red};{green};{level // 3}m\x1b[38;5;{ink}m{word}\x1b[0m"
+    level = round(40 + 100 * abs(strength))
+    red, green = (0, level) if strength > 0 else (level, 0)
+    return f"\x1b[48;2;{red};{green};0m\x1b[38;5;231m{word}\x1b[0m"

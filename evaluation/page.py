@@ -6,14 +6,11 @@ there so far.
 
 import argparse
 import difflib
-import json
-import math
 import os
 
-from evaluation.render import SHADES, comparison, curve, document, escape
-from plumbing.errors import GraceError, first_line
-from plumbing.run import read_metrics, write_atomically
-from plumbing.status import SIGNS, health
+from evaluation.render import comparison, curve, document, escape
+from plumbing.run import read_json, write_atomically
+from plumbing.status import evaluations, health, read_run
 
 SCORES = {  # score: its name, what it is, and 1 where more is better, -1 where less is
     "ndcg_at_10": ("nDCG@10", "How near the top a query ranks its positive; 1 is always first.", 1),
@@ -40,45 +37,32 @@ CURVES = {  # metric: its name, and what it says
 }
 FACTS = "model", "data", "recipe", "mode", "reward", "pathwise", "kl", "batch", "rollouts", "steps", "lr", "seed", "device"
 SIDES = "the query", "what it found"
+SHADES = (
+    "The stronger the shade of a word, the larger its share of the cosine; a dotted line marks a negative share. "
+    "The shares of each side sum to the cosine exactly."
+)
 RATIONALES, QUERIES = 8, 6  # rationales shown per text, evenly spaced over the training; queries shown
 
 
 def report(arguments):
-    """Write a page about a run, finished or not: one HTML file that opens without a network."""
+    """Write OUT/report.html, a page about a run, finished or not."""
     parser = argparse.ArgumentParser("grace.py report", description=report.__doc__)
-    parser.add_argument("folder", help="the --out of a run")
-    parser.add_argument("--out", metavar="FILE", help="where to write the page [DIR/report.html]")
-    args = parser.parse_args(arguments)
-    finish_page(args.folder, args.out)
+    parser.add_argument("folder", metavar="OUT", help="the --out of a run")
+    finish_page(parser.parse_args(arguments).folder)
 
 
-def finish_page(out, file=None):
-    """Write the page, as OUT/report.html unless `file` says where. Raises GraceError as `build_page` does."""
-    path = file or os.path.join(out, "report.html")
+def finish_page(out):
+    """Write the page of a run into its folder. Raises GraceError as `build_page` does."""
+    path = os.path.join(out, "report.html")
     write_atomically(path, build_page(out))
     print(f"{path} shows this run")
 
 
 def build_page(out):
     """The page of a run, as HTML. Raises GraceError if the folder holds no run, or a file that cannot be read."""
-    run, recorded = read_json(out, "run.json") | read_json(out, "summary.json"), read_json(out, "probe.json")
-    if "config" not in run:
-        raise GraceError(f"{out}: no run is here, or it has not evaluated its start yet")
-    steps = read_metrics(os.path.join(out, "metrics.jsonl"))
-    body = about(run, steps), scores(run, steps), rationales(recorded), queries(recorded), curves(run, steps), settings(run)
-    return document(os.path.basename(os.path.abspath(out)), "GRACE · one run", "".join(body))
-
-
-def read_json(out, name):
-    """A JSON object of the run, `{}` where there is none. Raises GraceError if it cannot be read."""
-    path = os.path.join(out, name)
-    try:
-        with open(path) as file:
-            return dict(json.load(file))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, TypeError) as error:
-        raise GraceError(f"{path}: cannot be read ({first_line(error)})") from error
+    (run, steps), recorded = read_run(out), read_json(os.path.join(out, "probe.json")) or {}
+    body = about(run, steps), scores(run, steps), rationales(recorded), queries(recorded), curves(run, steps)
+    return document(os.path.basename(os.path.abspath(out)), "".join(body))
 
 
 # ---------------------------------------------------------------- sections, each of them HTML, empty where there is nothing
@@ -108,16 +92,14 @@ def about(run, steps):
 
 def scores(run, steps):
     """Before, after (in training: as of the last evaluation), and after without a rationale."""
-    latest = {}
-    for line in steps:
-        latest |= {name.removeprefix("heldout_"): x for name, x in line.items() if name.startswith("heldout_")}
-    before, now, without, rows = run["before"], run.get("after", latest), run.get("after_without_rationale", {}), []
+    before, *later = evaluations(run, steps).values()
+    now, without, rows = later[-1] if later else {}, run.get("after_without_rationale", {}), []
     for name, (title, meaning, sense) in SCORES.items():
-        digits = 1 if name == "words" else 3
-        cells = [f"{x[name]:.{digits}f}" if name in x else "–" for x in (before, now, without)]
-        if sense * (now.get(name, 0) - before.get(name, 0)) > 0:
-            cells[1] = f'<b class="good">{cells[1]}</b>'
         if name in before:
+            digits = 1 if name == "words" else 3
+            cells = [f"{x[name]:.{digits}f}" if name in x else "–" for x in (before, now, without)]
+            if name in now and sense * (now[name] - before[name]) > 0:
+                cells[1] = f'<b class="good">{cells[1]}</b>'
             rows.append([f'{title}<span class="what">{meaning}</span>', *cells])
     head = "score", "before", "after" if "after" in run else "so far", "without rationale"
     lead = "Scores on held-out rows. Without a rationale, the trained policy embeds the prompt alone."
@@ -146,20 +128,19 @@ def changes(old, new):
 
 
 def queries(recorded):
-    """A few held-out queries with what they find: first what was learned, then what is still wrong."""
-    moments = [recorded[name] for name in ("before", "after") if name in recorded]
-    if not moments:
+    """A few held-out queries with what they find, before training and now."""
+    if not recorded:
         return ""
-    starts, cards = {query["text"]: query for query in moments[0]["queries"]}, []
-    order = lambda query: 0 if query["right"] and not starts[query["text"]]["right"] else 2 if query["right"] else 1
-    for query in sorted(moments[-1]["queries"], key=order)[:QUERIES]:
-        start = starts[query["text"]]
-        before = f"<details><summary>before training: {outcome(start)}</summary>{comparison(start, SIDES)}</details>"
-        cards.append(f'<article class="card"><p>{outcome(query)}</p>{comparison(query, SIDES)}{before}</article>\n')
-    lead = f"{len(starts)} held-out queries search {moments[-1]['documents']} texts. "
-    if query["right"] is not None:
-        first, last = (sum(query["right"] for query in moment["queries"]) for moment in (moments[0], moments[-1]))
-        lead += f"{first} found the right one first before training, {last} do now. "
+    first, last = (moment["queries"] for moment in (recorded["before"], recorded.get("after", recorded["before"])))
+    cards = (
+        f'<article class="card"><p>{outcome(now)}</p>{comparison(now, SIDES)}'
+        f"<details><summary>before training: {outcome(then)}</summary>{comparison(then, SIDES)}</details></article>\n"
+        for then, now in list(zip(first, last))[:QUERIES]
+    )
+    lead = f"{len(last)} held-out queries search {recorded['before']['documents']} texts. "
+    if last[0]["right"] is not None:
+        then, now = (sum(query["right"] for query in queries) for queries in (first, last))
+        lead += f"{then} found the right one first before training, {now} do now. "
     return section("What queries find, and why", lead + SHADES, "".join(cards))
 
 
@@ -175,40 +156,27 @@ def outcome(query):
 
 def curves(run, steps):
     """Held-out scores at each evaluation, then a few metrics at each step, with the sign of trouble where one has it."""
-    verdicts, before, after = signs(run, steps), run["before"], run.get("after", {})
-    heldout, training = [], []
-    for name, (title, meaning, _) in SCORES.items():
-        points = {0: before[name]} if name in before else {}
-        points |= {line["step"]: line[f"heldout_{name}"] for line in steps if f"heldout_{name}" in line}
-        points |= {len(steps): after[name]} if name in after else {}
-        heldout.append(card(title, meaning, points, verdicts.get(name)))
-    for name, (title, meaning) in CURVES.items():
-        points = {line["step"]: line[name] for line in steps if name in line}
-        training.append(card(title, meaning, points, verdicts.get(name)))
-    grid = lambda cards: any(cards) and f'<div class="grid">{"".join(cards)}</div>'
+    troubles = {metric: trouble for _, metric, _, _, trouble in health(run, steps)}
+    heldout = grid(SCORES, evaluations(run, steps), troubles)
+    training = grid(CURVES, {line["step"]: line for line in steps}, troubles)
     judge, pale = "The one judge that does not trust the reward.", "One value per step in pale, and their running mean."
-    return section("Held-out scores", judge, grid(heldout)) + section("Training", pale, grid(training))
+    return section("Held-out scores", judge, heldout) + section("Training", pale, training)
 
 
-def card(title, meaning, points, verdict):
-    """A curve of `{step: value}` with what it means and the verdict of the command `status`; nothing for a single point."""
-    if len(points) < 2:
-        return ""
-    mark = f'<span class="label">{"ok" if verdict == "ok" else "<b>look here</b>"}</span>' if verdict else ""
-    trouble = f" <b>Now: {escape(verdict)}.</b>" if verdict and verdict != "ok" else ""
-    picture = curve(list(points), list(points.values()), title)
-    return f'<figure class="card"><h3>{title}{mark}</h3>{picture}<figcaption>{meaning}{trouble}</figcaption></figure>\n'
+def grid(metrics, lines, troubles):
+    """A curve per metric that has two points or more, with what it means and the verdict of the command `status`.
 
-
-def signs(run, steps):
-    """`{metric: "ok", or what is wrong and what to try}`: the verdicts of the command `status`, where steps are enough."""
-    lines = health(steps, {"max_new_tokens": run.get("max_new_tokens", math.inf), "before": run["before"]})[1:]
-    metrics = {"held-out nDCG@10": "ndcg_at_10", **{name: metric for name, metric, *_ in SIGNS}}
-    return {metrics[line[:24].strip()]: line.split("   ")[-1] for line in lines}
-
-
-def settings(run):
-    """Every setting and version."""
-    values = {**run["config"], **run.get("reading", {}), **run.get("versions", {})}
-    rows = [(escape(name), escape(str(value))) for name, value in sorted(values.items())]
-    return f"<h2>Every setting</h2>\n<details><summary>{len(rows)} settings and versions</summary>{table((), rows)}</details>"
+    metrics: `SCORES` or `CURVES`; lines: `{step: {metric: value}}`; troubles: `{metric: what is wrong, or None}`.
+    """
+    cards = []
+    for name, (title, meaning, *_) in metrics.items():
+        points = {step: line[name] for step, line in lines.items() if name in line}
+        if len(points) > 1:
+            mark = trouble = ""
+            if name in troubles:
+                mark = f'<span class="label">{"<b>look here</b>" if troubles[name] else "ok"}</span>'
+                trouble = f" <b>Now: {escape(troubles[name])}.</b>" if troubles[name] else ""
+            picture = curve(list(points), list(points.values()), title)
+            caption = f"<figcaption>{meaning}{trouble}</figcaption>"
+            cards.append(f'<figure class="card"><h3>{title}{mark}</h3>{picture}{caption}</figure>\n')
+    return cards and f'<div class="grid">{"".join(cards)}</div>'

@@ -5,7 +5,7 @@ needs a policy is recorded during the run, at each evaluation: the rationales of
 finds, and the words that carry that cosine. It costs one pass over about 70 texts.
 
     {"texts": [str], "history": [[step, [rationale of each text]]], "before": moment, "after": moment}
-    moment = {"step": n, "documents": n, "queries": [{"text", "found", "right", "rank", "cosine", "a", "b"}]}
+    moment = {"documents": n, "queries": [{"text", "found", "right", "rank", "cosine", "a", "b"}]}
 """
 
 import json
@@ -14,7 +14,7 @@ import os
 import numpy as np
 
 from evaluation.explain import compare, split
-from plumbing.run import write_atomically
+from plumbing.run import read_json, write_atomically
 
 ROWS, TEXTS = 24, 6  # held-out rows that are searched; texts whose rationales are kept along the training
 
@@ -27,21 +27,13 @@ def record(out, step, policy, heldout):
     rows = [row for row in heldout if "text" in row or row["query"] != row["positive"]][:ROWS]
     if len({row[role] for row in rows for role in ("query", "positive", "text") if role in row}) < 2:
         return
-    recorded = read(out) if step else {}
+    path = os.path.join(out, "probe.json")
+    recorded = step and read_json(path) or {}
     moment, rationales = probe(policy, rows)
     earlier = [entry for entry in recorded.get("history", []) if entry[0] < step]  # a resumed run takes some steps again
     recorded |= {"texts": list(rationales)[:TEXTS], "history": [*earlier, [step, list(rationales.values())[:TEXTS]]]}
-    recorded["after" if step else "before"] = {"step": step, **moment}
-    write_atomically(os.path.join(out, "probe.json"), json.dumps(recorded))
-
-
-def read(out):
-    """What is recorded so far, `{}` where nothing can be read."""
-    try:
-        with open(os.path.join(out, "probe.json")) as file:
-            return json.load(file)
-    except (OSError, ValueError):
-        return {}
+    recorded["after" if step else "before"] = moment
+    write_atomically(path, json.dumps(recorded))
 
 
 def probe(policy, rows):

@@ -1,4 +1,4 @@
-"""HTML for `explain` and for the page of a run: one style, words shaded by their share of a cosine, and curves.
+"""HTML for the page of a run: one style, words shaded by their share of a cosine, and curves.
 
 A page is one file that opens without a network and runs no script. Whatever comes from a text, a setting or a model
 passes through `escape`.
@@ -9,10 +9,6 @@ from html import escape
 
 import numpy as np
 
-SHADES = (
-    "The stronger the shade of a word, the larger its share of the cosine; a dotted line marks a negative share. "
-    "The shares of each side sum to the cosine exactly."
-)
 STYLE = """
 :root { --paper: #fcfcfa; --ink: #1d2327; --muted: #5f6b73; --line: #e4e6e4; --accent: #0f766e; }
 * { box-sizing: border-box; }
@@ -25,8 +21,8 @@ h2 { font-size: 1.35rem; font-weight: 620; margin: 4rem 0 .3rem; }
 h3 { font-size: 1rem; font-weight: 620; margin: 0 0 .4rem; }
 p { margin: .4rem 0; }
 .lead { max-width: 46rem; margin-bottom: 1.3rem; }
-.lead, .label, .what, .t, figcaption, thead th { color: var(--muted); }
-.label, .what, .t, .facts, .steps table, figcaption, thead th { font-size: .86rem; line-height: 1.5; }
+.lead, .label, .what, figcaption, thead th { color: var(--muted); }
+.label, .what, .facts, .steps table, figcaption, thead th { font-size: .86rem; line-height: 1.5; }
 .kicker { color: var(--accent); font-size: .82rem; font-weight: 620; letter-spacing: .08em; text-transform: uppercase; }
 .card { background: #fff; border: 1px solid var(--line); border-radius: 12px; padding: 1.1rem 1.25rem; min-width: 0; }
 .card + .card { margin-top: 1.1rem; }
@@ -42,7 +38,6 @@ tbody tr:last-child > * { border-bottom: 0; }
 .facts { display: flex; flex-wrap: wrap; gap: .1rem 1.4rem; color: var(--muted); }
 .facts b, h3 b { color: var(--ink); font-weight: 600; }
 .numbers td, .numbers th + th { text-align: right; overflow-wrap: normal; }
-@media (max-width: 40rem) { .what { display: none; } }
 .steps th:first-child { white-space: nowrap; width: 1%; padding-right: 1rem; color: var(--muted); }
 h3 .label { float: right; font-weight: 400; }
 mark { background: #cbe3df; color: inherit; border-radius: 4px; padding: 0 .15em; }
@@ -59,23 +54,22 @@ svg line { stroke: var(--line); }
 """
 
 
-def document(title, kicker, body):
-    """A whole page. title, kicker: texts; body: HTML."""
+def document(title, body):
+    """A whole page. title: a text; body: HTML."""
     return f"""<!doctype html>
 <html lang="en">
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<link rel="icon" href="data:,">
 <title>{escape(title)} · GRACE</title>
 <style>{STYLE}</style>
-<p class="kicker">{escape(kicker)}</p>
+<p class="kicker">GRACE · one run</p>
 <h1>{escape(title)}</h1>
 {body}
 </html>
 """
 
 
-def comparison(compared, headings=("a", "b")):
+def comparison(compared, headings):
     """What `explain.compare` returns, as two columns of words. The stronger the shade, the larger the share."""
     most = max(abs(s["share"]) for s in compared["a"] + compared["b"]) or 1
     sides = (f"<div><h3>{heading}</h3>{_side(compared[name], most)}</div>" for name, heading in zip("ab", headings))
@@ -93,7 +87,7 @@ def _side(shares, most):
 
 
 def _word(share, strength):
-    kinds = "w" + " neg" * (strength < -0.1) + " t" * (share["part"] == "template")
+    kinds = "w" + " neg" * (strength < -0.1)
     shade = f"background:rgba(15,118,110,{0.42 * max(strength, 0):.2f})"
     text = escape(share["text"].replace("\n", "↵"))
     return f'<span class="{kinds}" style="{shade}" title="{share["share"]:.3f}">{text}</span>'

@@ -68,7 +68,7 @@ def update_metrics(now, start, part, A, value, clip_eps):
 
 
 def update_means(log, n):
-    """Means over n rollouts of what `update_metrics` gave for each micro-batch. log: `[(optimizer step, sums)]` of this rank."""
+    """Means over n rollouts of what `update_metrics` gave per micro-batch. log: `[(optimizer step, sums)]` of this rank."""
     log = [micro for of_rank in ranks.gather(log) for micro in of_rank]
     means = {name: sum(float(sums[name]) for _, sums in log) / n for name in log[0][1]}
     return means | {"first_ratio_off": max(float(sums["first_ratio_off"]) for step, sums in log if step == 0)}

@@ -7,8 +7,6 @@ that function is used.
 """
 
 import functools
-import glob
-import importlib
 import os
 import time
 from dataclasses import dataclass
@@ -16,10 +14,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
+from datasets import get_dataset_config_names, load_dataset
 
 from evaluation.encoder import encode_texts, text_loss
 from evaluation.metrics import average_precision, cosine, ndcg, ranked_average_precision, ranking, row_norms, spearman
-from plumbing.data import load_folder, open_dataset
+from plumbing.data import load_folder
 from plumbing.errors import GraceError, first_line
 
 # ---------------------------------------------------------------- the tasks
@@ -62,7 +61,7 @@ TASKS |= {  # not among the sixteen: two more similarity tasks, and the embedded
     "ToyRetrieval": Task("retrieval", None, None),
     "ToyPairs": Task("sts", None, None),
 }
-FAMILIES = ("retrieval", "reranking", "clustering", "pair", "classification", "sts", "summarization")
+FAMILIES = tuple(dict.fromkeys(task.family for task in TASKS.values()))
 
 
 def choose_tasks(names):
@@ -80,12 +79,12 @@ def choose_tasks(names):
     return chosen
 
 
-def load(name, data_dir, configs=(None,), split="test"):
+def load(name, data_dir, *configs, split="test"):
     """One split of a task's data, as a `datasets.Dataset`: from the hub, or from the folder `data_dir/NAME`.
 
-    configs: names that the wanted configuration may have; the first that exists is taken, and None is the task without
-    one. A local folder holds files by split, or a README that names configurations, or a sub-folder (or file) for each.
-    Raises GraceError for what is missing.
+    configs: names that the wanted configuration may have; the first that exists is taken. Without any it is that of the
+    task's language, if there is one, or the whole source. A local folder names its configurations in a README, or holds
+    a sub-folder for each. Raises GraceError for what is missing.
     """
     task = TASKS[name]
     source = os.path.join(data_dir, name) if data_dir else task.path
@@ -94,40 +93,28 @@ def load(name, data_dir, configs=(None,), split="test"):
     if source is None:
         raise GraceError(f"{name} is not on the hub: give --data-dir")
     try:
-        splits = _splits(source, task, bool(data_dir), [c for c in (task.language, *configs) if c], None in configs)
+        if not data_dir:
+            read = functools.partial(load_dataset, revision=task.revision)
+            known = get_dataset_config_names(source, revision=task.revision)
+        elif os.path.isfile(os.path.join(source, "README.md")):
+            read, known = load_folder, get_dataset_config_names(source)
+        else:
+            read, known = (lambda source, config: load_folder(os.path.join(source, config or ""))), os.listdir(source)
+        config = next((config for config in configs or [task.language] if config in known), None)
+        if configs and not config:
+            raise GraceError(f"no {' or '.join(configs)}: a configuration or sub-folder")
+        splits = read(source, config)
     except Exception as error:  # datasets raises whatever its readers raise; all of it means the same to a user
         advice = "" if data_dir else "; without a network give --data-dir"
         raise GraceError(f"{name}: {source} cannot be read ({first_line(error)}){advice}") from error
-    if None not in configs and len(splits) == 1:  # a corpus has one split, whatever its name
+    if configs and len(splits) == 1:  # a corpus has one split, whatever its name
         split = next(iter(splits))
     if split not in splits:
         raise GraceError(f"{name}: {source} has no split {split!r}; it has {', '.join(splits)}")
     rows = splits[split]
     if task.language and "lang" in rows.column_names:
         rows = rows.filter(lambda row: row["lang"] == task.language)
-    if not len(rows):
-        raise GraceError(f"{name}: {source} holds no rows for {split!r}")
     return rows
-
-
-def _splits(source, task, local, wanted, whole):
-    """`{split: Dataset}` of the first wanted configuration that exists; where none does and `whole`, of the source itself."""
-    from datasets import get_dataset_config_names, load_dataset
-
-    read = load_folder if local else functools.partial(load_dataset, revision=task.revision)
-    named = not local or os.path.isfile(os.path.join(source, "README.md"))
-    known = get_dataset_config_names(source, revision=None if local else task.revision) if named else []
-    for config in wanted:
-        place = os.path.join(source, config)
-        if config in known:
-            return read(source, config)
-        if local and os.path.isdir(place):
-            return load_folder(place)
-        if local and (files := glob.glob(f"{glob.escape(place)}.*")):
-            return {"test": open_dataset(files[0])}
-    if not whole:
-        raise GraceError(f"no {' or '.join(wanted)}: a configuration, sub-folder or file")
-    return read(source, None)
 
 
 def columns(rows, name, *wanted):
@@ -177,13 +164,13 @@ def _lookup(texts, vectors):
 
 def _retrieval_data(name, data_dir):
     """Corpus and queries `{id: text}`, qrels `{query: {document: gain}}`. Titles come before texts."""
-    rows = load(name, data_dir, ("corpus",))
+    rows = load(name, data_dir, "corpus")
     ids, texts = columns(rows, name, "_id|id", "text")
     titles = list(rows["title"]) if "title" in rows.column_names else [""] * len(ids)  # some have none
     corpus = {str(i): f"{title} {text}".strip() if title else text.strip() for i, title, text in zip(ids, titles, texts)}
-    ids, texts = columns(load(name, data_dir, ("queries", "query")), name, "_id|id", "text")
+    ids, texts = columns(load(name, data_dir, "queries", "query"), name, "_id|id", "text")
     queries, qrels = {str(i): text for i, text in zip(ids, texts)}, {}
-    for q, d, gain in zip(*columns(load(name, data_dir, ("default", "qrels")), name, "query-id", "corpus-id", "score")):
+    for q, d, gain in zip(*columns(load(name, data_dir, "default", "qrels"), name, "query-id", "corpus-id", "score")):
         qrels.setdefault(str(q), {})[str(d)] = int(gain)
     return corpus, queries, qrels
 
@@ -198,7 +185,7 @@ def retrieval(encode, name, data_dir):
 def reranking(encode, name, data_dir):
     """MAP over each query's candidates (mteb 2: layout of a retrieval task, plus `top_ranked`)."""
     corpus, queries, qrels = _retrieval_data(name, data_dir)
-    rows = zip(*columns(load(name, data_dir, ("top_ranked",)), name, "query-id", "corpus-ids"))
+    rows = zip(*columns(load(name, data_dir, "top_ranked"), name, "query-id", "corpus-ids"))
     candidates = {str(q): {str(d): corpus[str(d)] for d in documents} for q, documents in rows if str(q) in qrels}
     texts = list(dict.fromkeys(text for q, among in candidates.items() for text in (queries[q], *among.values())))
     encode, scores = _lookup(texts, encode(texts)), []
@@ -214,9 +201,7 @@ def pair(encode, name, data_dir):
     mteb takes the cosine in two ways (from a distance, and from a product), which differ where similarities tie.
     """
     rows = load(name, data_dir)
-    one, two, labels = columns(rows, name, "sentence1|sent1", "sentence2|sent2", "labels")
-    if not isinstance(one[0], str):  # one row of lists, or a pair a row
-        one, two, labels = one[0], two[0], labels[0]
+    (one,), (two,), (labels,) = columns(rows, name, "sentence1|sent1", "sentence2|sent2", "labels")  # one row of lists
     texts = list(dict.fromkeys(one + two))
     encode = _lookup(texts, encode(texts))
     scores = {"cosine": [], "similarity": [], "dot": [], "euclidean": [], "manhattan": []}
@@ -233,11 +218,13 @@ def pair(encode, name, data_dir):
 
 def clustering(encode, name, data_dir):
     """Mean v-measure over the sets, each clustered by mini-batch k-means with as many clusters as labels."""
-    MiniBatchKMeans, v_measure = _library("sklearn.cluster").MiniBatchKMeans, _library("sklearn.metrics").v_measure_score
+    from sklearn.cluster import MiniBatchKMeans
+    from sklearn.metrics import v_measure_score
+
     scores = []
     for sentences, labels in zip(*columns(load(name, data_dir), name, "sentences", "labels")):
         k_means = MiniBatchKMeans(n_clusters=len(set(labels)), batch_size=500, n_init="auto", random_state=42)
-        scores.append(v_measure(labels, k_means.fit(encode(sentences)).labels_))
+        scores.append(v_measure_score(labels, k_means.fit(encode(sentences)).labels_))
     return {"main_score": float(np.mean(scores)), "std": float(np.std(scores))}
 
 
@@ -246,7 +233,8 @@ def classification(encode, name, data_dir):
 
     The order of the training rows is shuffled in place before each: the shuffles add up, as in mteb.
     """
-    LogisticRegression = _library("sklearn.linear_model").LogisticRegression
+    from sklearn.linear_model import LogisticRegression
+
     texts, labels = columns(load(name, data_dir, split="train"), name, "text", "label")
     test_texts, test_labels = columns(load(name, data_dir), name, "text", "label")
     order, experiments = list(range(len(texts))), []
@@ -275,7 +263,9 @@ def summarization(encode, name, data_dir):
     that the paper's figures contain. `cosine_spearman_v2` is the mean rho. A row in which either side is
     constant is skipped.
     """
-    rows, spearmanr = load(name, data_dir), _library("scipy.stats").spearmanr
+    from scipy.stats import spearmanr
+
+    rows = load(name, data_dir)
     human, machine, relevance = columns(rows, name, "human_summaries", "machine_summaries", "relevance")
     vectors = F.normalize(torch.from_numpy(encode([t for h, m in zip(human, machine) for t in h + m])))
     rhos, mixed, at = [], [], 0
@@ -289,28 +279,18 @@ def summarization(encode, name, data_dir):
     return {"main_score": float(np.mean(mixed)), "cosine_spearman_v2": float(np.mean(rhos)), "rows_skipped": skipped}
 
 
-def _library(module):
-    """A module of scikit-learn or scipy. Raises GraceError where it is not installed."""
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise GraceError("some scores are defined by scikit-learn and scipy: pip install scikit-learn") from error
-
-
 PROTOCOLS = {f.__name__: f for f in (retrieval, reranking, clustering, pair, classification, sts, summarization)}
 
 
-def evaluate_tasks(encode, tasks, data_dir=None, report=lambda name, result: None):
+def evaluate_tasks(encode, tasks, data_dir=None):
     """Score any encoder. `encode: list[str] -> [n, D]`; returns `{task: {"main_score": float, ...}}`.
 
-    tasks: names, families or "subset". `report(name, result)` is called as each task is done. Raises GraceError for an
-    unknown task, missing data, or a vector that is not finite (naming the text).
+    tasks: names, families or "subset". Raises GraceError for an unknown task, missing data, or a vector that is not finite
+    (naming the text).
     """
 
     def checked(texts):
         vectors = np.asarray(encode(texts), dtype=np.float32)
-        if vectors.shape[:1] != (len(texts),) or vectors.ndim != 2:
-            raise GraceError(f"encode gave shape {vectors.shape} for {len(texts)} texts; wanted [{len(texts)}, D]")
         bad = np.flatnonzero(~np.isfinite(vectors).all(1))
         if len(bad):
             raise GraceError(f"the vector of {texts[bad[0]][:80]!r} is not finite")
@@ -321,7 +301,6 @@ def evaluate_tasks(encode, tasks, data_dir=None, report=lambda name, result: Non
         start = time.time()
         results[name] = PROTOCOLS[TASKS[name].family](checked, name, data_dir)
         results[name]["seconds"] = time.time() - start
-        report(name, results[name])
     return results
 
 

@@ -2,7 +2,8 @@
 
 `advantage` says how much better than expected a rollout was, `surrogate` what is maximised for it. The reward, the
 pathwise term and the KL term stay as they are. The clips differ only in off-policy steps, from the second optimizer
-step on a batch (`--minibatches 4`, as in the released code).
+step on a batch (`--minibatches 4`, as in the released code). The full recipe's own rule, mean-centred sums over tokens, is that
+of Dr. GRPO (Liu et al. 2025, arXiv 2503.20783) but for its constant 1/T.
 
     python experiments/peer.py DAPO --model DIR --data FILE --out DIR [flags of grace.py]
 
@@ -23,17 +24,6 @@ class GRPO(Trainer):
 
     def advantage(self, R, batch):
         return advantages(R, normalize=True)
-
-
-class DrGRPO(Trainer):
-    """Divided neither by the deviation nor by a rationale's own length: a sum over its tokens, over the greatest length T.
-
-    Liu et al. 2025, Understanding R1-Zero-Like Training (arXiv 2503.20783), Sec. 3.
-    """
-
-    def surrogate(self, logprobs, part, A):
-        total = clipped_objective(logprobs, part.logprobs, A, part.mask, self.config.clip_eps, length_normalize=False)
-        return total / self.policy.reading.max_new_tokens
 
 
 class DAPO(Trainer):
@@ -100,7 +90,6 @@ class ReMax(Trainer):
 ALGORITHMS = {
     "GRACE": Trainer,
     "GRPO": GRPO,
-    "Dr. GRPO": DrGRPO,
     "DAPO": DAPO,
     "REINFORCE++": ReinforcePlusPlus,
     "ReMax": ReMax,

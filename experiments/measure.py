@@ -4,7 +4,6 @@
 """
 
 import dataclasses
-import glob
 import os
 import random
 import re
@@ -19,8 +18,8 @@ from experiments.baselines import longest
 from plumbing.data import read_triplets
 from plumbing.run import read_metrics
 from policy import Policy
-from pool import length_mask
 from rollout import sample, score, uniforms
+from worlds.town import Town
 
 
 def measure(policy, start, texts, world):
@@ -73,13 +72,14 @@ def follow_other(policy, world, n):
     equal them.
     """
     other, tokenizer = reading_otherwise(policy, instruction=world.other_instruction), policy.tokenizer
-    texts, answers = zip(*world.other_chats(n, random.Random(0), held_out=True))
+    texts, answers = zip(*world.other_chats(n, random.Random(0)))
     greedy = sample(other, other.template(list(texts)))
     written = [tokenizer.decode(group[0], skip_special_tokens=True).strip() for group in greedy.rationales()]
     rows = [[*tokenizer(answer, add_special_tokens=False)["input_ids"], int(policy.end_ids[0])] for answer in answers]
     lengths = torch.tensor([len(row) for row in rows], device=policy.device)
     ids = torch.tensor([row + [0] * (int(lengths.max()) - len(row)) for row in rows], device=policy.device)
-    right = dataclasses.replace(greedy, ids=ids[:, None], mask=length_mask(lengths, ids.shape[1]).long()[:, None])
+    mask = (torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]).long()
+    right = dataclasses.replace(greedy, ids=ids[:, None], mask=mask[:, None])
     loss = -score(other, right).logprobs.sum() / lengths.sum()
     return {"other_loss": float(loss), "other_right": float(np.mean([a == b for a, b in zip(written, answers)]))}
 
@@ -99,8 +99,7 @@ def budgets(policy, heldout, limits):
 
 def ladder(policy, folder, rationale=True, rows=128):
     """nDCG@10 by the number of steps in a walk, on a town's held-out files. `-> {steps: score}`."""
-    files = sorted(glob.glob(os.path.join(folder, "data", "heldout-steps-*.jsonl")))
-    rungs = {re.search(r"(\d+)\.jsonl$", file)[1]: read_triplets(file)[:rows] for file in files}
+    rungs = {str(n): read_triplets(os.path.join(folder, "data", f"heldout-steps-{n}.jsonl"))[:rows] for n in Town.WARM}
     return {n: evaluate_triplets(policy, triplets, rationale=rationale)["ndcg_at_10"] for n, triplets in rungs.items()}
 
 
@@ -115,7 +114,7 @@ def forced(policy, start, folder):
     return evaluate_tasks(encode, ["ToyRetrieval"], os.path.join(folder, "tasks"))["ToyRetrieval"]["main_score"]
 
 
-TRACED = "step", "contrastive_std", "consistency_std", "hard_std", "cosine", "sample_s", "step_s"
+TRACED = "step", "contrastive_std", "hard_std", "cosine", "sample_s", "step_s"
 
 
 def course(folder):

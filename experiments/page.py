@@ -69,7 +69,7 @@ def better_way(records, label, name):
 
 
 def markdown(head, lines, aligned=None):
-    """A table: a list of headings, and a list of cells per line; all columns but the first flush right, unless said."""
+    """A table: a list of headings, and a list of cells per line. All columns but the first are flush right by default."""
     return [f"| {' | '.join(cells)} |" for cells in (head, aligned or ["---", *["---:"] * (len(head) - 1)], *lines)]
 
 

@@ -1,22 +1,16 @@
 """The figures, as pictures that can be read on a projector and in black and white: markers and line styles, not colour alone.
 
 Each function takes `rows`, {label: [a record per seed]}, and returns a matplotlib figure. Error bars run from the lowest
-seed to the highest. Hollow markers and empty bars are scores by the prompt alone, full ones are scores with the
-rationale.
+seed to the highest. Hollow markers are scores by the prompt alone, full ones are scores with the rationale.
 """
-
-import functools
 
 import numpy as np
 
-from experiments.page import WAYS, better_way, course, value
-from experiments.runs import BEST, FULL, KNOBS, NO_GRPO, NO_PATHWISE, PAPERS, REASONING, REWARD_ALONE, TEXT, TO_INFONCE, WEIGHTS
+from experiments.page import WAYS, course, value
+from experiments.runs import FULL, NO_GRPO, NO_PATHWISE, PAPERS, REASONING, TEXT
 
-STYLES = [  # colour, line, marker
-    ("tab:blue", "-", "D"), ("tab:red", ":", "o"), ("tab:orange", "--", "s"), ("dimgray", "-.", "^"),
-    ("tab:green", (0, (5, 1)), "v"), ("tab:purple", (0, (1, 1)), "P"), ("tab:brown", (0, (3, 1, 1, 1)), "X"),
-    ("black", (0, (7, 2, 1, 2)), "*"),
-]  # fmt: skip
+# Of a line: colour, dashes, marker.
+STYLES = ("tab:blue", "-", "D"), ("tab:red", ":", "o"), ("tab:orange", "--", "s"), ("dimgray", "-.", "^")
 
 
 # ---------------------------------------------------------------- canvas, lines, legends
@@ -34,9 +28,9 @@ def canvas(columns=1, width=8.0, height=4.8):
     return figure, list(figure.subplots(1, columns, squeeze=False).flat)
 
 
-def add_legend(figure, axis, columns=2):
+def add_legend(figure, axis):
     """The labels of one of the axes below all of them."""
-    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncol=columns)
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncol=2)
 
 
 def spread(values):
@@ -60,35 +54,18 @@ def course_line(axis, records, name, style, label):
     line(axis, steps[0], values, style, label)
 
 
-def scores(groups, name, way="after"):
-    """A figure of several rows, each a list of a record per seed. `-> [seeds, rows]`."""
-    return [[value(record, name, way) for record in of_seed] for of_seed in zip(*groups)]
-
-
 # ---------------------------------------------------------------- the figures
 
 
-def courses(rows, labels):
+def courses(rows):
     """Figure 5: score and length along the training."""
     figure, pair = canvas(2, width=11, height=5.6)
     for axis, name, title in zip(pair, ("ndcg_at_10", "words"), ("held-out nDCG@10, with rationale", "words in a rationale")):
-        for label, style in zip(labels, (0, 1, 2, 3)):
+        for style, label in enumerate((FULL, PAPERS, NO_PATHWISE, NO_GRPO)):
             course_line(axis, rows[label], name, style, label)
         axis.set(xlabel="training step", ylabel=title)
         axis.set_ylim(bottom=0)
     add_legend(figure, pair[0])
-    return figure
-
-
-def grid(rows):
-    """Figure 3: one panel per reward, a line per consistency weight."""
-    figure, pair = canvas(2, width=11)
-    for axis, name, title in zip(pair, ("paper", "infonce"), ("the paper's reward", "InfoNCE, the full recipe")):
-        for style, a in enumerate(WEIGHTS):
-            groups = [rows[f"{name} {a:g} {b:g}"] for b in WEIGHTS]
-            line(axis, WEIGHTS, scores(groups, "ndcg_at_10"), style, f"λ1 = {a:g}")
-        axis.set(xlabel="λ2, weight of the hard component", ylabel="held-out nDCG@10, with rationale", title=title)
-    add_legend(figure, pair[0], columns=3)
     return figure
 
 
@@ -108,18 +85,6 @@ def budgets(rows):
     return figure
 
 
-def bars(rows):
-    """Figure 6: two bars per row."""
-    figure, (axis,) = canvas(height=5.2)
-    for offset, way, look in zip((-0.2, 0.2), WAYS, (dict(color="lightgray", hatch="//"), dict(color="white"))):
-        mean, ends = spread(scores(rows.values(), "ndcg_at_10", way))
-        axis.bar(np.arange(len(rows)) + offset, mean, 0.36, yerr=ends, edgecolor="black", capsize=4, label=WAYS[way], **look)
-    axis.set_xticks(range(len(rows)), list(rows))
-    axis.set(ylabel="held-out nDCG@10", ylim=(0, 1.03))
-    add_legend(figure, axis)
-    return figure
-
-
 def sizes(rows):
     """Figure 7: one panel for the batch, one for the rollouts."""
     figure, pair = canvas(2, width=11, height=5.4)
@@ -128,7 +93,8 @@ def sizes(rows):
             labels = [label for label in rows if label.startswith(letter) and label.endswith(recipe)]
             x = [int(label.split()[2].strip(",")) for label in labels]
             for way, look in zip(WAYS, ({}, dict(markerfacecolor="white", lw=1))):
-                values = scores([rows[label] for label in labels], "ndcg_at_10", way)
+                of_seeds = zip(*(rows[label] for label in labels))
+                values = [[value(record, "ndcg_at_10", way) for record in of_seed] for of_seed in of_seeds]
                 line(axis, x, values, style, f"{recipe}, {WAYS[way]}", **look)
         axis.set_xscale("log", base=2)
         axis.set_xticks(x, [str(n) for n in x])
@@ -151,31 +117,6 @@ def collapse(rows):
         axis.set(xlabel="training step", ylabel=title)
     panels[0].set_yscale("log")
     add_legend(figure, panels[0])
-    return figure
-
-
-def frontier(rows):
-    """How well pairs are ordered, and how much is named, against the rise of the loss on the training kind of texts.
-
-    A line per knob, whose settings are in the table. The axis of the rise is linear below 0.01 and logarithmic above.
-    """
-    figure, pair = canvas(2, width=13, height=7)
-    for axis, name, title in zip(pair, ("spearman", "recall"), ("Spearman, graded pairs", "share of facts rightly named")):
-        for style, (knob, labels) in enumerate(KNOBS.items()):
-            way = lambda label: better_way(rows[label], label, name) if name == "spearman" else "after"  # noqa: B023
-            x, dx = spread(scores([rows[label] for label in labels], "text loss"))
-            figures = [[value(record, name, way(label)) for record in rows[label]] for label in labels]
-            y, dy = spread(np.transpose(figures))
-            colour, dashes, marker = STYLES[style]
-            axis.errorbar(x, y, dy, dx, color=colour, ls=dashes, marker=marker, capsize=2, elinewidth=0.7, lw=1.2, label=knob)
-        axis.set_xscale("symlog", linthresh=0.01)
-        axis.set_xticks([0, 0.005, 0.01, 0.1, 1], ["0", "0.005", "0.01", "0.1", "1"])
-        axis.set(xlabel="rise of the loss, training kind of texts (nats per token)", ylabel=title)
-    pair[0].set_yscale("logit")  # most settings lie between 0.9 and 0.96
-    pair[0].set_yticks(ticks := [0.5, 0.6, 0.7, 0.8, 0.9, 0.93, 0.95, 0.97], [f"{x:g}" for x in ticks])
-    for axis in pair:
-        axis.minorticks_off()
-    add_legend(figure, pair[0], columns=4)
     return figure
 
 
@@ -207,12 +148,8 @@ def draw_ladder(curves):
 
 PICTURES = {
     "ladder": ladder,
-    "figure5": functools.partial(courses, labels=[FULL, PAPERS, NO_PATHWISE, NO_GRPO]),
     "figure4": budgets,
-    "table1": functools.partial(courses, labels=[BEST, PAPERS, REWARD_ALONE, TO_INFONCE]),
-    "figure3": grid,
-    "figure6": bars,
+    "figure5": courses,
     "figure7": sizes,
     "collapse": collapse,
-    "frontier": frontier,
 }

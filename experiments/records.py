@@ -1,7 +1,7 @@
 """One run: a dict of settings in (runs.py), a record out, made once and found again by that dict.
 
-Records are lines of results/WORLD.jsonl: the run, the evaluations before and after (and after without a rationale),
-the course of the training, wall time, versions and the git revision. Weights are not kept.
+Records are the lines of results.jsonl: the run, the evaluations before and after (and after without a rationale), the
+course of the training, wall time, versions and the git revision. Weights are not kept.
 """
 
 import contextlib
@@ -24,28 +24,17 @@ from worlds import WORLDS
 from worlds.make import build_world
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-RESULTS = os.path.join(ROOT, "experiments", "results")
+RESULTS = os.path.join(ROOT, "experiments", "results.jsonl")
 TRAINERS = BASELINES | ALGORITHMS
 NOT_SETTINGS = "world", "trainer", "budgets"  # of a run; all else is a setting of config.py
-QUICK = dict(batch=4, rollouts=3, steps=1, lr=1e-3, eval_every=0, max_new_tokens=6)
-QUICK_KEEPS = "world", "trainer", "recipe", "mode", "minibatches", "budgets"
-
-
-def quickly(run):
-    """The same run in one step; runs that differ only in what is not kept become one."""
-    return {name: run[name] for name in QUICK_KEEPS if name in run} | QUICK | {"seed": 0}
+LIMITS = 0, 1, 2, 3, 4, 6, 8, 12, 20, 24, 28, 32, 40  # Figure 4's longest rationales
 
 
 # ---------------------------------------------------------------- where records are
 
 
-def path_of(run, folder):
-    """The file of a run's record; the towns of unlike starts share one."""
-    return os.path.join(folder, f"{run['world'].split('-')[0]}.jsonl")
-
-
 def read(path):
-    """The records of a file, `{frozenset of the run's items: record}`."""
+    """The records of a file, `{frozenset of the run's items: record}`; none where there is no file."""
     if not os.path.isfile(path):
         return {}
     with open(path) as file:
@@ -53,18 +42,8 @@ def read(path):
     return {frozenset(record["run"].items()): record for record in records}
 
 
-def read_all(folder):
-    """The records of all files of a folder."""
-    known = {}
-    for name in sorted(os.listdir(folder)) if os.path.isdir(folder) else ():
-        known |= read(os.path.join(folder, name))
-    return known
-
-
-def keep(record, folder):
-    """Put a record into its file, in place of the one that its run had."""
-    path = path_of(record["run"], folder)
-    os.makedirs(folder, exist_ok=True)
+def keep(record, path):
+    """Add a record to a file, in place of any that its run had."""
     records = read(path) | {frozenset(record["run"].items()): record}
     write_atomically(path, "".join(json.dumps(one, separators=(",", ":")) + "\n" for one in records.values()))
 
@@ -72,12 +51,11 @@ def keep(record, folder):
 # ---------------------------------------------------------------- a run
 
 
-def world_of(run, worlds, quick=False):
-    """The folder of a run's world, built where it is missing: `WORLD-world-SEED`, as train.sh has it."""
-    folder = os.path.join(worlds, f"{run['world']}-world-{run['seed']}")
+def world_of(run):
+    """The folder of a run's world, built where it is missing: `runs/WORLD-world-SEED`, as train.sh has it."""
+    folder = os.path.join(ROOT, "runs", f"{run['world']}-world-{run['seed']}")
     if not os.path.isfile(os.path.join(folder, "model", "grace_config.json")):
-        small = dict(train=64, heldout=16, steps=5) if quick else {}
-        build_world(folder, run["seed"], world=WORLDS[run["world"]], **small)
+        build_world(folder, run["seed"], world=WORLDS[run["world"]])
     return folder
 
 
@@ -86,12 +64,17 @@ def config_of(run, **more):
     return Config(**{name: value for name, value in run.items() if name not in NOT_SETTINGS}, **more)
 
 
-def make(run, worlds, quick=False):
-    """Train and measure one run, in its world below `worlds`. `-> its record`."""
-    began, folder, world = time.time(), world_of(run, worlds, quick), WORLDS[run["world"]]
+def make(run):
+    """Train and measure one run. `-> its record`."""
+    began, folder, world = time.time(), world_of(run), WORLDS[run["world"]]
     names = {"data": "texts" if run.get("mode") == "unsupervised" else "train", "heldout": "heldout", "graded": "graded"}
     files = {setting: f"{folder}/data/{name}.jsonl" for setting, name in names.items()}
-    with tempfile.TemporaryDirectory() as scratch, open(os.path.join(scratch, "log.txt"), "w") as log:
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        open(os.devnull, "w") as nowhere,
+        contextlib.redirect_stdout(nowhere),
+        contextlib.redirect_stderr(nowhere),
+    ):
         config = config_of(run, model=f"{folder}/model", out=os.path.join(scratch, "run"), **files)
         _, heldout, graded = load_rows(config)
         start = Policy.load(config.model, config.device, **config.reading)
@@ -100,8 +83,7 @@ def make(run, worlds, quick=False):
             alone = evaluate_triplets(start, heldout, graded, rationale=False)
             summary = {"before": before, "after": before, "after_without_rationale": alone, "seconds": 0.0}
         else:
-            with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
-                summary = grace.train(config, TRAINERS[run["trainer"]])
+            summary = grace.train(config, TRAINERS[run["trainer"]])
             policy = Policy.load(config.out, config.device)
         record = {"run": run, **{name: summary[name] for name in ("before", "after", "after_without_rationale")}}
         texts = [row["query"] for row in heldout]
@@ -110,9 +92,8 @@ def make(run, worlds, quick=False):
         if run["trainer"] != "none":
             record |= measure.course(config.out)
         if run.get("budgets"):
-            limits = [n for n in (0, 1, 2, 3, 4, 6, 8, 12, 20, 24, 28, 32, 40) if n <= policy.reading.max_new_tokens]
-            record["budgets"] = measure.budgets(policy, heldout, limits)
-        if hasattr(world, "thinks"):
+            record["budgets"] = measure.budgets(policy, heldout, LIMITS)
+        if run["world"] == "town":
             record["ladder"] = {
                 way: measure.ladder(policy, folder, rationale)
                 for way, rationale in (("after", True), ("after_without_rationale", False))
@@ -129,10 +110,6 @@ def revision():
     return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--", "*.py") else "")
 
 
-def rounded(x, digits=5):
-    """Every float to so many significant digits, so that records stay small and readable."""
-    if isinstance(x, dict):
-        return {name: rounded(value, digits) for name, value in x.items()}
-    if isinstance(x, list):
-        return [rounded(value, digits) for value in x]
-    return float(f"{x:.{digits}g}") if isinstance(x, float) else x
+def rounded(record):
+    """The record with every float at five significant digits, so that records stay small and readable."""
+    return json.loads(json.dumps(record), parse_float=lambda x: float(f"{float(x):.5g}"))

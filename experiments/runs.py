@@ -45,7 +45,6 @@ WALK = TOWN | dict(trainer="GRACE", recipe="full", pathwise=2.0, kl=0.75, kl_est
 WALK_PAPER = TOWN | dict(trainer="GRACE", recipe="paper", lr=5e-4, steps=100, eval_every=50)
 WALK_LOSS = TOWN | dict(trainer="contrastive", text_weight=0.0, batch=64, lr=1e-3, steps=150, eval_every=0)
 WALK_TEXT = WALK_LOSS | dict(text_weight=1.0)
-BRIEF_WALK = WALK | dict(steps=60, eval_every=15)
 UNLABELLED = dict(mode="unsupervised")
 
 BASE, REASONING, PAPERS = "Base", "Base with reasoning", "GRACE, the paper's recipe"
@@ -70,13 +69,7 @@ IN_TOWN_UNLABELLED = {
     PAPERS: WALK_PAPER | UNLABELLED,
     VIEWS: WALK | UNLABELLED | dict(eval_every=40),
 }
-RIVALS = "GRACE", "GRPO", "Dr. GRPO", "DAPO", "REINFORCE++", "ReMax"
-DISCOVERY = {
-    **{f"K = {k}": BRIEF_WALK | dict(rollouts=k) for k in (2, 4, 8)},
-    **{f"temperature {t:g}": BRIEF_WALK | dict(temperature=t) for t in (0.4, 1.0)},
-    **{f"{share} % of the start's answers think": BRIEF_WALK | dict(world=f"town-{share}") for share in (1, 5, 20)},
-    "5 %, at K = 8 and temperature 1": BRIEF_WALK | dict(world="town-5", rollouts=8, temperature=1.0),
-}
+RIVALS = "GRACE", "GRPO", "DAPO", "REINFORCE++", "ReMax"
 
 # ---------------------------------------------------------------- the events, where naming is enough
 
@@ -95,24 +88,21 @@ NAME_REWARD = NAME_SHORT | dict(
 )
 
 BEST, REWARD_ALONE = "GRACE, full (rollouts at temperature 0.7)", "by reward alone, at settings of its own"
-LOSS_TUNED, TEXT_TUNED = f"{LOSS}, at its best settings", f"{TEXT}, at its best settings"
-PAPERS_TUNED, PAPERS_SECOND = f"{PAPERS}, at its best settings", f"{PAPERS}, at its second best"
-TO_INFONCE, TO_QUERIES = "+ InfoNCE as the reward, sums over tokens", "+ queries trained too"
 HOT = NAME | dict(temperature=1.0)
 SUPERVISED = {
     BASE: START,
     REASONING: START,
     LOSS: NAME_LOSS,
     TEXT: NAME_TEXT,
-    LOSS_TUNED: TRIED_LOSS | dict(lr=3e-3),
-    TEXT_TUNED: TRIED_LOSS | dict(text_weight=1.0, steps=400),
-    PAPERS_TUNED: NAME_PAPER | dict(lr=1e-3, kl=0.03, steps=100),
-    PAPERS_SECOND: NAME_PAPER | dict(lr=1e-3, temperature=0.7, steps=50, eval_every=0),
+    f"{LOSS}, at its best settings": TRIED_LOSS | dict(lr=3e-3),
+    f"{TEXT}, at its best settings": TRIED_LOSS | dict(text_weight=1.0, steps=400),
+    f"{PAPERS}, at its best settings": NAME_PAPER | dict(lr=1e-3, kl=0.03, steps=100),
+    f"{PAPERS}, at its second best": NAME_PAPER | dict(lr=1e-3, temperature=0.7, steps=50, eval_every=0),
     # From the paper's recipe to the full one, a step at a time.
     PAPERS: NAME_PAPER,
     "the same, rate falling to 0": NAME_PAPER | dict(lr_decay=True),
-    TO_INFONCE: HOT | dict(text_weight=0.0, kl=0.0, pathwise=0.0, train_roles="positive"),
-    TO_QUERIES: HOT | dict(text_weight=0.0, kl=0.0, pathwise=0.0),
+    "+ InfoNCE as the reward, sums over tokens": HOT | dict(text_weight=0.0, kl=0.0, pathwise=0.0, train_roles="positive"),
+    "+ queries trained too": HOT | dict(text_weight=0.0, kl=0.0, pathwise=0.0),
     "+ the pathwise term": HOT | dict(text_weight=0.0, kl=0.0),
     "+ the text term": HOT | dict(kl=0.0),
     "+ a light KL term": HOT,
@@ -130,7 +120,6 @@ UNSUPERVISED = {
     "full, without the pathwise term": NAME_SHORT | UNLABELLED | dict(pathwise=0.0),
     VIEWS: NAME_SHORT | UNLABELLED,
 }
-AGAINST_THE_LOSS = some(SUPERVISED, REASONING, LOSS, TEXT, BEST, REWARD_ALONE)
 
 WEIGHTS = 0.0, 0.5, 1.0
 GRID = {
@@ -149,15 +138,18 @@ SIZES = {
     )
 }
 # One knob at a time from the full recipe; where the knob is a term that holds the policy, the other such term is off.
-KNOBS = {
-    "KL": {f"KL {x:g}": NAME_SHORT | dict(text_weight=0.0, kl=x) for x in (0.0, 0.01, 0.03, 0.1)},
-    "text term": {f"text term {x:g}": NAME_SHORT | dict(text_weight=x, kl=0.0) for x in (0.03, 0.3, 1.0)},
-    "text term 1 and KL": {"text term 1 and KL 0.01": NAME_SHORT, "text term 1 and KL 0.03": NAME_SHORT | dict(kl=0.03)},
-    "pathwise": {f"pathwise {x:g}": NAME_SHORT | dict(pathwise=x) for x in (0.0, 0.1, 1.0)},
-    "temperature": {f"temperature {x:g}": NAME_SHORT | dict(temperature=x) for x in (0.5, 1.0)},
-    "rate": {f"rate {x:g}": NAME_SHORT | dict(lr=x) for x in (2e-4, 1e-3)},
-    "steps": {"steps 30": NAME_SHORT | dict(steps=30), "steps 250": NAME},
-    "InfoNCE as a loss": {"contrastive": NAME_LOSS, "contrastive + text term": NAME_TEXT},
+FRONTIER = {
+    **{f"KL {x:g}": NAME_SHORT | dict(text_weight=0.0, kl=x) for x in (0.0, 0.01, 0.03, 0.1)},
+    **{f"text term {x:g}": NAME_SHORT | dict(text_weight=x, kl=0.0) for x in (0.03, 0.3, 1.0)},
+    "text term 1 and KL 0.01": NAME_SHORT,
+    "text term 1 and KL 0.03": NAME_SHORT | dict(kl=0.03),
+    **{f"pathwise {x:g}": NAME_SHORT | dict(pathwise=x) for x in (0.0, 0.1, 1.0)},
+    **{f"temperature {x:g}": NAME_SHORT | dict(temperature=x) for x in (0.5, 1.0)},
+    **{f"rate {x:g}": NAME_SHORT | dict(lr=x) for x in (2e-4, 1e-3)},
+    "steps 30": NAME_SHORT | dict(steps=30),
+    "steps 250": NAME,
+    "contrastive": NAME_LOSS,
+    "contrastive + text term": NAME_TEXT,
 }
 
 # ---------------------------------------------------------------- what was tried, on a seed that no other table has
@@ -204,7 +196,8 @@ TABLES = {
     "town_table1": Table(IN_TOWN, (*SCORES, "text loss", "recall", "thinks", "true_steps", "words", "forced", "seconds")),
     "town_table2": Table(IN_TOWN_UNLABELLED, (*SCORES, "text loss", "recall", "thinks", "true_steps", "words")),
     "town_table4": Table(
-        {name: BRIEF_WALK | dict(trainer=name, pathwise=0.0) for name in RIVALS}, (*SCORES, "thinks", "words", "grown at")
+        {name: WALK | dict(trainer=name, pathwise=0.0, steps=60, eval_every=15) for name in RIVALS},
+        (*SCORES, "thinks", "words", "grown at"),
     ),
     "town_table5": Table(
         some(IN_TOWN, REASONING, LOSS, TEXT, PAPERS, NO_PATHWISE, FULL),
@@ -213,27 +206,22 @@ TABLES = {
     "town_table6": Table(some(IN_TOWN, PAPERS, NO_GRPO, FULL), seeds=(0,)),
     "figure4": Table({FULL: WALK | dict(budgets=True)}),
     "figure5": Table(some(IN_TOWN, PAPERS, NO_GRPO, NO_PATHWISE, FULL)),
-    "discovery": Table(DISCOVERY, (*SCORES, "thinks", "true_steps", "words", "grown at"), seeds=(0,)),
     "table1": Table(SUPERVISED, (*SCORES, *NAMED, "distinct", "seconds")),
     "table2": Table(UNSUPERVISED, (*SCORES, *NAMED, "distinct")),
     "table4": Table(
         {name: NAME_SHORT | dict(trainer=name, pathwise=0.0, length_normalize=True, minibatches=4) for name in RIVALS},
         (*SCORES, *NAMED, "distinct", "words"),
     ),
-    "table5": Table(
-        some(SUPERVISED, REASONING, LOSS_TUNED, TEXT_TUNED, PAPERS_TUNED, BEST),
-        ("text loss", "answers loss", "well_formed", "finished", "recall", "precision", "distinct"),
-    ),
     "table6": Table(some(SUPERVISED, PAPERS, REWARD_ALONE, BEST) | {f"unsupervised, {VIEWS}": UNSUPERVISED[VIEWS]}, seeds=(0,)),
     "figure3": Table(GRID),
     "figure6": Table(POOLINGS, (*SCORES, "text loss", "recall")),
-    "figure7": Table(SIZES, (*SCORES, "text loss", "recall")),
+    "figure7": Table(SIZES),
     "collapse": Table(some(SUPERVISED, PAPERS, BEST)),
-    "frontier": Table({label: run for knob in KNOBS.values() for label, run in knob.items()}, (*SCORES, *NAMED)),
-    "yardstick": Table(AGAINST_THE_LOSS, (*SCORES, *NAMED, "well_formed", "seconds"), (0, 1, 2, 3, 4)),
-    "unseen": Table(
-        {label: run | dict(world="parcels") for label, run in AGAINST_THE_LOSS.items()},
+    "frontier": Table(FRONTIER, (*SCORES, *NAMED)),
+    "yardstick": Table(
+        some(SUPERVISED, REASONING, LOSS, TEXT, BEST, REWARD_ALONE),
         (*SCORES, *NAMED, "well_formed", "seconds"),
+        (0, 1, 2, 3, 4),
     ),
     "search": Table(TOWN_TRIED | EVENTS_TRIED, seeds=(5,)),
 }

@@ -79,70 +79,57 @@ def _lines(path):
     """Yield `(where, line)` of a UTF-8 file. A byte that is not UTF-8 becomes a lone surrogate, which `_text` refuses."""
     with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="\n") as file:
         for number, line in enumerate(file, 1):
-            if number == 1 and line.startswith(("\udcff\udcfe", "\udcfe\udcff")):
-                raise GraceError(f"{path}: is UTF-16; convert it to UTF-8 (iconv -f UTF-16 -t UTF-8)")
             yield f"{path}, line {number}", line
 
 
-def _json(text, where):
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise GraceError(f"{where}: cannot be read as JSON ({first_line(error)})") from None
-
-
-def _read_json(path):
-    """One object per line. A .json file may be one array of objects instead."""
-    lines = list(_lines(path))
-    if path.lower().endswith(".json") and lines and lines[0][1].lstrip().startswith("["):
-        array = _json("".join(line for _, line in lines), path)
-        rows = [(f"{path}, row {number}", row) for number, row in enumerate(array, 1)]
-    else:
-        rows = [(where, _json(line, where)) for where, line in lines if line.strip()]
-    for where, row in rows:
-        if not isinstance(row, dict):
-            raise GraceError(f"{where}: is {reprlib.repr(row)}, not an object with names")
-    return rows
+def _read_jsonl(path):
+    """One object per line."""
+    for where, line in _lines(path):
+        if line.strip():
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise GraceError(f"{where}: cannot be read as JSON ({first_line(error)})") from None
+            if not isinstance(row, dict):
+                raise GraceError(f"{where}: is {reprlib.repr(row)}, not an object with names")
+            yield where, row
 
 
 def _read_csv(path):
     """Comma-separated, with a header. A quoted field may hold line ends, so a row is named by the line that it ends in."""
     csv.field_size_limit(2**31 - 1)
-    reader, rows, end = csv.reader((line for _, line in _lines(path)), strict=True), [], 0
+    reader, names, end = csv.reader((line for _, line in _lines(path)), strict=True), None, 0
     try:
-        for row in reader:
-            end = reader.line_num
-            if row:
-                rows.append((f"{path}, line {end}", row))
+        for row in filter(None, reader):  # without blank lines
+            names, end = names or row, reader.line_num
+            if len(row) != len(names):
+                raise GraceError(f"{path}, line {end}: has {len(row)} fields, the header {len(names)}")
+            if row is not names:
+                yield f"{path}, line {end}", dict(zip(names, row))
     except csv.Error as error:
         raise GraceError(f"{path}, line {end + 1}: cannot be read as csv ({error})") from None
-    names = rows[0][1] if rows else []
-    for where, row in rows:
-        if len(row) != len(names):
-            raise GraceError(f"{where}: has {len(row)} fields, the header {len(names)}")
-    return [(where, dict(zip(names, row))) for where, row in rows[1:]]
 
 
 def _read_txt(path):
     """One text per line; blank lines separate paragraphs."""
-    return [(where, {"text": line.rstrip("\r\n")}) for where, line in _lines(path) if line.strip()]
+    return ((where, {"text": line.rstrip("\r\n")}) for where, line in _lines(path) if line.strip())
 
 
-READERS = {".jsonl": _read_json, ".json": _read_json, ".csv": _read_csv, ".txt": _read_txt}
+READERS = {".jsonl": _read_jsonl, ".csv": _read_csv, ".txt": _read_txt}
 
 
 # ---------------------------------------------------------------- rows by our names
 
 
-def _read(source, roles, verbose=False):
+def _read(source, roles):
     """Yield `(where, {role: value})` for every row; None for a missing value, and a list for the negatives.
 
-    where: the file and the line, for messages. verbose: print which columns are not used.
+    where: the file and the line, for messages.
     """
     source = str(source)
     reader = READERS.get(os.path.splitext(source)[1].lower())
     if reader and os.path.isfile(source):
-        rows = reader(source)
+        rows = list(reader(source))
         names = list(dict.fromkeys(name for _, row in rows for name in row))
     else:
         dataset = open_dataset(source)
@@ -152,12 +139,9 @@ def _read(source, roles, verbose=False):
         raise GraceError(f"{source}: no rows, the file is empty")
     columns = {}
     for role in roles:
-        found = [name for name in names if re.fullmatch(COLUMNS[role], name)]
-        if not found and role != "negative":
+        columns[role] = [name for name in names if re.fullmatch(COLUMNS[role], name)]
+        if not columns[role] and role != "negative":
             raise GraceError(f"{source}: no column {role!r} (looked for: {COLUMNS[role]}); it has {', '.join(names)}")
-        columns[role] = found if role == "negative" else found[:1]
-    if verbose and (unused := [name for name in names if name not in sum(columns.values(), [])]):
-        print(f"{source}: columns that are not used: {', '.join(unused)}")
     for where, row in rows:
         values = {role: [row.get(name) for name in columns[role]] for role in roles}
         yield where, {role: _flat(cells) if role == "negative" else cells[0] for role, cells in values.items()}
@@ -173,8 +157,6 @@ def _text(value, what):
     """The value, if it is a text that can be tokenized and written back. Raises GraceError, which begins with `what`."""
     if not isinstance(value, str) or not value.strip():
         raise GraceError(f"{what} is {'empty' if value in ('', None) else reprlib.repr(value)}, not a text")
-    if "\0" in value:
-        raise GraceError(f"{what} holds a NUL character: is this a text file?")
     try:
         value.encode()
     except UnicodeEncodeError as error:
@@ -182,14 +164,14 @@ def _text(value, what):
     return value
 
 
-def read_triplets(source, verbose=False):
+def read_triplets(source):
     """Supervised rows as `[{"query": str, "positive": str, "negative": [str] * M}]`.
 
-    M is as many negatives as every row has, so 0 if one row has none. verbose: print what is not used.
+    M is as many negatives as every row has, so 0 if one row has none; where others have more, that is printed.
     Raises GraceError for a missing column, an empty text, or a negative that equals its own query or positive.
     """
     rows, counts = [], {}  # counts: {number of negatives: the first row that has as many}
-    for where, raw in _read(source, ("query", "positive", "negative"), verbose):
+    for where, raw in _read(source, ("query", "positive", "negative")):
         row = {role: _text(raw[role], f"{where}: {role}") for role in ("query", "positive")}
         row["negative"] = [_text(x, f"{where}: negative") for x in raw["negative"]]
         if {row["query"].strip(), row["positive"].strip()} & {x.strip() for x in row["negative"]}:
@@ -197,14 +179,14 @@ def read_triplets(source, verbose=False):
         rows.append(row)
         counts.setdefault(len(row["negative"]), where)
     M = min(counts)
-    if verbose and len(counts) > 1:
+    if len(counts) > 1:
         print(f"{counts[M]}: has {M} negatives, others have more; {M} of each row are used")
     return [{**row, "negative": row["negative"][:M]} for row in rows]
 
 
-def read_texts(source, verbose=False):
+def read_texts(source):
     """Unsupervised rows as `[{"text": str}]`. Raises GraceError for a missing column or an empty text."""
-    return [{"text": _text(row["text"], f"{where}: text")} for where, row in _read(source, ("text",), verbose)]
+    return [{"text": _text(row["text"], f"{where}: text")} for where, row in _read(source, ("text",))]
 
 
 def read_pairs(source):
@@ -213,7 +195,7 @@ def read_pairs(source):
     for where, row in _read(source, ("sentence1", "sentence2", "score")):
         try:
             score = float(row["score"])
-        except (TypeError, ValueError, OverflowError):
+        except (TypeError, ValueError):
             score = math.nan
         if not math.isfinite(score):
             raise GraceError(f"{where}: score is {reprlib.repr(row['score'])}, not a finite number")
@@ -232,7 +214,7 @@ def load_rows(config):
     """
     graded = read_pairs(config.graded) if config.graded else None
     heldout = read_triplets(config.heldout) if config.heldout else []
-    rows = (read_texts if config.mode == "unsupervised" else read_triplets)(config.data, verbose=True)
+    rows = (read_texts if config.mode == "unsupervised" else read_triplets)(config.data)
     if not heldout:
         rows = random.Random(config.seed).sample(rows, len(rows))
         size = min(256, len(rows) // 10)

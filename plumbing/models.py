@@ -8,19 +8,21 @@ import torch
 
 from plumbing.errors import GraceError, first_line
 
+ADVICE = "Give a folder written by save_pretrained, or, with a network, a hub id."
+
 
 @contextlib.contextmanager
 def opening(source):
     """Whatever goes wrong in here becomes a GraceError that says what to give instead of this folder or hub id."""
     looks_local = str(source).startswith((".", "/", "~")) or str(source).count("/") > 1
     if looks_local and not os.path.isdir(source):
-        raise GraceError(f"{source}: no such folder. Give a folder written by save_pretrained, or, with a network, a hub id.")
+        raise GraceError(f"{source}: no such folder. {ADVICE}")
     try:
         yield
     except GraceError:
         raise
     except Exception as error:  # each kind of damage raises its own; to a user they mean the same
-        advice = "Give a folder written by save_pretrained, or, with a network, a hub id."
+        advice = ADVICE
         if "trust_remote_code" in str(error):
             advice = "Code that comes with a model is not run here: give a model that transformers knows by itself."
         elif "no file named model.safetensors" in str(error):
@@ -34,7 +36,8 @@ def opening(source):
 def end_ids(model, tokenizer):
     """Every configured end token, sorted. Raises GraceError if there is none, because no rationale could end."""
     found = set()
-    for ids in (model.generation_config.eos_token_id, model.config.eos_token_id, tokenizer.eos_token_id):
+    from_config = getattr(model.config, "eos_token_id", None)  # not every configuration has one
+    for ids in (model.generation_config.eos_token_id, from_config, tokenizer.eos_token_id):
         found |= set(ids if isinstance(ids, (list, tuple)) else [ids])
     found -= {None}
     if not found:

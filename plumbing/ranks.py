@@ -4,14 +4,13 @@
 
 Every rank runs the whole program and knows the whole batch; only two things are shared out, and both are in sight where
 they happen: each rank samples its share of the prompts (`mine`, then `gather`, in rollout.py), and reads its share of the
-update's rollouts (`mine`, then `sum_gradients`, in grace.py). So N ranks take the step that one process takes.
+update's rollouts (`micro_batches`, then `sum_gradients`, in grace.py). So N ranks take the step that one process takes.
 
-The first rank writes files and prints. A rank that fails ends, torchrun then ends the others, and --resume continues from the
-newest checkpoint.
+The first rank writes files and prints. Where a rank fails, torchrun ends the others, and --resume continues from the newest
+checkpoint.
 """
 
 import atexit
-import contextlib
 import io
 import os
 import sys
@@ -20,10 +19,6 @@ import warnings
 
 import torch
 import torch.distributed as dist
-
-from plumbing.errors import GraceError, first_line
-
-BUCKET = 2**25  # gradients are summed so many numbers at a time: 134 MB in float32
 
 rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
@@ -58,24 +53,13 @@ def end(message):
     sys.exit(message)
 
 
-@contextlib.contextmanager
-def _together():
-    """Raises GraceError where another rank is gone. (On GPUs a rank may wait for it instead, until torchrun ends it.)"""
-    try:
-        yield
-    except RuntimeError as error:
-        advice = "--resume continues from the newest checkpoint"
-        raise GraceError(f"another rank does not answer ({first_line(error)}); {advice}") from error
-
-
 def gather(x):
     """`[every rank's x]`, in order; tensors inside arrive on this rank's own device."""
     if size == 1:
         return [x]
     file, everyone = io.BytesIO(), [None] * size
     torch.save(x, file)
-    with _together():
-        dist.all_gather_object(everyone, file.getvalue())
+    dist.all_gather_object(everyone, file.getvalue())
     here = lambda storage, device: storage.cuda() if device.startswith("cuda") else storage
     return [torch.load(io.BytesIO(content), map_location=here, weights_only=False) for content in everyone]
 
@@ -84,12 +68,7 @@ def sum_gradients(parameters):
     """Add up every parameter's gradient over all ranks, in place."""
     if size == 1:
         return
-    parameters = [p for p in parameters if p.requires_grad]
     for p in parameters:
-        p.grad = torch.zeros_like(p) if p.grad is None else p.grad  # a rank without a share has none
-    flat = torch.cat([p.grad.flatten() for p in parameters])
-    with _together():
-        for part in flat.split(BUCKET):
-            dist.all_reduce(part)
-    for p, grad in zip(parameters, flat.split([p.numel() for p in parameters])):
-        p.grad.copy_(grad.view_as(p))
+        if p.requires_grad:
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad  # a rank without a share has none
+            dist.all_reduce(p.grad)

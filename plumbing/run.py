@@ -3,14 +3,14 @@
     OUT/run.json                  the configuration and the scores of the start
     OUT/metrics.jsonl             a line per step
     OUT/rationales.md             the same texts' rationales along the training
-    OUT/checkpoints/00000050/     the policy as a model folder; trainer.pt: optimizer, step, settings, progress
+    OUT/checkpoints/00000050/     to resume from: the policy as a model folder; trainer.pt: optimizer, step, progress
     OUT/model files               the trained policy, an ordinary checkpoint folder
-    OUT/summary.json              before, after, configuration; written last, so where it is, the run is finished
+    OUT/summary.json              before, after, configuration: the mark of a finished run, which needs no checkpoints any more
 
-What is written here is written beside its place, flushed to the disk, and renamed: a kill or a power cut leaves the old
-one or the new one. Only metrics.jsonl grows in place: a resumed run drops the lines after its checkpoint, torn or whole. No
-file is ever unpickled: weights are safetensors, trainer.pt is read with `weights_only=True`. Neither data nor sampling
-needs a cursor: a step's batch and what it draws are functions of seed and step.
+A checkpoint or a JSON file is written beside its place, flushed to the disk, and renamed: a kill or a power cut leaves the
+old one or the new one. What is written in place, metrics.jsonl and the trained policy, a resumed run writes again from its
+checkpoint on. No file is ever unpickled: weights are safetensors, trainer.pt is read with `weights_only=True`. Neither data
+nor sampling needs a cursor: a step's batch and what it draws are functions of seed and step.
 
 Of several ranks the first writes; the others read the same files.
 """
@@ -19,9 +19,9 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-import math
 import os
 import platform
+import resource
 import shutil
 import signal
 import sys
@@ -62,9 +62,12 @@ def _replacing(path):
 
 
 def _delete(path):
-    """Delete a file, or a folder with all that is in it, if it is there."""
+    """Delete a file or a folder, if it is there. A folder is renamed first: no kill leaves half of it under its name."""
     if os.path.isdir(path):
-        shutil.rmtree(path)
+        gone = f"{path}.tmp"
+        shutil.rmtree(gone, ignore_errors=True)  # of an earlier kill
+        os.replace(path, gone)
+        shutil.rmtree(gone)
     elif os.path.lexists(path):
         os.remove(path)
 
@@ -85,26 +88,21 @@ def write_atomically(path, text):
 
 
 def read_json(path):
-    """A JSON object; None where there is no such file. Raises GraceError where it cannot be read."""
+    """What a JSON file holds; None where there is no such file."""
     if not os.path.isfile(path):
         return None
-    try:
-        with open(path) as file:
-            return dict(json.load(file))
-    except (OSError, ValueError, TypeError) as error:
-        raise GraceError(f"{path}: cannot be read ({first_line(error)}); delete it") from error
+    with open(path) as file:
+        return json.load(file)
 
 
 def read_metrics(path):
-    """The lines of a metrics.jsonl as dicts. Lines torn by a kill, and lines of other content, are skipped."""
+    """The lines of a metrics.jsonl as dicts. A line that a kill has torn, or that is being written right now, is skipped."""
     lines = []
     if os.path.isfile(path):
-        with open(path, errors="replace") as file:
+        with open(path) as file:
             for line in file:
                 with contextlib.suppress(ValueError):
-                    metrics = json.loads(line)
-                    if isinstance(metrics, dict) and "step" in metrics:
-                        lines.append(metrics)
+                    lines.append(json.loads(line))
     return lines
 
 
@@ -115,11 +113,6 @@ def checkpoints(out):
     return [os.path.join(folder, n) for n in names]
 
 
-def newest_checkpoint(out):
-    """The newest checkpoint of a run, or None."""
-    return (checkpoints(out) or [None])[-1]
-
-
 def digest(rows):
     """A fingerprint of the training rows: a file can change under its name."""
     return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()[:16]
@@ -127,10 +120,9 @@ def digest(rows):
 
 # ---------------------------------------------------------------- one run
 
-# What --overwrite deletes of an earlier run, in this order: with a summary, a folder without a model would be a finished run.
-RESULTS = (
-    "summary.json", "checkpoints", "checkpoints.tmp", "adapter", "final.tmp", "run.json", "probe.json", "rationales.md",
-    "report.html",
+RESULTS = (  # of an earlier run: what --overwrite deletes, beside the files that the new run replaces at once
+    "summary.json", "*.safetensors*", "adapter", "checkpoints", "checkpoints.tmp", "probe.json", "report.html",
+    "not_finite_step_*",
 )  # fmt: skip
 
 
@@ -141,35 +133,36 @@ class Run:
     summary      of a run that --resume finds finished, or None
 
     Raises GraceError, before anything is loaded, if --out holds a model or checkpoints, and neither --resume nor --overwrite
-    says what becomes of them, or if it holds nothing that --resume could continue. Nothing is deleted before `begin`.
+    says what becomes of them, or if --resume cannot continue what it holds. Nothing is deleted before `begin`.
     """
 
     def __init__(self, config):
         for name in ("model", "data", "out"):
             if not getattr(config, name):
                 raise GraceError(f"--{name} is missing")
-        out, model = config.out, os.path.realpath(config.model)
         self.config, self.progress = config, {"before": None, "history": [], "seconds": 0.0}
+        out, model, here = config.out, os.path.realpath(config.model), os.path.realpath(config.out)
+        if model in (here, os.path.join(here, "adapter")) or os.path.dirname(model) == os.path.join(here, "checkpoints"):
+            raise GraceError(f"--out {out} is where --model is: give another folder")
         try:
             os.makedirs(out, exist_ok=True)
-            weights = any(name.endswith(".safetensors") or name == "adapter" for name in os.listdir(out))
         except OSError as error:
             raise GraceError(f"--out {out}: cannot be written to ({error.strerror})") from error
-        inside = [os.path.realpath(os.path.join(out, name)) for name in ("", "adapter", "checkpoints")]
-        if model in inside or os.path.dirname(model) == inside[-1]:
-            raise GraceError(f"--out {out} is where --model is: give another folder")
-        self.checkpoint, self.summary = newest_checkpoint(out), read_json(self.path("summary.json"))
+        self.checkpoint, self.summary = (checkpoints(out) or [None])[-1], read_json(self.path("summary.json"))
+        weights = any(Path(out).glob("*.safetensors"))
         holds = "a finished run" if self.summary else "a model" if weights else "the checkpoints of a run"
         if (self.summary or weights or self.checkpoint) and not (config.resume or config.overwrite):
             how = "--resume continues it, " if self.checkpoint else ""
             raise GraceError(f"--out {out} holds {holds}: {how}--overwrite starts anew, or give another folder")
         if not config.resume:
             self.checkpoint = self.summary = None
-        elif self.summary:
-            config.must_match(self.summary["config"], out)
-            self.summary = self.summary if self.summary["config"]["steps"] >= config.steps else None
-        if config.resume and weights and not (self.checkpoint or self.summary):
-            raise GraceError(f"--out {out} holds {holds} and no checkpoint to resume from: --overwrite starts anew")
+        elif self.checkpoint or self.summary:
+            config.must_match(read_json(self.path("run.json"))["config"])
+        elif weights:
+            raise GraceError(f"--out {out} holds a model and no checkpoint to resume from: --overwrite starts anew")
+        if self.summary and config.steps > self.summary["config"]["steps"]:
+            advice = f"for more steps start another run from it, with --model {out}"
+            raise GraceError(f"--out {out} holds a finished run of {self.summary['config']['steps']} steps: {advice}")
 
     def path(self, name):
         """A file in --out."""
@@ -177,22 +170,15 @@ class Run:
 
     def restore(self, trainer):
         """Put the trainer where the checkpoint left it, and metrics.jsonl too. Returns whether there is one."""
-        if self.config.resume and not self.checkpoint:
-            print(f"no checkpoint under {self.config.out} to resume from: starting at step 0")
         if not self.checkpoint:
+            if self.config.resume:
+                print(f"no checkpoint under {self.config.out} to resume from: starting at step 0")
             return False
-        try:
-            state = torch.load(os.path.join(self.checkpoint, "trainer.pt"), map_location="cpu", weights_only=True)
-        except Exception as error:  # zipfile's, pickle's and torch's own
-            advice = "delete this checkpoint, and --resume continues from the one before"
-            raise GraceError(f"{self.checkpoint}: trainer.pt cannot be read ({first_line(error)}); {advice}") from error
-        self.config.must_match(state["config"], self.checkpoint)
+        state = torch.load(os.path.join(self.checkpoint, "trainer.pt"), map_location="cpu", weights_only=True)
         if state["progress"]["rows"] != digest(trainer.rows):
             raise GraceError(f"{self.checkpoint} is of a run on other rows than {self.config.data} has now: give those rows")
         trainer.optimizer.load_state_dict(state["optimizer"])
         trainer.step_number, self.progress = state["step"], state["progress"]
-        if ranks.first():
-            _delete(self.path("summary.json"))  # of a finished run that now gets more steps
         kept = [metrics for metrics in read_metrics(self.path("metrics.jsonl")) if metrics["step"] <= state["step"]]
         write_atomically(self.path("metrics.jsonl"), "".join(json.dumps(metrics) + "\n" for metrics in kept))
         print(f"resumed from {self.checkpoint}")
@@ -202,12 +188,9 @@ class Run:
     def begin(self, trainer, scores):
         """Clear the folder of an earlier run, then write down the scores of the start."""
         if ranks.first():
-            if os.path.isdir(self.path("checkpoints")):  # first renamed: a kill then leaves no half checkpoint behind
-                _delete(self.path("checkpoints.tmp"))
-                os.replace(self.path("checkpoints"), self.path("checkpoints.tmp"))
-            more = [n for n in os.listdir(self.config.out) if ".safetensors" in n or n.startswith("not_finite_step_")]
-            for name in (*RESULTS, *more):
-                _delete(self.path(name))
+            for pattern in RESULTS:
+                for path in sorted(Path(self.config.out).glob(pattern)):
+                    _delete(path)
         write_atomically(self.path("metrics.jsonl"), "")
         self.progress |= {"before": scores, "rows": digest(trainer.rows)}
         self._start(trainer)
@@ -241,44 +224,37 @@ class Run:
         """Write a checkpoint: all that a resumed run needs, whole or not at all. The last two stay."""
         self.progress["seconds"] = time.time() - self.started
         if ranks.first():
-            state = {"step": trainer.step_number, "config": dataclasses.asdict(self.config), "progress": self.progress}
+            state = {"step": trainer.step_number, "progress": self.progress, "optimizer": trainer.optimizer.state_dict()}
             with _replacing(self.path(f"checkpoints/{trainer.step_number:08d}")) as folder:
                 os.makedirs(folder)
                 trainer.policy.save(folder)
-                torch.save(state | {"optimizer": trainer.optimizer.state_dict()}, os.path.join(folder, "trainer.pt"))
+                torch.save(state, os.path.join(folder, "trainer.pt"))
                 _flush(self.path("metrics.jsonl"))  # its lines up to this step belong to the checkpoint
             for old in checkpoints(self.config.out)[:-2]:
-                shutil.rmtree(old)
+                _delete(old)
         ranks.gather(None)  # a rank that ends sooner has torchrun end the first one while it writes
 
     def save_model(self, policy):
-        """The trained model into --out, each file of it whole; adapters, if it has any, into --out/adapter."""
-        if not ranks.first():
-            return
-        beside = self.path("final.tmp")
-        with _writing(self.config.out):
-            _delete(beside)
-            policy.save_result(beside)
-            _flush(beside)
-            for name in sorted(os.listdir(beside)):
-                if os.path.isdir(self.path(name)):  # a folder replaces only an empty one
-                    shutil.rmtree(self.path(name))
-                os.replace(os.path.join(beside, name), self.path(name))
-            os.rmdir(beside)
+        """The trained model into --out; adapters, if it has any, into --out/adapter."""
+        if ranks.first():
+            with _writing(self.config.out):
+                policy.save_result(self.config.out)
+                _flush(self.config.out)
 
     def finish(self, trainer, after, without):
-        """Write summary.json, the mark of a finished run. after, without: scores with and without rationales."""
+        """Write summary.json and delete the checkpoints. after, without: scores with and without rationales."""
         self.summary = {
             "before": self.progress["before"],
             "after": after,
             "after_without_rationale": without,
             "seconds": time.time() - self.started,
-            "seed": self.config.seed,
             "config": dataclasses.asdict(self.config),
             "reading": dataclasses.asdict(trainer.policy.reading),
             "versions": versions(),
         }
         write_atomically(self.path("summary.json"), json.dumps(self.summary, indent=2))
+        if ranks.first():
+            _delete(self.path("checkpoints"))
         print("\n" + show_summary(self.summary))
         return self.summary
 
@@ -310,13 +286,13 @@ def save_batch(path, trainer):
     """Write a trainer's last batch as JSON for a person to read: each text, its rationales, and each one's figures."""
     batch, groups = trainer.batch, []
     texts = [(role, text) for role in trainer.config.roles for text in batch.texts[role]]
-    figures = {name: x.tolist() for name, x in batch.figures.items()}
+    figures = {"finished": batch.rollouts.finished, **batch.figures}  # each [N, K]
     for i, (role, text) in enumerate(texts):
         rationales = trainer.policy.tokenizer.batch_decode(batch.rollouts[i : i + 1].rationales()[0])
-        rollouts = []
-        for k, rationale in enumerate(rationales):
-            numbers = {name: x[i][k] if math.isfinite(x[i][k]) else str(x[i][k]) for name, x in figures.items()}
-            rollouts.append({"rationale": rationale, "finished": bool(batch.rollouts.finished[i, k]), **numbers})
+        rollouts = [
+            {"rationale": rationale, **{name: x[i, k].item() for name, x in figures.items()}}
+            for k, rationale in enumerate(rationales)
+        ]
         groups.append({"role": role, "text": text, "rollouts": rollouts})
     write_atomically(path, json.dumps(groups, indent=1))
 
@@ -328,8 +304,6 @@ def peak_memory_gb(device):
     """Peak memory so far: the GPU's, else the process's."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    import resource  # not on Windows, which has no CUDA-less path worth measuring here
-
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform != "darwin" else 2**30)
 
 

@@ -1,8 +1,8 @@
 """The command `status DIR`: where a run is, how long it still takes, and whether it shows a sign of collapse.
 
 The signs compare the first steps of a run with the last. Their thresholds were drawn between 15 runs of the events world: the
-paper's recipe, which collapses there, the full one, which does not, and the steps between (docs/reliability.md has the table).
-On other data a sign is a reason to look, not a verdict.
+paper's recipe, which collapses there, the full one, which does not, and the steps between. On other data a sign is a reason to
+look, not a verdict.
 """
 
 import argparse
@@ -63,45 +63,66 @@ def status(arguments):
     parser = argparse.ArgumentParser("grace.py status", description=status.__doc__)
     parser.add_argument("folder", help="the --out of a run, running or not")
     out = parser.parse_args(arguments).folder
-    path = lambda name: os.path.join(out, name)
-    run, summary, steps = read_json(path("run.json")), read_json(path("summary.json")), read_metrics(path("metrics.jsonl"))
-    if run is None:
-        raise GraceError(f"{out}: no run is here, or it has not evaluated its start yet")
+    run, steps = read_run(out)
     wanted, done = run["config"]["steps"], len(steps)
-    if summary:
-        print(f"{out}: finished, after {done} steps\n\n{show_summary(summary)}")
+    if "after" in run:
+        print(f"{out}: finished, after {done} steps\n\n{show_summary(run)}")
     elif not steps:
         print(f"{out}: before the first of {wanted} steps")
     else:
-        ago = time.time() - os.path.getmtime(path("metrics.jsonl"))
+        ago = time.time() - os.path.getmtime(os.path.join(out, "metrics.jsonl"))
         left = statistics.median(m["step_s"] for m in steps[-20:]) * (wanted - done) / 60
-        saved = os.path.basename((checkpoints(out) or ["none"])[-1])
         print(f"{out}: step {done} of {wanted}, {ago:.0f} s ago; {left:.1f} minutes left, evaluations aside")
-        print(f"newest checkpoint: {saved}")
-    print("\n" + "\n".join(health(steps, run)))
+        newest = (checkpoints(out) or ["none"])[-1]
+        print(f"newest checkpoint: {os.path.basename(newest)}")
+    signs = health(run, steps)
+    print(f"\n{'sign':<24}{'start':>10}{'now':>10}" if signs else "\ntoo few steps to tell how it is doing")
+    for name, _, first, last, trouble in signs:
+        print(f"{name:<24}{first:10.4f}{last:10.4f}   {trouble or 'ok'}")
 
 
-def health(steps, run):
-    """One line per sign: its mean over the first steps and over the last, then `ok`, or what is wrong and what to try.
+def read_run(out):
+    """What a run has written so far: run.json, with summary.json where it is finished, and the steps' metrics.
 
-    steps: the lines of metrics.jsonl. run: has `max_new_tokens`, and `before`, the scores of the starting policy.
+    Raises GraceError if no run is in this folder, or if a file cannot be read.
+    """
+    run = read_json(os.path.join(out, "run.json"))
+    if run is None:
+        raise GraceError(f"{out}: no run is here, or it has not evaluated its start yet")
+    return run | (read_json(os.path.join(out, "summary.json")) or {}), read_metrics(os.path.join(out, "metrics.jsonl"))
+
+
+def evaluations(run, steps):
+    """The held-out scores along a run, in order: `{step: {name: score}}`. run, steps: see `read_run`."""
+    scores = {0: run["before"]}
+    for line in steps:
+        if now := {name.removeprefix("heldout_"): x for name, x in line.items() if name.startswith("heldout_")}:
+            scores[line["step"]] = now
+    return scores | ({len(steps): run["after"]} if "after" in run else {})
+
+
+def health(run, steps):
+    """`[(sign, metric, its mean over the first steps, over the last, what is wrong and what to try or None)]`.
+
+    run, steps: see `read_run`. Empty where there are too few steps to tell.
     """
     window = min(20, len(steps) // 4)
     if window < 2:
-        return ["too few steps to tell how it is doing"]
-    lines, T = [f"{'sign':<24}{'start':>10}{'now':>10}"], run["max_new_tokens"]
+        return []
     first, last = steps[:window], steps[-window:]
     shared = set.intersection(*map(set, first + last))
     a, b = ({name: statistics.fmean(m[name] for m in part) for name in shared} for part in (first, last))
-    for name, metric, bad, advice in SIGNS:
-        if metric in shared:
-            lines.append(f"{name:<24}{a[metric]:10.4f}{b[metric]:10.4f}   {advice if bad(a, b, T) else 'ok'}")
-    scores = [x for x in [run["before"].get("ndcg_at_10"), *(m.get("heldout_ndcg_at_10") for m in steps)] if x is not None]
+    signs = [
+        (name, metric, a[metric], b[metric], advice if bad(a, b, run["max_new_tokens"]) else None)
+        for name, metric, bad, advice in SIGNS
+        if metric in shared
+    ]
+    scores = [x["ndcg_at_10"] for x in evaluations(run, steps).values() if "ndcg_at_10" in x]
     if len(scores) > 1:  # the one sign that does not trust the reward
-        advice = "ok"
+        trouble = None
         if scores[-1] < 0.9 * max(scores):
-            advice = "retrieval is down from its best: where the reward is up, it is hacked. Try --reward infonce, more --kl"
+            trouble = "retrieval is down from its best: where the reward is up, it is hacked. Try --reward infonce, more --kl"
         elif scores[-1] < scores[0] + 0.05:
-            advice = "no better than at the start. Try --reward infonce, --pathwise above 0, a higher --lr"
-        lines.append(f"{'held-out nDCG@10':<24}{scores[0]:10.4f}{scores[-1]:10.4f}   {advice}")
-    return lines
+            trouble = "no better than at the start. Try --reward infonce, --pathwise above 0, a higher --lr"
+        signs.append(("held-out nDCG@10", "ndcg_at_10", scores[0], scores[-1], trouble))
+    return signs

@@ -15,6 +15,7 @@ from safetensors.torch import load_file  # noqa: E402
 
 import grace  # noqa: E402
 from config import Config  # noqa: E402
+from plumbing.run import Run  # noqa: E402
 from policy import Policy  # noqa: E402
 from pool import unit  # noqa: E402
 from prompt import Reading  # noqa: E402
@@ -194,19 +195,23 @@ def no_page():
 
 @pytest.fixture(scope="session")
 def finished_run(tiny_world, no_page, tmp_path_factory):
-    """A run of four steps, the last two checkpoints included. Not to be written to."""
-    out = tmp_path_factory.mktemp("finished")
-    grace.main(command(tiny_world, out, "--steps 4"))
+    """A run of four steps; beside it, in `unfinished`, what a kill in its final evaluation leaves. Not to be written to."""
+    out, finish = tmp_path_factory.mktemp("finished") / "out", Run.finish
+
+    def copied(run, *scores):
+        shutil.copytree(out, out.parent / "unfinished")
+        return finish(run, *scores)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Run, "finish", copied)
+        grace.main(command(tiny_world, out, "--steps 4"))
     return out
 
 
 @pytest.fixture
 def two_checkpoints(finished_run, tmp_path):
-    """A copy of that run, killed in its final evaluation."""
-    out = tmp_path / "out"
-    shutil.copytree(finished_run, out)
-    (out / "summary.json").unlink()
-    return out
+    """A run of four steps that was killed in its final evaluation: its checkpoints are of steps 3 and 4."""
+    return shutil.copytree(finished_run.parent / "unfinished", tmp_path / "out")
 
 
 def same(one, two):

@@ -40,6 +40,22 @@ def fork(function, output=os.devnull):
         os._exit(code)
 
 
+def before(function, when, act):
+    """The function, with `act()` done before it where `when(*its arguments)`."""
+
+    def acting(*args, **options):
+        if when(*args):
+            act()
+        return function(*args, **options)
+
+    return acting
+
+
+def send(number):
+    """Send this process itself a signal."""
+    os.kill(os.getpid(), number)
+
+
 def ended(pid):
     """Wait for a forked process: its exit code, or minus the signal that killed it."""
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])

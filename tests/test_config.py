@@ -1,5 +1,7 @@
 """The configuration: impossible settings end in one sentence, before anything is loaded where that can be."""
 
+import dataclasses
+
 import pytest
 import torch
 from conftest import command
@@ -58,6 +60,14 @@ def test_config_made_in_python():
     assert (Config(recipe="paper").pathwise, Config().pathwise, Config(recipe="paper", pathwise=0.5).pathwise) == (0, 0.3, 0.5)
     with pytest.raises(GraceError, match="--mode semi: choose one of supervised, unsupervised"):
         Config(mode="semi")
+
+
+def test_what_a_resumed_run_may_change():
+    """How long it goes on, unless the rate depends on it, and how it fits the memory."""
+    was = lambda **settings: dataclasses.asdict(Config(steps=4, **settings))
+    Config(steps=6, tokens_per_batch=99, resume=True).must_match(was())
+    with pytest.raises(GraceError, match=r"is of another run \(steps was 4\)"):
+        Config(steps=6, lr_decay=True).must_match(was(lr_decay=True))
 
 
 def test_help_shows_defaults(capsys):

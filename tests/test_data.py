@@ -25,14 +25,16 @@ def write(path, rows):
 
 
 def test_every_format_reads_as_the_same_rows(tmp_path):
-    pandas.DataFrame(GOOD).to_csv(tmp_path / "x.csv", index=False)
-    pandas.DataFrame(GOOD).to_parquet(tmp_path / "x.parquet")
-    write(tmp_path / "x.jsonl", GOOD)
-    write(tmp_path / "x.json", json.dumps(GOOD, indent=2))
+    """A row that occurs twice stays there twice."""
+    rows = [*GOOD, GOOD[0]]
+    pandas.DataFrame(rows).to_csv(tmp_path / "x.csv", index=False)
+    pandas.DataFrame(rows).to_parquet(tmp_path / "x.parquet")
+    write(tmp_path / "x.jsonl", rows)
+    write(tmp_path / "x.json", json.dumps(rows, indent=2))
     (tmp_path / "folder").mkdir()
-    write(tmp_path / "folder" / "train.jsonl", GOOD)
+    write(tmp_path / "folder" / "train.jsonl", rows)
     for name in ("x.csv", "x.parquet", "x.jsonl", "x.json", "folder"):
-        assert read_triplets(tmp_path / name) == READ, name
+        assert read_triplets(tmp_path / name) == [*READ, READ[0]], name
 
 
 @pytest.mark.parametrize("start", ["", "\ufeff"], ids=["", "BOM"])
@@ -58,15 +60,6 @@ def test_long_lines_and_mixed_types(tmp_path):
     assert len(read_texts(write(tmp_path / "x.csv", f'text,id\n"{long}",1\nb,x\n'))[0]["text"]) == len(long)
 
 
-def test_a_row_that_occurs_twice_stays_there_twice(tmp_path):
-    assert read_triplets(write(tmp_path / "x.jsonl", [GOOD[0], GOOD[1], GOOD[0]])) == [READ[0], READ[1], READ[0]]
-
-
-def test_graded_pairs(tmp_path):
-    rows = [{"sentence1": "a", "sentence2": "b", "score": score} for score in (3, "4.5")]
-    assert read_pairs(write(tmp_path / "x.jsonl", rows)) == (["a", "a"], ["b", "b"], [3.0, 4.5])
-
-
 # ---------------------------------------------------------------- columns
 
 
@@ -87,15 +80,10 @@ def test_a_missing_negative_is_none(tmp_path, nothing):
     assert read_triplets(write(tmp_path / "x.jsonl", rows))[0]["negative"] == []
 
 
-def test_an_empty_negative_of_a_csv_file_is_none(tmp_path):
-    path = write(tmp_path / "x.csv", "query,positive,negative_1,negative_2\na,b,c,\nd,e,f,g\n")
-    assert [row["negative"] for row in read_triplets(path)] == [["c"], ["f"]]
-
-
 def test_every_row_has_as_many_negatives(tmp_path, capsys):
-    path = write(tmp_path / "x.jsonl", [{**GOOD[0], "negative": ["x", "y", "z"]}, {**GOOD[1], "negative": ["u", "v"]}])
-    assert [row["negative"] for row in read_triplets(path, verbose=True)] == [["x", "y"], ["u", "v"]]
-    assert capsys.readouterr().out == f"{path}, line 2: has 2 negatives, others have more; 2 of each row are used\n"
+    path = write(tmp_path / "x.csv", "query,positive,negative_1,negative_2\na,b,c,d\ne,f,g,\n")
+    assert [row["negative"] for row in read_triplets(path)] == [["c"], ["g"]]
+    assert capsys.readouterr().out == f"{path}, line 3: has 1 negatives, others have more; 1 of each row are used\n"
 
 
 def test_a_missing_column_is_told_with_those_that_exist(tmp_path):
@@ -103,10 +91,13 @@ def test_a_missing_column_is_told_with_those_that_exist(tmp_path):
         read_triplets(write(tmp_path / "x.jsonl", [{"query": "a", "id": 1}]))
 
 
-def test_a_run_names_the_columns_that_it_does_not_use(tmp_path, capsys):
-    path = write(tmp_path / "x.csv", "id,text,sentence\n1,a,b\n2,c,d\n")
-    load_rows(config(data=path, mode="unsupervised", batch=2))
-    assert capsys.readouterr().out == f"{path}: columns that are not used: id, sentence\n"
+def test_graded_pairs(tmp_path):
+    rows = [{"sentence1": "a", "sentence2": "b", "score": score} for score in (3, "4.5")]
+    assert read_pairs(write(tmp_path / "x.jsonl", rows)) == (["a", "a"], ["b", "b"], [3.0, 4.5])
+    for score in (None, "x", float("nan")):
+        rows[1]["score"] = score
+        with pytest.raises(GraceError, match="line 2: score is .*, not a finite number"):
+            read_pairs(write(tmp_path / "x.jsonl", rows))
 
 
 # ---------------------------------------------------------------- what is held out
@@ -130,17 +121,11 @@ def test_no_training_row_shares_a_text_with_a_held_out_one(tmp_path, capsys):
     rows, _, _ = load_rows(supervised(tmp_path, pairs + others, heldout=heldout))
     assert [row["query"] for row in rows] == ["q0", "q1"]
     assert "3 training rows are left out, because they share a text with a held-out row" in capsys.readouterr().out
+    with pytest.raises(GraceError, match=r"1 training rows are fewer than --batch 2 \(3 training rows are left out"):
+        load_rows(supervised(tmp_path, pairs + others[:1], heldout=heldout))
     texts = [{"text": text} for text in ("\ta", "b", "c", "d")]
     rows, _, _ = load_rows(supervised(tmp_path, texts, heldout=heldout, mode="unsupervised"))
     assert rows == texts[2:]
-
-
-def test_too_few_rows_are_told_with_the_reason(tmp_path):
-    with pytest.raises(GraceError, match="x.jsonl: 1 training rows are fewer than --batch 2"):
-        load_rows(supervised(tmp_path, GOOD[:1]))
-    heldout = write(tmp_path / "heldout.jsonl", GOOD[:1])
-    with pytest.raises(GraceError, match=r"1 training rows are fewer than --batch 2 \(1 training rows are left out"):
-        load_rows(supervised(tmp_path, GOOD, heldout=heldout))
 
 
 # ---------------------------------------------------------------- what cannot be used
@@ -152,16 +137,10 @@ def test_missing_sources(source):
         read_triplets(source)
 
 
-def test_an_unknown_format(tmp_path):
-    with pytest.raises(GraceError, match="unknown format '.xlsx'"):
-        read_texts(write(tmp_path / "x.xlsx", "x"))
-
-
-@pytest.mark.parametrize("name", ["x.jsonl", "x.json", "x.csv", "x.txt"])
-@pytest.mark.parametrize("content", ["", "\n\n"])
-def test_empty_files(tmp_path, name, content):
+@pytest.mark.parametrize("name", ["x.jsonl", "x.csv", "x.txt"])
+def test_empty_files(tmp_path, name):
     with pytest.raises(GraceError, match=f"{name}: no rows, the file is empty"):
-        read_texts(write(tmp_path / name, content))
+        read_texts(write(tmp_path / name, "\n\n"))
 
 
 @pytest.mark.parametrize(
@@ -172,7 +151,6 @@ def test_empty_files(tmp_path, name, content):
         ({"query": "a", "positive": None}, "positive is empty"),
         ({"query": ["a"], "positive": "b"}, r"query is \['a'\], not a text"),
         ({"query": "\ud800", "positive": "b"}, "query is not UTF-8"),
-        ({"query": "a\0", "positive": "b"}, "query holds a NUL"),
         ({"query": "a", "positive": "b", "negative": " "}, "negative is ' '"),
         ({"query": "a", "positive": "b", "negative": 3}, "negative is 3, not a text"),
         ({"query": "a", "positive": "b", "negative": {"c": "d"}}, "negative is {'c': 'd'}"),
@@ -191,16 +169,14 @@ def test_a_wrong_row_is_named_by_its_line(tmp_path, row, message):
     [
         ("x.jsonl", LINE + b'{"query": "a", "positive": \n', ", line 2: cannot be read as JSON"),
         ("x.jsonl", LINE + b'["a", "b"]\n', r", line 2: is \['a', 'b'\], not an object"),
-        ("x.jsonl", LINE + b"[" * 100_000 + b"\n", ", line 2: cannot be read as JSON"),
         ("x.jsonl", LINE + b'\n{"query": "caf\xe9", "positive": "b"}\n', ", line 3: query is not UTF-8, from its character 4"),
-        ("x.jsonl", LINE.decode().encode("utf-16"), ": is UTF-16; convert it to UTF-8"),
-        ("x.json", b"[" + LINE + b", 3]", ", row 2: is 3, not an object"),
-        ("x.json", b"[" + LINE, ": cannot be read as JSON"),
+        ("x.json", b"[" + LINE, ": cannot be read"),
         ("x.csv", b"query,positive\na,b\n\na,b,c\n", ", line 4: has 3 fields, the header 2"),
         ("x.csv", b'query,positive\na,"b\nb"\na,\n', ", line 4: positive is empty"),
         ("x.csv", b'query,positive\na,"b\nc,d\ne,f\n', ", line 2: cannot be read as csv"),
         ("x.csv", b'query,positive\n"a"b,c\nd,e\n', ", line 2: cannot be read as csv"),
         ("x.csv", b"query,positive\ncaf\xe9,b\n", ", line 2: query is not UTF-8"),
+        ("x.xlsx", b"x", ": unknown format '.xlsx'"),
     ],
 )
 def test_a_broken_line_is_named(tmp_path, name, content, message):
@@ -209,21 +185,11 @@ def test_a_broken_line_is_named(tmp_path, name, content, message):
         read_triplets(tmp_path / name)
 
 
-@pytest.mark.parametrize("score", [None, "x", float("nan"), 10**400])
-def test_a_score_is_a_finite_number(tmp_path, score):
-    rows = [{"sentence1": "a", "sentence2": "b", "score": x} for x in (3, score)]
-    with pytest.raises(GraceError, match="line 2: score is .*, not a finite number"):
-        read_pairs(write(tmp_path / "x.jsonl", rows))
-
-
 def test_a_damaged_parquet_file(tmp_path):
     path = tmp_path / "x.parquet"
-    pandas.DataFrame(GOOD * 50).to_parquet(path)
-    raw = path.read_bytes()
-    for harm in (b"", raw[:100], raw[:-9] + bytes(9)):
-        path.write_bytes(harm)
-        with pytest.raises(GraceError, match="x.parquet: cannot be read"):
-            open_dataset(path)
-    pandas.DataFrame([{"query": "a", "positive": "b"}, {"query": "a", "positive": None}]).to_parquet(path)
+    pandas.DataFrame([GOOD[0], {"query": "a", "positive": None}]).to_parquet(path)
     with pytest.raises(GraceError, match="x.parquet, row 2: positive is empty"):
         read_triplets(path)
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(GraceError, match="x.parquet: cannot be read"):
+        open_dataset(path)

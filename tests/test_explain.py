@@ -10,7 +10,7 @@ from conftest import ARCHITECTURES, TEXTS, build
 
 import grace
 from evaluation.encoder import encode_texts
-from evaluation.explain import WORD, compare, newest_model, show, split, token_parts
+from evaluation.explain import WORD, compare, show, split, token_parts
 from policy import Policy
 from pool import POOLS
 from prompt import Reading
@@ -81,9 +81,9 @@ def test_words_over_tokens():
     model = build("Llama", len(tokenizer), max_position_embeddings=256, eos_token_id=5)
     policy = Policy(model, tokenizer, Reading("explain", max_prompt_tokens=128, max_new_tokens=24))
 
-    (one,) = split(policy, ["The  doctor's  naïve café, 42\nτέλος 🙂 东京!"])
+    (one,) = split(policy, ["The  doctor's  naïve café, 42\nτέλος 🙂!"])
     words = [word for word, part in one.words if part == "text"]
-    assert words == ["The", "doctor's", "naïve", "café", ",", "42", "τέλος", "🙂", "东", "京", "!"] == WORD.findall(one.text)
+    assert words == ["The", "doctor's", "naïve", "café", ",", "42", "τέλος", "🙂!"] == WORD.findall(one.text)
     # The words of a rationale are, in order, what its ids decode to: no id is lost, not even one inside a character.
     ids = sample(policy, policy.template([one.text])).rationales()[0][0]
     decoded = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
@@ -104,39 +104,18 @@ def test_a_long_text_has_lost_its_end(make_policy):
 # ---------------------------------------------------------------- the command
 
 
-@pytest.fixture
-def model(make_policy, tmp_path):
-    make_policy().save(tmp_path / "model")
-    return str(tmp_path / "model")
-
-
-def test_json_has_exactly_these_keys(model, capsys):
-    capsys.readouterr()
-    grace.main(["explain", "--model", model, "--json", A, B])
+def test_the_command(make_policy, tmp_path, capsys):
+    make_policy().save(tmp_path)
+    given = ["explain", "--model", str(tmp_path), A, B]
+    grace.main([*given, "--json"])
     printed = json.loads(capsys.readouterr().out)
-    assert list(printed) == ["cosine", "a", "b"]
-    for name in "ab":
-        assert all(list(s) == ["text", "part", "share"] for s in printed[name])
-        assert sum(s["share"] for s in printed[name]) == pytest.approx(printed["cosine"], abs=1e-5)
-
-
-def test_the_nearest_of_several_texts(model, capsys, tmp_path):
-    hostile = "near the forest <script>alert('1')</script> & \"around\" noon"
-    texts, page = [A, *TEXTS[1:], B, hostile, A + hostile], tmp_path / "page.html"
-    grace.main(["explain", "--model", model, *texts, "--html", str(page)])
-    printed = capsys.readouterr().out
-    vectors = encode_texts(Policy.load(model), texts).vectors
-    best = sorted(vectors[1:] @ vectors[0])[:-4:-1]
-    assert re.findall(r"^cosine (.*)", printed, re.M) == [f"{x:.3f}" for x in best]
-    assert "\x1b" not in printed and "rationale" in printed and "most" in printed  # not a terminal: no colours
-    shown = page.read_text()
-    assert shown.count('<article class="card">') == 3 and "&lt;" in shown and "<script" not in shown and "alert('" not in shown
-
-
-@pytest.mark.parametrize("arguments, message", [(["one"], "give two or more"), (["a", "b", "c", "--json"], "for two texts")])
-def test_what_cannot_be_done(model, arguments, message):
-    with pytest.raises(SystemExit, match=message):
-        grace.main(["explain", "--model", model, *arguments])
+    assert printed == compare(*split(Policy.load(tmp_path), [A, B])) and list(printed) == ["cosine", "a", "b"]
+    assert all(list(s) == ["text", "part", "share"] for name in "ab" for s in printed[name])
+    grace.main(given)
+    shown = capsys.readouterr().out
+    assert f"cosine {printed['cosine']:.3f}" in shown and "rationale" in shown and "\x1b" not in shown  # not a terminal
+    grace.main([*given, "--json", "--instruction", "name what is there"])
+    assert json.loads(capsys.readouterr().out)["cosine"] != pytest.approx(printed["cosine"], abs=1e-4)
 
 
 def test_a_terminal_is_not_obeyed():
@@ -145,11 +124,3 @@ def test_a_terminal_is_not_obeyed():
     one = {"cosine": 0.0, "a": shares, "b": shares}
     assert "\x1b[2J" not in show(one, colour=True) and "\x1b[48;2;" in show(one, colour=True)
     assert "\x1b" not in show(one, colour=False)
-
-
-def test_a_run_that_has_not_finished(finished_run, two_checkpoints, capsys):
-    """Its newest checkpoint is read, and stderr says so: stdout may be JSON."""
-    assert newest_model("some/hub-id") == "some/hub-id" and newest_model(str(finished_run)) == str(finished_run)
-    assert newest_model(str(two_checkpoints)) == str(two_checkpoints / "checkpoints" / "00000004")
-    captured = capsys.readouterr()
-    assert captured.out == "" and "not finished; this is its checkpoint 00000004" in captured.err

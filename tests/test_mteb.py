@@ -29,9 +29,3 @@ def test_scores_are_mtebs(tmp_path, monkeypatch, encode, seed):
         theirs = mteb.evaluate(mteb_encoder(SimpleNamespace(encode=encode)), [task], cache=None)[0].get_score()
         assert ours[name]["main_score"] == pytest.approx(theirs, abs=TOLERANCE.get(TASKS[name].family, 1e-5)), name
         print(f"{name:30} {ours[name]['main_score']:.6f} {theirs:.6f}")
-
-
-def test_a_checkpoint_opens_in_sentence_transformers(tiny_world):
-    """For an embedding without instruction and rationale: not GRACE's, as the README says."""
-    transformer = pytest.importorskip("sentence_transformers").SentenceTransformer(str(tiny_world / "model"), device="cpu")
-    assert transformer.encode(["the old doctor", "the boat"]).shape == (2, 96)

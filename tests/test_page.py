@@ -6,6 +6,7 @@ import shutil
 
 import numpy as np
 import pytest
+from test_status import shown
 
 import grace
 from evaluation.encoder import encode_texts
@@ -13,9 +14,8 @@ from evaluation.page import build_page, changes
 from evaluation.probe import probe, record
 from evaluation.render import curve
 from plumbing.data import read_triplets
-from plumbing.errors import GraceError
 
-HEADINGS = ["What it learned", "What it writes", "What queries find, and why", "Held-out scores", "Training", "Every setting"]
+HEADINGS = ["What it learned", "What it writes", "What queries find, and why", "Held-out scores", "Training"]
 UNLABELLED = [{"text": text} for text in ("the doctor bought the lamp", "somebody sold the boat", "the child found the sofa")]
 
 
@@ -74,20 +74,19 @@ def test_the_record_along_a_training(make_policy, tmp_path):
     start = read()
     for step, seed in ((5, 1), (10, 2), (10, 3)):
         record(tmp_path, step, make_policy(seed=seed), UNLABELLED)
-    assert read()["before"] == start["before"] and read()["after"]["step"] == 10
-    assert [step for step, _ in read()["history"]] == [0, 5, 10]
-    assert read()["history"][-1][1] == list(probe(make_policy(seed=3), UNLABELLED)[1].values())
+    assert read()["before"] == start["before"] and [step for step, _ in read()["history"]] == [0, 5, 10]
+    moment, rationales = probe(make_policy(seed=3), UNLABELLED)
+    assert read()["history"][-1][1] == list(rationales.values()) and read()["after"] == moment
     record(tmp_path, 0, make_policy(), UNLABELLED)
     assert read() == start
-    (tmp_path / "probe.json").write_text("{half")
-    record(tmp_path, 5, make_policy(), UNLABELLED)  # a run does not end because of it
-    assert read()["after"]["step"] == 5
 
 
 # ---------------------------------------------------------------- the page
 
 
 def test_a_finished_run(folder, capsys):
+    with pytest.raises(SystemExit, match="no run is here"):
+        grace.main(["report", str(folder / "nowhere")])
     grace.main(["report", str(folder)])
     assert "report.html shows this run" in capsys.readouterr().out
     page = (folder / "report.html").read_text()
@@ -96,7 +95,7 @@ def test_a_finished_run(folder, capsys):
     for moment in ("before", "after", "after_without_rationale"):
         assert f"{summary[moment]['ndcg_at_10']:.3f}<" in page
     assert page.count("<svg ") > 10 and "<script" not in page
-    assert set(re.findall(r'(?:href|src)="([^"]*)', page)) == {"data:,"} and "url(" not in page and "@import" not in page
+    assert not re.search(r"href|src=|url\(|@import", page)  # it fetches nothing
 
 
 def test_in_training(folder):
@@ -108,24 +107,19 @@ def test_in_training(folder):
     assert "Not finished: 2 of 4 steps" in page and headings(page) == [h for h in HEADINGS if h != "Held-out scores"]
     for name in ("metrics.jsonl", "probe.json"):
         (folder / name).unlink()
-    assert headings(build_page(folder)) == [HEADINGS[0], HEADINGS[-1]]
+    assert headings(build_page(folder)) == HEADINGS[:1]
 
 
-def test_signs_of_trouble_are_those_of_status(folder):
+def test_signs_of_trouble_are_those_of_status(folder, capsys):
     line = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
     lines = [{**line, "step": i + 1, "distinct_texts": 0.9 if i < 50 else 0.2, "cosine": 0.5} for i in range(100)]
+    lines[50]["heldout_ndcg_at_10"] = 1.0  # the finished run is below its best
     (folder / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
-    cards = {re.search("<h3>(.*?)<", card)[1]: card for card in re.findall("<figure.*?</figure>", build_page(folder), re.S)}
+    page, printed = build_page(folder), shown(folder, capsys)
+    cards = {re.search("<h3>(.*?)<", card)[1]: card for card in re.findall("<figure.*?</figure>", page, re.S)}
     assert ">ok<" in cards["cosine between texts"] and "Now:" not in cards["cosine between texts"]
-    assert "Now: falling: the policy writes the same about everything" in cards["distinct between texts"]
-
-
-def test_what_cannot_be_read(folder, tmp_path):
-    (folder / "summary.json").write_text('{"before": {')
-    with pytest.raises(GraceError, match=r"summary.json: cannot be read \(Expecting"):
-        build_page(folder)
-    with pytest.raises(SystemExit, match="no run is here"):
-        grace.main(["report", str(tmp_path / "nowhere")])
+    for name, trouble in (("distinct between texts", "falling: the policy writes"), ("nDCG@10", "retrieval is down")):
+        assert f"Now: {trouble}" in cards[name] and re.search(f"{name} .*   {trouble}", printed)
 
 
 def test_texts_are_shown_and_not_obeyed(folder):

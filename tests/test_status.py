@@ -42,9 +42,9 @@ def bad_signs(**end):
     for i in range(100):
         steps.append({**HEALTHY, "step": i + 1, "reward": -1 + i / 200, "heldout_ndcg_at_10": 0.1 + 0.8 * min(1, i / 50)})
         steps[-1] |= end if i >= 60 else {}
-    lines = health(steps, {"max_new_tokens": 20, "before": {"ndcg_at_10": 0.1}})[1:]
-    assert len(lines) == 14
-    return [line[:24].strip() for line in lines if not line.endswith("ok")]
+    signs = health({"max_new_tokens": 20, "before": {"ndcg_at_10": 0.1}}, steps)
+    assert len(signs) == 14
+    return [name for name, *_, trouble in signs if trouble]
 
 
 @pytest.mark.parametrize(
@@ -67,7 +67,7 @@ def test_a_sign_that_is_not_in_every_line_is_left_out():
     steps = [HEALTHY | {"step": i + 1} for i in range(100)]
     for metrics in steps[61:99]:
         del metrics["kl_start"]
-    signs = [line[:24].strip() for line in health(steps, {"max_new_tokens": 20, "before": {}})[1:]]
+    signs = [name for name, *_ in health({"max_new_tokens": 20, "before": {}}, steps)]
     assert "reward" in signs and "KL to the start" not in signs
 
 

@@ -16,8 +16,7 @@ The town also has held-out files of rising difficulty (`ladder`), a second instr
 and measures of whether an answer thinks (`thinks`, `true_steps`).
 """
 
-from worlds.events import EVENTS, PARCELS
-from worlds.town import TOWN, Town
+from worlds.events import EVENTS
+from worlds.town import TOWN
 
-WORLDS = {"town": TOWN, "events": EVENTS, "parcels": PARCELS}
-WORLDS |= {f"town-{percent}": Town(percent / 100) for percent in (1, 5, 20)}  # the start thinks in this share of its answers
+WORLDS = {"town": TOWN, "events": EVENTS}

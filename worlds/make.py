@@ -24,7 +24,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from worlds import EVENTS, WORLDS
 
-INSTRUCTION = EVENTS.instruction  # of the world that is made by default
+INSTRUCTION = EVENTS.instruction  # of the world that `build_world` makes by default
 SPECIAL_TOKENS = ("<pad>", "<unk>", "<system>", "<user>", "<assistant>", "<end>")
 CHAT_TEMPLATE = (  # ChatML in small: one special token opens each message
     "{% for m in messages %}{{ '<' + m.role + '> ' + m.content + ' ' }}{% endfor %}"
@@ -45,7 +45,7 @@ def build_tokenizer(world=EVENTS):
         unk_token="<unk>",
         pad_token="<pad>",
         eos_token="<end>",
-        additional_special_tokens=["<system>", "<user>", "<assistant>"],
+        additional_special_tokens=list(SPECIAL_TOKENS[2:5]),
     )
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer

@@ -18,9 +18,9 @@ by the place and two words that belong to that place alone:
 Guesses are mostly wrong, thinking is mostly right, and the policy mostly guesses. The two words of an end tell it from a place
 on the way in the embedding, which is a mean over the rationale's hidden states.
 
-The warm start has walks of one to six steps, and reward trains those of one to four. Held-out files by their number show whether
-the policy still thinks in walks that are longer than any rewarded one. One chat in ten follows another instruction, which no
-reward ever touches. Whether it is still followed shows what training took from the model.
+The warm start has walks of one to six steps, and reward trains those of one to four. Held-out files by their number show
+whether the policy still thinks in walks that are longer than any rewarded one. One chat in ten follows another instruction,
+which no reward ever touches. Whether it is still followed shows what training took from the model.
 """
 
 import random
@@ -54,7 +54,6 @@ FORMS = (
 class Town:
     """Places, streets, and walks. A meaning is a pair of places: where ann ends, and where bob does.
 
-    thinking: the share of the warm start's later answers that think.
     Steps per walk: WARM in the warm start, TRAIN in the training texts, HELD_OUT in the held-out and the graded ones.
     """
 
@@ -62,8 +61,7 @@ class Town:
     instruction, other_instruction = "say where they end", "say where they start"
     warm_up, max_prompt_tokens, max_new_tokens = 800, 48, 40
 
-    def __init__(self, thinking=0.35):
-        self.thinking = thinking
+    def __init__(self):
         self.map = draw_map(random.Random(0))
         self.back = {way: {there: here for here, there in street.items()} for way, street in self.map.items()}
         plain = " ".join((*FORMS, *DIRECTIONS, *WALKERS, "so", self.instruction, self.other_instruction)).split()
@@ -183,16 +181,16 @@ class Town:
         return " ".join(f"{walker} {start}" for walker, (start, _) in walks.items())
 
     def chat(self, ends, rng, progress):
-        """A chat of the warm start. Thinking is common at first, then rare. `-> (instruction, text, answer)`."""
+        """A chat of the warm start: nine answers in ten think at first, then a third. `-> (instruction, text, answer)`."""
         walks = self.plan(ends, rng, rng.choice(self.WARM))
         if rng.random() < 0.1:
             return self.other_instruction, self.describe(walks, rng), self.starts(walks)
-        answer = self.rationale(walks, think=rng.random() < (0.9 if progress <= 0.65 else self.thinking))
+        answer = self.rationale(walks, think=rng.random() < (0.9 if progress <= 0.65 else 0.35))
         return self.instruction, self.describe(walks, rng), answer
 
-    def other_chats(self, n, rng, held_out=True):
-        """Texts and the right answers to the other instruction. `-> [(text, answer)] * n`."""
-        walks = [self.plan(ends, rng) for ends in islice(self.meanings(rng, held_out), n)]
+    def other_chats(self, n, rng):
+        """Held-out texts and the right answers to the other instruction. `-> [(text, answer)] * n`."""
+        walks = [self.plan(ends, rng) for ends in islice(self.meanings(rng, held_out=True), n)]
         return [(self.describe(w, rng), self.starts(w)) for w in walks]
 
     # ------------------------------------------------------------ what an answer says

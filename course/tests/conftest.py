@@ -12,19 +12,16 @@ import collections
 import json
 import os
 import signal
-import sys
 import time
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRITON_INTERPRET", "1")  # the bonus runs on a CPU
-HERE = os.path.dirname(os.path.abspath(__file__))
-sys.path.insert(0, os.path.dirname(HERE))
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
-NAMES = [*(f"task{i}" for i in range(1, 7)), "bonus"]
-with open(os.path.join(HERE, "given.json")) as file:
+TASKS = [*(f"task{i}" for i in range(1, 7)), "bonus"]
+with open(os.path.join(os.path.dirname(os.path.abspath(__file__)), "given.json")) as file:
     TO_DO = json.load(file)["tasks"]  # a task that was given solved has no points
 seconds = collections.Counter()  # that each task's tests have taken
 stopped = {}  # task: why its tests were stopped
@@ -36,14 +33,14 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    for name in NAMES:
+    for name in TASKS:
         config.addinivalue_line("markers", f"{name}: the task that this test belongs to")
     config.addinivalue_line("markers", "points(n): what this test is worth")
 
 
 def task_of(item):
     """The task that a test belongs to, or None."""
-    return next((name for name in NAMES if item.get_closest_marker(name)), None)
+    return next((name for name in TASKS if item.get_closest_marker(name)), None)
 
 
 def pytest_collection_modifyitems(items):
@@ -57,13 +54,13 @@ def pytest_collection_modifyitems(items):
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item):
-    """Stop a test when its task's time is over, so that a loop without an end costs its own task alone."""
+    """Stop a test when its task's time is over, so that an endless loop costs its own task alone."""
     task, limit = task_of(item), item.config.getoption("--time-limit")
     if task is None or not hasattr(signal, "setitimer"):  # Windows has none
         return (yield)
 
     def stop(*_):
-        stopped[task] = f"{task} has used up its {limit:g} seconds. Is there a loop without an end?"
+        stopped[task] = f"{task} has used up its {limit:g} seconds. Is there an endless loop?"
         pytest.fail(stopped[task], pytrace=False)
 
     if seconds[task] >= limit:
@@ -89,7 +86,7 @@ def pytest_terminal_summary(terminalreporter):
                 points[about["task"]] += about["points"] * (outcome == "passed")
     for line in stopped.values():
         terminalreporter.write_line(line)
-    for task in filter(of.get, NAMES):
+    for task in filter(of.get, TASKS):
         terminalreporter.write_line(f"{task:6}{points[task]:6.1f} of {of[task]:g}")
     tasks = [task for task in of if task != "bonus"]
     terminalreporter.write_line(f"{'sum':6}{sum(points[t] for t in tasks):6.1f} of {sum(of[t] for t in tasks):g}, bonus aside")

@@ -11,31 +11,20 @@ pytestmark = [
     pytest.mark.bonus,
     pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed"),
 ]
-SHAPES = [(5, 3, 2, 40), (1, 4, 3, 8), (3, 8, 1, 100), (20, 5, 3, 70)]  # B, K, rows per group, D
 
 
-@pytest.mark.points(5)
-@pytest.mark.parametrize("shape", SHAPES[:2])
-def test_small(units, shape):
-    check(units, shape)
-
-
-@pytest.mark.points(5)
-@pytest.mark.parametrize("shape", SHAPES[2:])
-def test_more_than_a_tile_and_odd_sizes(units, shape):
-    check(units, shape)
-
-
-def check(units, shape):
+@pytest.mark.points(10)
+@pytest.mark.parametrize("shape", [(5, 3, 2, 40), (1, 4, 3, 8), (3, 8, 1, 100), (20, 5, 3, 70)], ids=str)  # B, K, N / B, D
+def test_the_four_numbers_of_small_and_odd_sizes_and_of_many_tiles(units, shape, monkeypatch):
     from speed import similarity_triton
 
-    similarity_triton.tile = (16, 32)  # so that there are several of rows, too
+    monkeypatch.setattr(similarity_triton, "tile", (16, 32))  # so that there are several of rows, too
     B, K, R, D = shape
     rows, columns = units(B * R, D).float(), units(B, K, D).float()
-    barred = torch.eye(B, dtype=torch.bool)
+    excluded = torch.eye(B, dtype=torch.bool)
     if B > 2:
-        barred[0, 2] = barred[2, 0] = True
+        excluded[0, 2] = excluded[2, 0] = True
     for temperature in (0.2, 0.002):  # at 0.002 an exponential without the maximum overflows
-        numbers = torch.stack(similarity_triton.forward(rows, columns, barred, temperature))
-        expected = torch.stack(plain_similarity(rows, columns, temperature, barred))
+        numbers = torch.stack(similarity_triton.forward_in_tiles(rows, columns, excluded, temperature))
+        expected = torch.stack(plain_similarity(rows, columns, temperature, excluded))
         torch.testing.assert_close(numbers, expected, rtol=1e-5, atol=1e-5 if temperature == 0.2 else 1e-3)

@@ -1,38 +1,16 @@
-"""Task 2: sampling, against scripted answers and against a full forward pass of a small network."""
+"""Task 2: sampling, against a small network that reads each prompt and its rationale again, as a whole."""
 
 import itertools
-import types
 
 import pytest
 import torch
 
 import policy as policies
-import pool
 import rollout
 from prompt import Reading
 from worlds.make import build_tokenizer
 
 pytestmark = pytest.mark.task2
-
-
-@pytest.fixture(autouse=True)
-def poolings(monkeypatch):
-    """Plain stand-ins for task 1. The value of this fixture: the ways to pool that `fold` was called with."""
-    ways = set()
-
-    def fold(state, hidden, mask, how="mean"):
-        ways.add(how)
-        new = sum(torch.where(mask[:, i : i + 1].bool(), hidden[:, i], 0) for i in range(hidden.shape[1]))
-        return new if state is None else state + new
-
-    def length_mask(lengths, width):
-        return torch.tensor([[i < n for i in range(width)] for n in lengths.tolist()])
-
-    for module in (pool, rollout, policies):
-        for function in (fold, length_mask):
-            if hasattr(module, function.__name__):
-                monkeypatch.setattr(module, function.__name__, function)
-    return ways
 
 
 # ---------------------------------------------------------------- one draw
@@ -85,144 +63,111 @@ def test_what_is_drawn_at_the_ends_of_the_range_is_possible(generator):
         assert (token < len(logits)).all() and (logprob > -1e3).all()
 
 
-# ---------------------------------------------------------------- the loop, scripted
+# ---------------------------------------------------------------- the loop
 
-SCRIPT = [  # each row's tokens, if it never ended; 7 and 8 are end tokens, 0 is an ordinary one
-    [3, 0, 0, 7, 5, 5],
-    [8, 1, 1, 1, 1, 1],
-    [0, 2, 4, 6, 2, 1],
-    [1, 0, 2, 3, 4, 8],
-]
-DROPS = pytest.mark.parametrize("drops", [False, True], ids=["keeps-rows", "drops-rows"])
-
-
-class Scripted:
-    """A policy and its decoder that write a script. The state to pool tells which token of which row has been fed.
-
-    drops: whether `drop_finished` takes the rows that have ended out of the batch
-    """
-
-    look_every = 1
-
-    def __init__(self, script, drops=False):
-        self.reading = types.SimpleNamespace(max_new_tokens=6, pooling="penultimate")
-        self.end_ids, self.fed, self.script, self.drops = torch.tensor([7, 8]), [], script, drops
-        self.rows = torch.arange(len(script))
-
-    def state(self, t):
-        """What predicts token t of each row: certain of it."""
-        states = torch.zeros(len(self.script), 9)
-        for row, tokens in enumerate(self.script):
-            states[row, tokens[t] if t < 6 else 5] = 50.0
-        return states
-
-    def to_pool(self, t):
-        return torch.arange(len(self.script) * 9.0).view(-1, 9) + 100.0 * t
-
-    def logits(self, hidden):
-        return hidden
-
-    def step(self, token):
-        assert len(token) == len(self.rows), "one token for each of decoder.rows"
-        self.fed.append(token.tolist())
-        t = len(self.fed)
-        return self.state(t)[self.rows][:, None], self.to_pool(t)[self.rows][:, None]
-
-    def drop_finished(self, writing):
-        if self.drops:
-            self.rows = self.rows[writing[self.rows]]
-
-    def run(self, uniform=None):
-        n = len(self.script)
-        uniform = torch.full((n, 6), 0.5) if uniform is None else uniform
-        return rollout.write(self, self, self.state(0), torch.zeros(n, 9), 1.0, uniform)
-
-
-class Undecided(Scripted):
-    """Every token is equally likely."""
-
-    def state(self, t):
-        return torch.zeros(len(self.script), 9)
-
-
-@pytest.mark.points(2)
-@DROPS
-def test_a_rationale_is_its_tokens_with_the_end_token(drops):
-    ids, logprobs, lengths, finished, _ = Scripted(SCRIPT, drops).run()
-    assert lengths.tolist() == [4, 1, 6, 6], "the end token is part of it; token 0 is a token"
-    assert finished.tolist() == [True, True, False, True], "the third was truncated, the fourth ended in time"
-    for row, n in enumerate(lengths):
-        assert ids[row, :n].tolist() == SCRIPT[row][:n]
-        assert logprobs[row, :n].abs().max() < 1e-4
-
-
-@pytest.mark.points(2)
-@DROPS
-@pytest.mark.parametrize("rows, steps", [(slice(0, 4), 6), (slice(0, 2), 4)])
-def test_every_token_is_fed_and_pooled_once(rows, steps, drops, poolings):
-    """The last token too: `generate()` leaves it out, Eq. 11 counts it. Nothing after the end; the loop ends with the last."""
-    scripted = Scripted(SCRIPT[rows], drops)
-    _, _, lengths, _, state = scripted.run()
-    assert len(scripted.fed) == steps and scripted.fed[0] == [tokens[0] for tokens in scripted.script]
-    expected = [sum((scripted.to_pool(t + 1)[row] for t in range(n)), torch.zeros(9)) for row, n in enumerate(lengths.tolist())]
-    torch.testing.assert_close(state, torch.stack(expected))
-    assert poolings == {"penultimate"}, "pooled as policy.reading.pooling says"
-
-
-@pytest.mark.points(1)
-@DROPS
-def test_a_rollout_draws_at_each_position_by_the_number_there(drops, generator):
-    """Row r of `uniform` belongs to rollout r, whichever rows are still in the batch."""
-    uniform = torch.rand(40, 6, generator=generator)
-    ids, _, lengths, _, _ = Undecided([[0] * 6] * 40, drops).run(uniform)
-    assert lengths.unique().numel() > 2, "rationales of one length would prove little"
-    for row, n in enumerate(lengths):
-        assert ids[row, :n].tolist() == rollout.draw(torch.zeros(n, 9), 1.0, uniform[row, :n])[0].tolist()
-
-
-# ---------------------------------------------------------------- the loop, on a network
+TEXTS = ["the angry doctor bought the lamp near the forest around noon .", "somebody sold the boat", "the boat"]
+N, K, ENDS = len(TEXTS), 6, [7, 8]
+CASES = pytest.mark.parametrize(  # temperature; is the instruction read once for all; the decoder's `look_every`; T
+    "case", [(0.6, True, 1, 6), (1.0, False, 1, 40), (1.0, True, 16, 40), (0, True, 1, 6)], ids=str
+)
 
 
 @pytest.fixture(scope="module")
 def network():
+    """A random network whose vocabulary ends at token 8. 7 and 8 are end tokens; 0 is a token like any other."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     tokenizer = build_tokenizer()
     torch.manual_seed(0)
     sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
-    ends = list(range(5, 150, 6))
-    config = LlamaConfig(vocab_size=len(tokenizer), initializer_range=0.3, eos_token_id=ends, bos_token_id=None, **sizes)
-    reading = Reading("Say what happened .", max_prompt_tokens=64, max_new_tokens=6)
-    return policies.Policy(LlamaForCausalLM(config).double(), tokenizer, reading)
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), initializer_range=0.1, bos_token_id=None, **sizes))
+    reading = Reading("Say what happened .", max_prompt_tokens=64, pooling="penultimate")
+    network = policies.Policy(model.double(), tokenizer, reading)
+    network.end_ids, whole = torch.tensor(ENDS), network.logits
+    network.logits = lambda hidden: whole(hidden)[..., :9]
+    return network
 
 
-TEXTS = ["the angry doctor bought the lamp near the forest around noon .", "somebody sold the boat"]
+@pytest.fixture
+def sample(network, generator, monkeypatch):
+    """`sample` for a case. Returns its rollouts, `uniform`, how many rows and positions the network read in each pass,
+    and the poolings that `fold` was called with. In the place of task 1 stands a plain sum.
+    """
+    ways, shapes, decoder = set(), [], network.decoder
+
+    def fold(state, hidden, mask, how="mean"):
+        ways.add(how)
+        new = torch.where(mask[..., None].bool(), hidden, 0).sum(1)
+        return new if state is None else state + new
+
+    def run(case):
+        temperature, share, look_every, T = case
+
+        def made(*args):
+            made = decoder(*args)
+            made.look_every = look_every
+            return made
+
+        monkeypatch.setattr(network, "decoder", made)
+        monkeypatch.setattr(network.reading, "max_new_tokens", T)
+        uniform = torch.rand(N, K, T, generator=generator)
+        hook = network.base.register_forward_hook(lambda *x: shapes.append(tuple(x[2][0].shape[:2])))
+        prompts = network.template(TEXTS, share=share)
+        rollouts = rollout.sample(network, prompts, K, temperature, uniform if temperature else None)
+        hook.remove()
+        return rollouts, uniform, shapes, ways
+
+    monkeypatch.setattr(rollout, "fold", fold)
+    return run
+
+
+@torch.no_grad()
+def read_again(network, rollouts, n, k):
+    """A rationale's ids, the logits `[t, V]` that its tokens are drawn from, and the sum of the states that are pooled."""
+    counts, written = rollouts.prompt_mask[n].bool(), rollouts.mask[n, k].bool()
+    ids = torch.cat([rollouts.prompt_ids[n][counts], rollouts.ids[n, k][written]])
+    counted = torch.cat([rollouts.counted[n][counts], torch.ones(int(written.sum()))]).bool()
+    states = network.model(input_ids=ids[None], output_hidden_states=True, use_cache=False).hidden_states
+    first = int(counts.sum())
+    return ids[first:], network.logits(states[-1][0, first - 1 : -1]), states[-2][0, counted].sum(0)
+
+
+@pytest.mark.points(4)
+@CASES
+def test_a_rationale_is_what_is_drawn_up_to_the_end_token(sample, network, case):
+    """The end token is part of it, token 0 is a token, and the longest rationale sets the width."""
+    rollouts, uniform, *_ = sample(case)
+    lengths = rollouts.mask.sum(-1)
+    assert rollouts.ids.shape == rollouts.mask.shape == rollouts.logprobs.shape == (N, K, lengths.max())
+    assert torch.equal(rollouts.mask.bool(), torch.arange(int(lengths.max())) < lengths[..., None])
+    for name in ("ids", "logprobs"):
+        assert getattr(rollouts, name)[rollouts.mask == 0].eq(0).all(), f"{name} is 0 where masked"
+    for n, k in itertools.product(range(N), range(K)):
+        ids, logits, _ = read_again(network, rollouts, n, k)
+        token, logprob = rollout.draw(logits, case[0], uniform[n, k, : len(ids)])
+        assert ids.tolist() == token.tolist()
+        torch.testing.assert_close(rollouts.logprobs[n, k, : len(ids)], logprob, rtol=1e-6, atol=1e-6)
+        ends = [i in ENDS for i in ids.tolist()]
+        assert not any(ends[:-1]) and bool(rollouts.finished[n, k]) == ends[-1] and (ends[-1] or len(ids) == case[3])
 
 
 @pytest.mark.points(3)
-def test_what_the_loop_captures_is_what_a_full_forward_pass_gives(network, generator):
-    temperature, uniform = 0.6, torch.rand(2, 4, 6, generator=generator)
-    rollouts = rollout.sample(network, network.prompts(TEXTS), 4, temperature, uniform)
-    assert rollouts.mask.sum(-1).unique().numel() > 1, "rationales of one length would prove little"
-    for n, k in itertools.product(range(2), range(4)):
-        prompt = rollouts.prompt_ids[n][rollouts.prompt_mask[n].bool()]
-        rationale = rollouts.ids[n, k][rollouts.mask[n, k].bool()]
-        counted = torch.cat([rollouts.counted[n][rollouts.prompt_mask[n].bool()], torch.ones_like(rationale)]).bool()
-        with torch.no_grad():
-            out = network.model(input_ids=torch.cat([prompt, rationale])[None], output_hidden_states=True, use_cache=False)
-        logprobs = torch.log_softmax(out.logits[0, len(prompt) - 1 : -1] / temperature, -1).gather(1, rationale[:, None])[:, 0]
-        mean = out.hidden_states[-1][0][counted].mean(0)
-        torch.testing.assert_close(rollouts.logprobs[n, k][rollouts.mask[n, k].bool()], logprobs, rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(rollouts.embeddings[n, k], mean / mean.norm(), rtol=1e-5, atol=1e-5)
-        ends = torch.isin(rationale, network.end_ids)
-        assert not ends[:-1].any() and bool(ends[-1]) == bool(rollouts.finished[n, k])
+@CASES
+def test_text_and_rationale_are_pooled_up_to_the_end_token(sample, network, case):
+    """The last token too: `generate()` leaves it out, Eq. 11 counts it."""
+    rollouts, _, _, ways = sample(case)
+    for n, k in itertools.product(range(N), range(K)):
+        *_, pooled = read_again(network, rollouts, n, k)
+        torch.testing.assert_close(rollouts.embeddings[n, k], pooled / pooled.norm(), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(rollouts.prompt_embeddings.norm(dim=1), torch.ones(N, dtype=torch.float64))
+    assert ways == {"penultimate"}, "pooled as policy.reading.pooling says"
 
 
-@pytest.mark.points(1)
-def test_a_prompt_is_read_once(network, generator):
-    """One prefill for the instruction, one for the texts, then one step per token."""
-    lengths = []
-    hook = network.base.register_forward_hook(lambda *x: lengths.append(x[2][0].shape[1]))
-    rollout.sample(network, network.prompts(TEXTS), 4, 1.0, torch.rand(2, 4, 6, generator=generator))
-    hook.remove()
-    assert len(lengths) <= 2 + 6 and sum(n > 1 for n in lengths) <= 2
+@pytest.mark.points(2)
+@CASES
+def test_a_prompt_is_read_once_and_the_loop_ends_with_the_last_rationale(sample, case):
+    """One pass for the instruction, one for the texts, then one per token."""
+    rollouts, _, shapes, _ = sample(case)
+    prefills = [rows for rows, positions in shapes if positions > 1]
+    assert len(prefills) <= 2 and max(prefills) <= N
+    assert 0 <= len(shapes) - len(prefills) - rollouts.ids.shape[2] < case[2], "with `look_every` 16 the end is noticed late"

@@ -16,9 +16,9 @@ SIZES = pytest.mark.parametrize("B, K, M, D", [(5, 4, 2, 8), (1, 3, 1, 4), (3, 1
 def plain(monkeypatch):
     """A plain stand-in for task 4: the definition, with the whole table at once."""
 
-    def group_similarity(rows, columns, temperature, twins=None):
-        barred = torch.eye(len(columns), dtype=torch.bool)
-        return plain_similarity(rows, columns, temperature, barred if twins is None else barred | twins)
+    def group_similarity(rows, columns, temperature, same_text=None):
+        own = torch.eye(len(columns), dtype=torch.bool)
+        return plain_similarity(rows, columns, temperature, own if same_text is None else own | same_text)
 
     monkeypatch.setattr(reward, "group_similarity", group_similarity)
 
@@ -67,10 +67,10 @@ def test_eq15_hard_negative(units, B, K, M, D):
 @pytest.mark.points(1)
 def test_instances_that_share_a_text_are_not_negatives(units):
     q, p = units(3, 4), units(3, 2, 4)
-    twins = torch.eye(3, dtype=torch.bool)
-    twins[0, 1] = twins[1, 0] = True
+    same_text = torch.eye(3, dtype=torch.bool)
+    same_text[0, 1] = same_text[1, 0] = True
     expected = -max(dot(q[0], x) for x in p[2])
-    close(reward.hard_negative(q, p, twins)[0], expected)
+    close(reward.hard_negative(q, p, same_text)[0], expected)
 
 
 def infonce_by_loop(q, p, t, negatives, mined):

@@ -12,18 +12,13 @@ pytestmark = pytest.mark.task4
 BLOCKS = pytest.mark.parametrize("table", [1, 40, 10**6])  # cosines held at a time: a row, a few rows, all
 
 
-@pytest.fixture(autouse=True)
-def plain(monkeypatch):
-    monkeypatch.setattr(similarity, "kernel", "off")
-
-
-def by_loop(rows, columns, t, twins):
+def by_loop(rows, columns, t, same_text):
     """The four numbers of each row, from their definition."""
     numbers = []
     for n, x in enumerate(rows):
         mine = n // (len(rows) // len(columns))
         s = [[float(x @ c) for c in group] for group in columns]
-        others = [g for g in range(len(columns)) if g != mine and not (twins is not None and twins[mine, g])]
+        others = [g for g in range(len(columns)) if g != mine and not (same_text is not None and same_text[mine, g])]
         lse = lambda xs: math.log(sum(math.exp(x / t) for x in xs)) if xs else -math.inf
         near = [max(s[g]) for g in others]
         mean = [sum(s[g]) / len(s[g]) for g in others]
@@ -34,16 +29,16 @@ def by_loop(rows, columns, t, twins):
 @pytest.fixture
 def example(units, generator):
     rows, columns = units(5 * 2, 4), units(5, 3, 4)
-    twins = torch.rand(5, 5, generator=generator) < 0.3
-    return rows, columns, twins | twins.T
+    same_text = torch.rand(5, 5, generator=generator) < 0.3
+    return rows, columns, same_text | same_text.T
 
 
 @pytest.mark.points(2)
 @BLOCKS
 def test_values(example, table, monkeypatch):
     monkeypatch.setattr(similarity, "TABLE", table)
-    rows, columns, twins = example
-    for mask in (None, twins):
+    rows, columns, same_text = example
+    for mask in (None, same_text):
         numbers = torch.stack(similarity.group_similarity(rows, columns, 0.2, mask))
         torch.testing.assert_close(numbers, by_loop(rows, columns, 0.2, mask), rtol=1e-10, atol=1e-10)
 
@@ -59,9 +54,9 @@ def test_no_other_group(units):
 @pytest.mark.parametrize("which", range(4), ids=similarity.Similarity._fields)
 def test_gradient_of_each_number(example, table, which, monkeypatch):
     monkeypatch.setattr(similarity, "TABLE", table)
-    rows, columns, twins = example
-    twins = twins & (torch.arange(5)[:, None] > 0) & (torch.arange(5) > 0)  # group 0 has others: its numbers are finite
-    number = lambda r, c: similarity.group_similarity(r, c, 0.4, twins)[which][:2]
+    rows, columns, same_text = example
+    same_text = same_text & (torch.arange(5)[:, None] > 0) & (torch.arange(5) > 0)  # group 0 has others: its numbers are finite
+    number = lambda r, c: similarity.group_similarity(r, c, 0.4, same_text)[which][:2]
     assert torch.autograd.gradcheck(number, (rows.requires_grad_(), columns.requires_grad_()))
 
 
@@ -80,8 +75,8 @@ def test_equal_members_share_the_gradient_of_one(example):
 
 @pytest.mark.points(1)
 def test_without_another_group_no_gradient_is_nan(example):
-    rows, columns, twins = example
-    alone = twins.clone()
+    rows, columns, same_text = example
+    alone = same_text.clone()
     alone[2] = True  # group 2 has no other group
     rows.requires_grad_()
     columns.requires_grad_()
