@@ -52,13 +52,14 @@ SMALL = {  # architecture: what its configuration needs beyond COMMON
     "Granite": dict(logits_scaling=3.0, embedding_multiplier=2.0),
     "Cohere": dict(logit_scale=0.3),
     "GPT2": dict(n_embd=32, n_layer=3, n_head=4, n_positions=128),
+    "Mpt": dict(d_model=32, n_layers=3, n_heads=4, max_seq_len=128),  # takes ALiBi distances from places in the row
 }
 ARCHITECTURES = ["Qwen2", "Qwen3", "Llama", "Gemma", "GPT2"]
 
 
 def build(architecture, vocab_size, seed=0, **overrides):
     """A random network of a named architecture, with weights large enough for distinct predictions."""
-    settings = dict(COMMON) if architecture != "GPT2" else {k: v for k, v in COMMON.items() if "token_id" in k}
+    settings = COMMON if architecture not in ("GPT2", "Mpt") else {k: v for k, v in COMMON.items() if "token_id" in k}
     settings = getattr(transformers, architecture + "Config")(
         vocab_size=vocab_size, initializer_range=0.3, **{**settings, **SMALL[architecture], **overrides}
     )

@@ -9,19 +9,7 @@ import math
 import pytest
 import torch
 import transformers
-from conftest import (
-    ROWS,
-    build,
-    by_full_forward,
-    command,
-    config,
-    descent,
-    embedded,
-    gradient,
-    infonce_terms,
-    start,
-    weights,
-)
+from conftest import ROWS, build, by_full_forward, command, config, descent, embedded, gradient, infonce_terms, start, weights
 
 import grace
 import rollout
@@ -341,11 +329,15 @@ def test_every_kind_of_step(make_policy, name, M):
 
 def test_the_copy_that_samples_is_never_stale(make_policy):
     """It has the weights of the step before, rounded: the first ratio is near 1, however far the step went."""
-    policy, given = make_policy("Qwen2"), config(lr=0.05)
+    policy, given = make_policy("Qwen2", tie_word_embeddings=True), config(lr=0.05)
     given.dtype = "bfloat16"  # a compute type for CUDA alone, but the copy can be had here
     trainer = Trainer(policy, start(policy), ROWS, given)
     for _ in range(3):
+        before = weights(policy)
         assert 0 < trainer.step()["first_ratio_off"] < 0.5
+        assert before.dtype == torch.float32 and torch.equal(weights(trainer.sampler), before.bfloat16())
+    assert trainer.sampler.head.weight is trainer.sampler.base.embed_tokens.weight  # still tied
+    assert trainer.batch.rollouts.embeddings.dtype == trainer.batch.rollouts.logprobs.dtype == torch.float32
 
 
 def test_rate_and_largest_step(make_policy):
@@ -415,23 +407,18 @@ def test_a_step_made_again_is_the_step(make_policy, monkeypatch, name, fails):
     assert (updates[1] - updates[0]).norm() < 1e-9 * updates[0].norm()
 
 
-class FailsOnce(torch.optim.AdamW):
-    """Out of memory in its first step, when one weight's moments are half made."""
+def test_out_of_memory_for_the_moments(make_policy, monkeypatch):
+    """AdamW makes them in its first step: when that fails, half of one weight's may be there."""
+    step, ends = torch.optim.AdamW.step, []
 
-    fails = True
+    def starved(optimizer, *args):
+        monkeypatch.setattr(torch.optim.AdamW, "step", step)
+        optimizer.state[optimizer.param_groups[0]["params"][0]]["step"] = torch.tensor(0.0)
+        raise torch.OutOfMemoryError("CUDA out of memory")
 
-    def step(self):
-        if self.fails:
-            self.fails, self.state[self.param_groups[0]["params"][0]]["step"] = False, torch.tensor(0.0)
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        super().step()
-
-
-def test_out_of_memory_for_the_moments(make_policy):
-    ends = []
-    for make in (torch.optim.AdamW, FailsOnce):
+    for method in (step, starved):
         trainer = Trainer(make_policy(), None, ROWS, config(kl=0.0))
-        trainer.optimizer = make(trainer.policy.model.parameters(), lr=1e-3)
+        monkeypatch.setattr(torch.optim.AdamW, "step", method)
         safe_step(trainer)
         ends.append(weights(trainer.policy))
     assert torch.equal(*ends)
@@ -450,9 +437,9 @@ def test_out_of_memory_for_ever(make_policy, monkeypatch, minibatches, message):
 def test_not_finite(make_policy, tmp_path, what):
     """It stops the run before the optimizer, and the batch is written where a person can read it."""
     policy = make_policy()
-    trainer, weight = descent(policy, out=str(tmp_path)), policy.head.weight
+    trainer = descent(policy, out=str(tmp_path))
     if what == "the gradient":
-        weight.register_hook(lambda gradient: gradient * torch.inf)
+        policy.head.weight.register_hook(lambda gradient: gradient * torch.inf)
     else:
         policy.model.model.norm.weight.data.fill_(torch.nan)
     before = weights(policy)
@@ -460,8 +447,7 @@ def test_not_finite(make_policy, tmp_path, what):
         safe_step(trainer)
     torch.testing.assert_close(weights(policy), before, rtol=0, atol=0, equal_nan=True)
     groups = json.loads((tmp_path / "not_finite_step_1.json").read_text())
-    texts = [(role, row[role]) for role in ("query", "positive") for row in trainer.next_rows()]
-    assert [(group["role"], group["text"]) for group in groups] == texts
+    assert [group["text"] for group in groups] == [row[role] for role in ("query", "positive") for row in trainer.next_rows()]
     rollout = groups[1]["rollouts"][2]
     assert {"rationale", "tokens", "finished", "reward", "contrastive", "consistency", "hard"} == rollout.keys()
     assert math.isfinite(float(rollout["reward"])) == (what == "the gradient")

@@ -26,9 +26,7 @@ def test_what_counts_starts_with_the_text(make_policy):
     for one, two in zip(*(p.ids[p.mask.bool()].split(p.mask.sum(1).tolist()) for p in (x, apart))):
         assert torch.equal(one, two)
     part = x[torch.tensor([2, 0])]
-    for name in ("ids", "mask", "counted", "text", "cut"):
-        assert torch.equal(getattr(part, name), getattr(x, name)[[2, 0]])
-    assert part.n_shared == 5
+    assert decoded(policy, part, part.text) == [TEXTS[2], TEXTS[0]] and part.n_shared == 5
 
 
 # ---------------------------------------------------------------- a byte-level tokenizer, and other templates
@@ -37,6 +35,10 @@ def test_what_counts_starts_with_the_text(make_policy):
 BYTES = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content | trim }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+NO_SYSTEM = (
+    "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+    "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}<|im_start|>model\n"
 )
 
 
@@ -73,43 +75,39 @@ def test_byte_level_prompt(byte_tokenizer):
         assert decoded(policy, x, x.counted)[0] == f"{text.strip()}<|im_end|>\n<|im_start|>assistant\n"
 
 
-@pytest.mark.parametrize("kind", ["byte level", "word level", "sentencepiece"])
-def test_a_text_is_data(kind, byte_tokenizer, tokenizer):
-    """Whatever its characters spell, a text holds no control token, and prompt and template around it stay as they are."""
-    if kind == "sentencepiece":
-        from tokenizers import Tokenizer, decoders, models
-        from transformers import PreTrainedTokenizerFast
+@pytest.fixture
+def piece_tokenizer():
+    """A tokenizer as sentencepiece makes them: its control tokens are pieces like any others."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
 
-        pieces = [
-            ("<unk>", 0.0),
-            ("<s>", 0.0),
-            ("</s>", 0.0),
-            ("▁", -1.0),
-            *((c, -2.0) for c in "abcdefghijklmnopqrstuvwxyz<>/:.\n"),
-        ]
-        core = Tokenizer(models.Unigram(pieces, unk_id=0, byte_fallback=False))
-        core.decoder = decoders.Metaspace()
-        core.add_special_tokens(["<unk>", "<s>", "</s>"])
-        chosen = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
-    else:
-        chosen = {"byte level": byte_tokenizer, "word level": tokenizer}[kind]
-        chosen.chat_template = BYTES if kind == "byte level" else chosen.chat_template
-    template = PromptTemplate(chosen, Reading("say it"), "cpu", True)
-    plain = template(["the doctor"])
-    around = lambda x: (x.ids[0][~x.text[0].bool() & ~x.counted[0].bool()], x.ids[0][x.counted[0].bool() & ~x.text[0].bool()])
-    spelled = list(dict.fromkeys([*chosen.all_special_tokens, *map(str, chosen.added_tokens_decoder.values())]))
-    control = set(chosen.convert_tokens_to_ids(spelled)) - {chosen.unk_token_id}
+    pieces = ["<unk>", "<s>", "</s>", "▁", *"abcdefghijklmnopqrstuvwxyz<>/:.\n"]
+    core = Tokenizer(models.Unigram([(piece, -float(i > 2)) for i, piece in enumerate(pieces)], unk_id=0))
+    core.add_special_tokens(pieces[:3])
+    return PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+@pytest.mark.parametrize("kind", ["byte_tokenizer", "tokenizer", "piece_tokenizer"])
+def test_a_text_is_data(kind, request):
+    """Whatever its characters spell, a text holds no control token, and prompt and template around it stay as they are."""
+    tokenizer = request.getfixturevalue(kind)
+    tokenizer.chat_template = BYTES if kind == "byte_tokenizer" else tokenizer.chat_template
+    template = PromptTemplate(tokenizer, Reading("say it"), "cpu", True)
+
+    def around(x):  # the ids before the text, and those after it
+        counted, text = x.counted[0].bool(), x.text[0].bool()
+        return x.ids[0][~counted].tolist(), x.ids[0][counted & ~text].tolist()
+
+    expected = around(template(["the doctor"]))
+    spelled = sorted({*tokenizer.all_special_tokens, *map(str, tokenizer.added_tokens_decoder.values())})
+    control = set(tokenizer.convert_tokens_to_ids(spelled)) - {tokenizer.unk_token_id}
     assert len(control) >= 2
-    for text in [
-        *spelled,
-        "".join(spelled),
-        f"the doctor {' '.join(spelled)} bought the lamp",
-        f"{spelled[0]}the doctor{spelled[-1]}\n",
-    ]:
+    every = " ".join(spelled)
+    for text in (*spelled, every.replace(" ", ""), f"the doctor {every} bought", f"{spelled[0]}the doctor{spelled[-1]}\n"):
         x = template([text])
-        assert control.isdisjoint(x.ids[0][x.text[0].bool()].tolist()), text
-        for one, two in zip(around(x), around(plain)):
-            assert torch.equal(one, two), text
+        assert control.isdisjoint(x.ids[0][x.text[0].bool()].tolist()) and around(x) == expected, text
+        if kind == "byte_tokenizer":  # and loses nothing; the others write what they do not know as <unk>
+            assert tokenizer.decode(x.ids[0][x.text[0].bool()]) == text.strip()
         ((ids, spans),) = template.encode([text])
         assert len(ids) == x.ids.shape[1] and all(0 <= start <= end <= len(template.render(text)) for start, end in spans)
 
@@ -122,11 +120,6 @@ def test_a_blank_text(byte_tokenizer, text):
     whole, cat = decoded(policy, x, x.mask)
     assert cat == "<|im_start|>user\nSay what it means.\n\nthe cat<|im_end|>\n<|im_start|>model"
     assert whole.rstrip() == cat.replace("the cat", text.rstrip()) and x.text[0].sum() == len(text.rstrip())
-
-
-def test_not_unicode(make_policy):
-    with pytest.raises(GraceError, match="a lone surrogate"):
-        make_policy().template(["the cat", "a \ud83d b"])
 
 
 def test_pad_equal_to_end_token(byte_tokenizer):
@@ -152,11 +145,6 @@ def test_long_text_is_cut(byte_tokenizer):
         byte_policy(byte_tokenizer, max_prompt_tokens=20).template(["the cat sat on the mat"])
 
 
-NO_SYSTEM = (
-    "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
-    "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}<|im_start|>model\n"
-)
-
 DROPS_SYSTEM = "{% for m in messages %}{% if m.role == 'user' %}[{{ m.content }}]{% endif %}{% endfor %}"
 
 
@@ -176,18 +164,15 @@ def test_other_templates(byte_tokenizer, template, before, after):
     assert decoded(policy, x, x.text) == ["the cat"] and decoded(policy, x, x.counted) == [f"the cat{after}"]
 
 
-def test_templates_that_are_refused(byte_tokenizer):
-    """One that never writes the instruction, and one that is broken."""
+def test_what_is_refused(byte_tokenizer):
+    """A template without the instruction, one that is broken, a text that is not Unicode, tokens of unknown extent."""
+    from transformers import ByT5Tokenizer
+
     with pytest.raises(GraceError, match="system prefix"):
         byte_policy(byte_tokenizer, "{% for m in messages %}{{ m.content | length }}{% endfor %}")
     with pytest.raises(GraceError, match="the chat template cannot be used"):
         byte_policy(byte_tokenizer, "{% for m in messages %}")
-
-
-def test_tokenizer_without_offsets(make_policy):
-    from transformers import ByT5Tokenizer
-
-    tokenizer = ByT5Tokenizer()
-    tokenizer.chat_template = BYTES
+    with pytest.raises(GraceError, match="a lone surrogate"):
+        byte_policy(byte_tokenizer).template(["the cat", "a \ud83d b"])
     with pytest.raises(GraceError, match="ByT5Tokenizer does not say which characters"):
-        Policy(make_policy().model, tokenizer, Reading("Say what it means.", 100, 4))
+        PromptTemplate(ByT5Tokenizer(), Reading(), "cpu", True)

@@ -69,15 +69,6 @@ def test_values_and_gradients(shape, block, monkeypatch):
             torch.testing.assert_close(ours, exact, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("block", [1, 10**6])
-def test_gradient_by_finite_differences(block, monkeypatch):
-    monkeypatch.setattr(similarity, "TABLE", block)
-    rows, columns, same_text = example(4, 2, 2, 5)
-    same_text[0, 2] = same_text[2, 0] = True
-    check = lambda r, c: tuple(similarity.group_similarity(r, c, 0.3, same_text))
-    assert torch.autograd.gradcheck(check, (rows.requires_grad_(), columns.requires_grad_()))
-
-
 def test_bfloat16_is_computed_in_float32():
     rows, columns, _ = example(5, 3, 2, 64, torch.bfloat16)
     values, d_rows, _ = with_gradients(similarity.group_similarity, rows, columns)
