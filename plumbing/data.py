@@ -142,6 +142,9 @@ def _read(source, roles):
         columns[role] = [name for name in names if re.fullmatch(COLUMNS[role], name)]
         if not columns[role] and role != "negative":
             raise GraceError(f"{source}: no column {role!r} (looked for: {COLUMNS[role]}); it has {', '.join(names)}")
+    unused = [name for name in names if not any(name in chosen for chosen in columns.values())]
+    if unused and "score" not in roles:
+        print(f"{source}: columns that are not used: {', '.join(unused)}")
     for where, row in rows:
         values = {role: [row.get(name) for name in columns[role]] for role in roles}
         yield where, {role: _flat(cells) if role == "negative" else cells[0] for role, cells in values.items()}
