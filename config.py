@@ -11,10 +11,9 @@ import math
 from dataclasses import dataclass
 from dataclasses import field as dataclass_field
 
-import torch
-
 from plumbing import ranks
 from plumbing.errors import GraceError
+from plumbing.models import pick_device
 from pool import POOLS
 from prompt import Reading
 
@@ -111,15 +110,9 @@ class Config:
                 raise GraceError(f"{flag} {value}: must be at least {limits['least']}")
             if limits["above"] is not None and value <= limits["above"]:
                 raise GraceError(f"{flag} {value}: must be above {limits['above']}")
-        self.device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        try:
-            torch.device(self.device)
-        except RuntimeError as error:
-            raise GraceError(f"--device {self.device}: give cpu, cuda or cuda:N") from error
+        self.device = pick_device(self.device)
         # A micro-batch launches thousands of kernels whatever its size: a GPU that gets small ones waits for the host.
         self.tokens_per_batch = self.tokens_per_batch or (16384 if self.device.startswith("cuda") else 2048)
-        if self.device.startswith("cuda") and not torch.cuda.is_available():
-            raise GraceError(f"--device {self.device}: torch finds no CUDA device here")
         if self.mode == "supervised" and not (self.roles and set(self.roles) <= {"query", "positive", "negative"}):
             raise GraceError(f"--train-roles {self.train_roles!r}: give one or more of query,positive,negative")
         if len(set(self.roles)) < len(self.roles):

@@ -107,6 +107,12 @@ def main(arguments):
 def evaluate(args):
     """Run the chosen tasks, print them as they come, write `--out`."""
     chosen, start, results = choose_tasks(",".join(args.tasks)), time.time(), {}
+    if args.out:  # what cannot be written is noticed now, not after hours
+        try:
+            os.makedirs(os.path.dirname(args.out) or ".", exist_ok=True)
+            open(args.out, "a").close()
+        except OSError as error:
+            raise GraceError(f"--out {args.out}: cannot be written ({error.strerror})") from error
     encoder = GraceEncoder(
         args.model, args.cache or None, args.temperature, args.seed, not args.no_rationale, args.tokens_per_batch,
         args.device, args.dtype, progress=True, instruction=args.instruction, max_prompt_tokens=args.max_prompt_tokens,
@@ -129,7 +135,6 @@ def evaluate(args):
         "versions": versions(),
     }
     if args.out:
-        os.makedirs(os.path.dirname(args.out) or ".", exist_ok=True)
         write_atomically(args.out, json.dumps(record, indent=2))
 
 

@@ -20,6 +20,7 @@ import torch
 from tqdm import tqdm
 
 from plumbing.errors import GraceError
+from plumbing.models import pick_device
 from policy import Policy
 from pool import fold, unit
 from rollout import sample, token_logprobs, uniforms
@@ -145,7 +146,7 @@ class GraceEncoder:
         if isinstance(model, Policy) and (reading or device or dtype != "float32"):
             raise GraceError("a Policy brings its own reading, device and dtype: give them to Policy.load instead")
         if not isinstance(model, Policy):
-            model = Policy.load(model, device or ("cuda" if torch.cuda.is_available() else "cpu"), **reading)
+            model = Policy.load(model, pick_device(device), **reading)
             if dtype == "bfloat16":  # weights in it, too: they are only read here, and rounding them per token costs more
                 model = model.frozen_copy(torch.bfloat16)
         self.policy, self.options = model, (temperature, seed, rationale)

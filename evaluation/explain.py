@@ -27,6 +27,7 @@ import torch
 import torch.nn.functional as F
 
 from evaluation.encoder import token_batches
+from plumbing.models import pick_device
 from policy import Policy
 from rollout import sample
 
@@ -146,9 +147,9 @@ def explain(arguments):
     parser.add_argument("--json", action="store_true", help="the shares as JSON: cosine, a, b")
     parser.add_argument("--instruction", help="the system message")
     parser.add_argument("--max-new-tokens", type=int, help="the longest rationale")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, ...")
+    parser.add_argument("--device", help="default: cuda where there is one, else cpu")
     args = parser.parse_args(arguments)
-    policy = Policy.load(args.model, args.device, instruction=args.instruction, max_new_tokens=args.max_new_tokens)
+    policy = Policy.load(args.model, pick_device(args.device), instruction=args.instruction, max_new_tokens=args.max_new_tokens)
     compared = compare(*split(policy, args.texts))
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     print(json.dumps(compared, indent=1) if args.json else show(compared, colour))

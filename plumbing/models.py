@@ -11,6 +11,16 @@ from plumbing.errors import GraceError, first_line
 ADVICE = "Give a folder written by save_pretrained, or, with a network, a hub id."
 
 
+def pick_device(name=None):
+    """The device of that name; by default cuda where there is one, else cpu. Raises GraceError if torch cannot use it here."""
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:  # the second where torch comes without CUDA
+        raise GraceError(f"--device {name}: torch cannot use it here; give cpu, cuda or cuda:N") from error
+    return name
+
+
 @contextlib.contextmanager
 def opening(source):
     """Whatever goes wrong in here becomes a GraceError that says what to give instead of this folder or hub id."""

@@ -88,11 +88,14 @@ def write_atomically(path, text):
 
 
 def read_json(path):
-    """What a JSON file holds; None where there is no such file."""
+    """What a JSON file holds; None where there is no such file. Raises GraceError where it cannot be read."""
     if not os.path.isfile(path):
         return None
-    with open(path) as file:
-        return json.load(file)
+    try:
+        with open(path) as file:
+            return json.load(file)
+    except (OSError, ValueError) as error:
+        raise GraceError(f"{path}: cannot be read ({first_line(error)})") from error
 
 
 def read_metrics(path):

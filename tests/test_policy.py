@@ -23,6 +23,13 @@ def test_model_that_does_more_than_its_head(tokenizer):
         Policy(model, tokenizer, Reading(INSTRUCTION, 64, 4))
 
 
+def test_damaged_weights(tokenizer):
+    model = build("Llama", len(tokenizer))
+    model.model.layers[1].mlp.down_proj.weight.data[3] = torch.nan
+    with pytest.raises(GraceError, match="its logits are not finite, so its weights are damaged"):
+        Policy(model, tokenizer, Reading(INSTRUCTION, 64, 4))
+
+
 def test_no_end_token(monkeypatch):
     tokenizer = build_tokenizer()
     monkeypatch.setattr(tokenizer, "_special_tokens_map", {**tokenizer._special_tokens_map, "eos_token": None})

@@ -5,6 +5,7 @@ On the CPU, over gloo. The ranks are forked (tests/forked.py), but for one run t
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -110,7 +111,7 @@ def test_a_rank_that_runs_out_of_memory(run, tmp_path):
 
     (first, _), (second, printed) = fork_ranks(program, tmp_path)
     assert (first, second) == (1, 1) and time.time() - began < 60
-    assert "grace.py: step 2: out of memory with --tokens-per-batch 4096; lower it, and --resume continues" in printed
+    assert re.match(r"grace.py: step 2: out of memory with --tokens-per-batch \d+; lower it, and --resume continues", printed)
     assert [os.path.basename(x) for x in checkpoints(out)] == ["00000001"]
     (first, printed), (second, silent) = fork_ranks(lambda: grace.main(arguments(out, "--resume")), tmp_path)
     assert (first, second) == (0, 0) and "resumed from" in printed and silent == ""

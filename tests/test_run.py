@@ -22,6 +22,7 @@ from policy import Policy
 
 MODEL = {"model.safetensors", "config.json", "generation_config.json", "grace_config.json"}
 MODEL |= {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
+UNFINISHED = {"run.json", "metrics.jsonl", "rationales.md", "probe.json", "checkpoints"}
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +38,17 @@ def saved(out):
     return [int(os.path.basename(folder)) for folder in checkpoints(out)]
 
 
+def names(folder):
+    """What a folder holds, TensorBoard's files aside."""
+    return {name for name in os.listdir(folder) if not name.startswith("events.")}
+
+
+def nth(n):
+    """A condition that is true once: the nth time that it is asked."""
+    calls = itertools.count(1)
+    return lambda *_: next(calls) == n
+
+
 def read(path):
     with open(path) as file:
         return json.load(file)
@@ -47,11 +59,10 @@ def read(path):
 
 def test_what_a_run_leaves(finished_run):
     """Its last two checkpoints until it is finished."""
-    files = MODEL | {"run.json", "metrics.jsonl", "rationales.md", "probe.json"}
-    assert set(os.listdir(finished_run)) == files | {"summary.json"}
     unfinished = finished_run.parent / "unfinished"
-    assert set(os.listdir(unfinished)) == files | {"checkpoints"} and saved(unfinished) == [3, 4]
-    assert all(set(os.listdir(folder)) == MODEL | {"trainer.pt"} for folder in checkpoints(unfinished))
+    assert names(unfinished) == MODEL | UNFINISHED and saved(unfinished) == [3, 4]
+    assert names(finished_run) == MODEL | UNFINISHED - {"checkpoints"} | {"summary.json"}
+    assert all(names(folder) == MODEL | {"trainer.pt"} for folder in checkpoints(unfinished))
     summary = read(finished_run / "summary.json")
     assert summary.keys() >= {"before", "after", "after_without_rationale", "seconds", "config"}
     assert read(finished_run / "run.json")["config"] == summary["config"] and summary["config"]["steps"] == 4
@@ -101,17 +112,20 @@ def test_other_rows_are_refused(tiny_world, two_checkpoints, monkeypatch):
         grace.main(command(tiny_world, two_checkpoints, "--steps 4 --resume"))
 
 
-def test_overwrite_deletes_nothing_before_the_first_evaluation(tiny_world, finished_run, two_checkpoints):
-    out = two_checkpoints
-    (out / "not_finite_step_7.json").write_text("[]")
-    (out / "model-00001-of-00002.safetensors").write_text("")
-    files = sorted(out.rglob("*"))
+def test_overwrite_deletes_nothing_before_the_first_evaluation(tiny_world, two_checkpoints, monkeypatch):
+    """Then all that is of the earlier run. Here the new one is stopped in its last evaluation."""
+    arguments = command(tiny_world, two_checkpoints, "--steps 1 --overwrite --seed 1")
+    (two_checkpoints / "not_finite_step_7.json").write_text("[]")
+    (two_checkpoints / "model-00001-of-00002.safetensors").write_text("")
+    files = sorted(two_checkpoints.rglob("*"))
     with pytest.raises(SystemExit, match="--max-prompt-tokens|max_prompt_tokens"):
-        grace.main(command(tiny_world, out, "--steps 4 --overwrite --max-prompt-tokens 3"))
-    assert sorted(out.rglob("*")) == files
-    grace.main(command(tiny_world, out, "--steps 1 --overwrite --save-every 0 --seed 1"))
-    assert len((out / "metrics.jsonl").read_text().splitlines()) == 1
-    assert set(os.listdir(out)) == set(os.listdir(finished_run))  # what was of the earlier run alone is gone
+        grace.main([*arguments, "--max-prompt-tokens", "3"])
+    assert sorted(two_checkpoints.rglob("*")) == files
+    monkeypatch.setattr(grace, "evaluate_heldout", before(grace.evaluate_heldout, nth(2), lambda: send(signal.SIGINT)))
+    with pytest.raises(SystemExit):
+        grace.main(arguments)
+    assert names(two_checkpoints) == MODEL | UNFINISHED and saved(two_checkpoints) == [1]
+    assert len((two_checkpoints / "metrics.jsonl").read_text().splitlines()) == 1
 
 
 def test_a_finished_run_is_recognised(tiny_world, finished_run, capsys):
@@ -121,12 +135,6 @@ def test_a_finished_run_is_recognised(tiny_world, finished_run, capsys):
 
 
 # ---------------------------------------------------------------- stopped and resumed
-
-
-def nth(n):
-    """A condition that is true once: the nth time that it is asked."""
-    calls = itertools.count(1)
-    return lambda *_: next(calls) == n
 
 
 @pytest.mark.parametrize("more", ["--lr-decay --minibatches 2", "--recipe paper --mode unsupervised"])
@@ -147,7 +155,7 @@ def test_resumed_is_never_stopped(tiny_world, tmp_path, monkeypatch, more):
         grace.main(arguments(out))
     assert saved(out) == [1, 2]
     with open(out / "metrics.jsonl", "a") as file:
-        file.write('{"step": 9}\n{"step": 4, "rew')  # lines of no checkpoint, one of them torn
+        file.write('{"step": 3}\n{"step": 4, "rew')  # lines of no checkpoint, one of them torn
     torch.rand(3), random.random()  # nothing may depend on what else was drawn
     grace.main(arguments(out, "--resume"))
     same(tmp_path / "straight", out)
