@@ -58,10 +58,8 @@ def attend(module, query, key, value, attention_mask, scaling=None, decoder=None
     K, G = R // N, query.shape[1] // heads
     scaling = scaling if scaling is not None else d**-0.5
     if decoder.fused:
-        from speed import decode_triton
-
         prompt = layer.prompt_keys, layer.prompt_values, attention_mask
-        return decode_triton.attend(query, *prompt, key, value, decoder.at, scaling), None
+        return in_triton(query, *prompt, key, value, decoder.at, scaling), None
     query, t = (query * scaling).view(N, K, heads, G, d), decoder.t + 1
     # A prompt's keys meet the queries of all its K rollouts in one product.
     on_prompt = torch.einsum("nkhgd,nhpd->nkhgp", query, layer.prompt_keys)
@@ -73,6 +71,13 @@ def attend(module, query, key, value, attention_mask, scaling=None, decoder=None
     from_prompt, from_own = weights.split([P, t], 3)
     mixed = torch.einsum("nkhgp,nhpd->nkhgd", from_prompt.view(N, K, heads, G, P), layer.prompt_values)
     return (mixed.reshape(R, heads, G, -1) + from_own @ value[:, :, :t]).reshape(R, 1, heads * G, -1), None
+
+
+def in_triton(*tensors):
+    """`decode_triton.attend`, imported at its first use, because Triton is not installed everywhere."""
+    from speed import decode_triton
+
+    return decode_triton.attend(*tensors)
 
 
 AttentionInterface.register("grace", attend)
@@ -181,13 +186,7 @@ def can_fuse(H, heads, d, dtype, device):
         return False
     zeros = lambda *shape: torch.zeros(shape, dtype=dtype, device=device)
     own, mask, at = zeros(1, heads, 1, d), torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device), zeros(1).long()
-
-    def trial():
-        from speed import decode_triton
-
-        decode_triton.attend(zeros(1, H, 1, d), own, own, mask, own, own, at, 1.0)
-
-    return runs("the decoding's attention", trial)
+    return runs("the decoding's attention", lambda: in_triton(zeros(1, H, 1, d), own, own, mask, own, own, at, 1.0))
 
 
 @functools.cache

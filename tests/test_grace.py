@@ -18,7 +18,7 @@ from grace import Trainer, advantages, clipped_objective, judge, kl_k2, kl_k3, s
 from plumbing.errors import GraceError
 from policy import Policy
 from prompt import Reading
-from reward import infonce, infonce_components, paper_components
+from reward import infonce_components, paper_components
 from rollout import make_batch, roll_out, sample, score, uniforms
 
 # ---------------------------------------------------------------- advantage, objective, KL
@@ -164,9 +164,8 @@ def test_full_gradient_is_exact(enumerable, reward):
         return {"query": anchors[:2, None], "positive": h.expand(2, -1, -1), "negative": anchors[2].expand(2, 1, 1, D)}
 
     def rewards_of(h):
-        if reward == "infonce":
-            return infonce(h.expand(2, -1, -1), anchors[:2, None], given.infonce_temperature)[0] / given.tau
-        return paper_components(roles_of(h))["contrastive"][0] / given.tau
+        components = paper_components(roles_of(h)) if reward == "paper" else infonce_components(roles_of(h), "positive", 0.3)
+        return components["contrastive"][0] / given.tau
 
     scores = score(policy, every)
     probability = scores.logprobs.sum(-1).exp()[0]  # [13]
