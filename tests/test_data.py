@@ -86,6 +86,12 @@ def test_every_row_has_as_many_negatives(tmp_path, capsys):
     assert capsys.readouterr().out == f"{path}, line 3: has 1 negatives, others have more; 1 of each row are used\n"
 
 
+def test_columns_that_are_not_used_are_named(tmp_path, capsys):
+    path = write(tmp_path / "x.jsonl", [{"id": 3, "query": "a", "positive": "b", "easy_negative": "c"}])
+    assert read_triplets(path)[0]["negative"] == []
+    assert capsys.readouterr().out == f"{path}: columns that are not used: id, easy_negative\n"
+
+
 def test_a_missing_column_is_told_with_those_that_exist(tmp_path):
     with pytest.raises(GraceError, match=re.escape("no column 'positive' (looked for: positive|pos|sent1); it has query, id")):
         read_triplets(write(tmp_path / "x.jsonl", [{"query": "a", "id": 1}]))
