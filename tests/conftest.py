@@ -4,9 +4,11 @@ import copy
 import json
 import os
 import shutil
+import signal
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that starts the tests in the background has it ignored
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
