@@ -128,8 +128,12 @@ class PromptTemplate:
         No character of a text becomes a control token. Raises GraceError for a text that is not Unicode.
         """
         for text in texts:
-            if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
-                raise GraceError(f"a text holds half a character (a lone surrogate), so it is not Unicode: {text!r:.60}")
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:
+                raise GraceError(
+                    f"a text holds half a character (a lone surrogate), so it is not Unicode: {text!r:.60}"
+                ) from error
         strings = [self.render(text) for text in texts]
         encoded = self.tokenizer(strings, add_special_tokens=False, return_offsets_mapping=True)
         rows = []
@@ -166,7 +170,8 @@ class PromptTemplate:
             # The tokenizer says which characters each token covers, so what counts is exact: a token
             # that straddles a boundary holds some of the text, and counts as text.
             n_before = sum(end <= len(self.prefix) for _, end in offsets)
-            n_after = sum(start >= len(self.render(text)) - len(self.suffix) for start, _ in offsets)
+            text_end = len(self.render(text)) - len(self.suffix)
+            n_after = sum(start >= text_end for start, _ in offsets)
             row = self._shorten(ids, n_before, n_after)
             rows.append(row)
             before.append(n_before)
