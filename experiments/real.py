@@ -3,12 +3,12 @@
     python experiments/real.py                                        the runs, and how many seeds of each have a record
     python experiments/real.py start                                  the supervised start that the runs words-... begin from
     python experiments/real.py captions-grace --seed 1                one run; its record becomes a line of real.jsonl
-    python experiments/real.py captions-grace --choose --lr 3e-5      a try, with any setting of config.py, on rows for choosing
+    python experiments/real.py captions-grace --part choose --lr 3e-5   a try: any setting of a run, on rows for choosing
     python experiments/real.py page                                   the tables of docs/results.md
 
 Every record has all four ways to embed a text: the prompt alone, the text read twice (Echo embeddings, the control that
-needs no rationale), the prompt with its rationale, and the text read twice with a rationale written about it. Data are files
-that the folder --data-dir holds (see `jsonl`). A run that was stopped continues from its newest checkpoint.
+needs no rationale), the prompt with its rationale, and the text read twice with a rationale written about it. A run that was
+stopped continues from its newest checkpoint.
 """
 
 import argparse
@@ -42,13 +42,14 @@ PAGE = os.path.join(records.ROOT, "docs", "results.md")
 # ---------------------------------------------------------------- the runs: plain dicts
 
 SHARED = dict(batch=16, lr=5e-5, lr_decay=True, max_prompt_tokens=256, dtype="bfloat16", eval_every=0)
-SHARED |= dict(part="table", pairs=200)  # held-out rows of the table or for choosing; pairs per similarity task, 0: none
+SHARED |= dict(part="table", pairs=200)  # which held-out rows (or: "choose"); at most so many pairs per similarity task
+KEYWORDS = dict(model="chat", instruction="Give the keywords of the text, separated by commas.", max_new_tokens=24)
+WORD = dict(model="start", instruction="Name the word for this.", max_new_tokens=8)
 DATA = {  # where a run's rows are from, which model it starts from, and what that is told
-    "captions": dict(data="captions", model="chat", instruction="Give the keywords of the text, separated by commas."),
-    "dictionary": dict(data="dictionary", model="chat", instruction="Give the keywords of the text, separated by commas."),
-    "words": dict(data="dictionary", model="start", instruction="Name the word for this."),
+    "captions": KEYWORDS | dict(data="captions"),
+    "dictionary": KEYWORDS | dict(data="dictionary"),
+    "words": WORD | dict(data="dictionary"),
 }
-LENGTH = {"captions": dict(max_new_tokens=24), "dictionary": dict(max_new_tokens=24), "words": dict(max_new_tokens=8)}
 LOSS = dict(trainer="contrastive", steps=110, text_weight=0.1)
 FULL = dict(trainer="GRACE", rollouts=4, steps=45, text_weight=0.1, pathwise=1.0)
 REWARD = dict(pathwise=0.0, temperature=1.0, length_normalize=True, kl=0.02)
@@ -75,19 +76,15 @@ LABELS = {
     "unlabelled": "GRACE, full, without labels",
 }
 CHOSEN = {}  # what the tries on the rows for choosing changed: {name of a run: settings}
-RUNS = {
-    f"{data}-{row}": SHARED | DATA[data] | LENGTH[data] | ROWS[row] | CHOSEN.get(f"{data}-{row}", {})
-    for data in DATA
-    for row in ROWS
-}
-RUNS["start"] = RUNS["words-untrained"] | dict(
-    data="start", model="chat", trainer="start", batch=64, lr=1e-4, steps=110, pairs=0
-)
+NAMES = {f"{data}-{row}": (data, row) for data in DATA for row in ROWS}
+RUNS = {name: SHARED | DATA[data] | ROWS[row] | CHOSEN.get(name, {}) for name, (data, row) in NAMES.items()}
+START = dict(data="start", model="chat", trainer="start", batch=64, lr=1e-4, steps=110, part="choose")
+RUNS["start"] = SHARED | WORD | START
 
 WAYS = {
     "prompt": dict(rationale=False),
     "text twice": dict(rationale=False, twice=True),
-    "rationale": dict(),
+    "rationale": {},
     "twice and rationale": dict(twice=True),
 }
 TASKS = "STSBenchmark", "STS12", "STS13", "STS17", "SICK-R"
@@ -236,7 +233,7 @@ def measure(policy, rows, run, folder, temperature):
             stats["words"] = float(np.mean([len(rationale.split()) for rationale in rationales]))
             stats |= describe(rows, list(zip(rationales[: len(rows)], rationales[len(rows) :])))
             stats |= headroom(policy, rows, positives, temperature)
-        if run["pairs"]:
+        if run["part"] == "table":
             scores["sts"] = similarity(encoder.encode, run["pairs"], folder)
         stats["ways"][way] = scores
     return stats | {"text_loss": text_loss(policy, texts)}
@@ -249,12 +246,9 @@ def make(run, folder, args):
     model = {"chat": args.model, "start": os.path.join(args.out, "start-seed-0")}[run["model"]]
     config = records.config_of(run, model=model, out=out, data=data, heldout=heldout, resume=True)
     policy = Policy.load(config.model, config.device, config.dtype, **config.reading)
-    shown = [row["query"] for row in rows[:12]]
-    before = encode_texts(policy, shown).rationales
-    record = {
-        "run": run,
-        "before": {"text_loss": text_loss(policy, [row[role] for role in ("query", "positive") for row in rows])},
-    }
+    texts = [row[role] for role in ("query", "positive") for row in rows]
+    record = {"name": args.name, "run": run, "before": {"text_loss": text_loss(policy, texts)}}
+    written = [texts[:12], encode_texts(policy, texts[:12]).rationales]
     if run["trainer"] != "none":
         write_rows(data, training_rows(run, args.data_dir))
         write_rows(heldout, [{role: row[role] for role in ("query", "positive")} for row in rows[:12]])
@@ -263,8 +257,8 @@ def make(run, folder, args):
         record["step_s"] = float(np.median([line["step_s"] for line in read_metrics(os.path.join(out, "metrics.jsonl"))]))
         policy = Policy.load(out, config.device, config.dtype)
     record["after"] = measure(policy, rows, run, args.data_dir, config.temperature)
-    record["written"] = list(zip(shown, before, encode_texts(policy, shown).rationales))
-    return records.rounded(record | {"name": args.name, "revision": records.revision(), "versions": versions()})
+    record["written"] = list(zip(*written, encode_texts(policy, texts[:12]).rationales))
+    return records.rounded(record | {"revision": records.revision(), "versions": versions()})
 
 
 # ---------------------------------------------------------------- the page
@@ -331,7 +325,7 @@ def tried(known):
     lines = []
     for record in known:
         row, run = RUNS[record["name"]], record["run"]
-        changed = {k: v for k, v in run.items() if row.get(k) != v and k not in ("part", "pairs", "seed")}
+        changed = {k: v for k, v in run.items() if row.get(k) != v and k not in ("part", "seed")}
         best = best_way([record], SCORES["nDCG@10"])
         settings = ", ".join(f"{k} {v}" for k, v in changed.items()) or "as above"
         lines.append([record["name"], settings, best, f"{SCORES['nDCG@10'](record, best):.3f}"])
@@ -352,9 +346,8 @@ def page(known):
 
 def main(arguments):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", nargs="?", help="a run, or page; any setting of config.py may follow, as --NAME VALUE")
+    parser.add_argument("name", nargs="?", help="a run, or page; any setting of a run may follow, as --NAME VALUE")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--choose", action="store_true", help="measure on the rows for choosing, without similarity tasks")
     parser.add_argument("--full", action="store_true", help="all pairs of the similarity tasks: hours on a CPU")
     parser.add_argument("--model", default="runs/chat/model", help="the chat model's folder or hub id [runs/chat/model]")
     parser.add_argument("--data-dir", default=os.environ.get("DATA_DIR", "../shared/data"), help="[DATA_DIR, ../shared/data]")
@@ -372,12 +365,10 @@ def main(arguments):
     elif args.name not in RUNS or len(more) % 2:
         parser.error(f"{args.name!r} {' '.join(more)}: give a run's name, and settings as --NAME VALUE")
     else:
-        more = {flag[2:].replace("-", "_"): value for flag, value in zip(more[::2], more[1::2])}
-        changes = {
-            name: json.loads(value) if re.fullmatch(r"[-\d.e]+|true|false", value) else value for name, value in more.items()
-        }
-        part = dict(part="choose", pairs=0) if args.choose else dict(pairs=10**6) if args.full else {}
-        changes = {"seed": args.seed} | part | changes
+        changes = {"seed": args.seed} | ({"pairs": 10**6} if args.full else {})
+        for flag, value in zip(more[::2], more[1::2]):
+            number = re.fullmatch(r"[-\d.e]+|true|false", value)
+            changes[flag[2:].replace("-", "_")] = json.loads(value) if number else value
         folder = "-".join([args.name, *(f"{name}-{value}" for name, value in changes.items())])
         records.keep(make(RUNS[args.name] | changes, folder, args), RESULTS)
 
