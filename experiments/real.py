@@ -41,7 +41,7 @@ PAGE = os.path.join(records.ROOT, "docs", "results.md")
 
 # ---------------------------------------------------------------- the runs: plain dicts
 
-SHARED = dict(batch=16, lr=5e-5, lr_decay=True, max_prompt_tokens=256, dtype="bfloat16", eval_every=0)
+SHARED = dict(batch=16, lr=5e-5, lr_decay=True, max_prompt_tokens=256, eval_every=0)
 SHARED |= dict(part="table", pairs=200)  # which held-out rows (or: "choose"); at most so many pairs per similarity task
 KEYWORDS = dict(model="chat", instruction="Give the keywords of the text, separated by commas.", max_new_tokens=24)
 WORD = dict(model="start", instruction="Name the word for this.", max_new_tokens=8)
