@@ -159,20 +159,28 @@ class PromptTemplate:
             start += len(piece)
         return ids, offsets
 
-    def __call__(self, texts, share=True):
+    def __call__(self, texts, share=True, twice=False):
         """P(x) of each text. If a prompt is over the limit, the end of its text is cut.
 
         share=False: plain left padding, the instruction in every row. Raises GraceError if the template
         alone is longer than the limit.
+        twice=True: the text, a blank line and the text again, of which only the second reading counts: each of its tokens
+        has the whole text before it (Echo embeddings, Springer et al. 2024). Over the limit, both readings lose their end.
         """
+        if twice:
+            texts = [f"{text.strip()}\n\n{text.strip()}" for text in texts]
         rows, before, after, cut = [], [], [], []
         for text, (ids, offsets) in zip(texts, self.encode(texts)):
             # The tokenizer says which characters each token covers, so what counts is exact: a token
             # that straddles a boundary holds some of the text, and counts as text.
-            n_before = sum(end <= len(self.prefix) for _, end in offsets)
             text_end = len(self.render(text)) - len(self.suffix)
+            text_start = text_end + 1 - len(text) // 2 if twice else len(self.prefix)
+            n_before = sum(end <= text_start for _, end in offsets)
             n_after = sum(start >= text_end for start, _ in offsets)
-            row = self._shorten(ids, n_before, n_after)
+            row = ids
+            if twice and (excess := (len(ids) - self.reading.max_prompt_tokens) // 2) > 0:  # the first reading's half of it
+                row, n_before = ids[: n_before - excess] + ids[n_before:], n_before - excess
+            row = self._shorten(row, n_before, n_after)
             rows.append(row)
             before.append(n_before)
             after.append(n_after)

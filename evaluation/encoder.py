@@ -56,13 +56,13 @@ def token_batches(texts, tokens_per_batch, policy):
 
 
 @torch.inference_mode()
-def encode_batch(policy, texts, temperature=0.0, seed=0, rationale=True):
+def encode_batch(policy, texts, temperature=0.0, seed=0, rationale=True, twice=False):
     """One batch of texts, greedy or sampled, or the prompts alone (the paper's Base): `[(vector, rationale, cut, finished)]`.
 
     What is sampled about a text depends on seed and text alone, not on the batch it is in. An empty text is
-    allowed: its prompt still has tokens that count.
+    allowed: its prompt still has tokens that count. twice: texts are read twice (prompt.py), with or without a rationale.
     """
-    prompts = policy.template(texts)
+    prompts = policy.template(texts, twice=twice)
     if rationale:
         T, uniform = policy.reading.max_new_tokens, None
         if temperature:
@@ -78,11 +78,11 @@ def encode_batch(policy, texts, temperature=0.0, seed=0, rationale=True):
     return list(zip(vectors.float().cpu().numpy(), rationales, prompts.cut.tolist(), finished))
 
 
-def encode_texts(policy, texts, temperature=0.0, seed=0, rationale=True, tokens_per_batch=8192):
+def encode_texts(policy, texts, temperature=0.0, seed=0, rationale=True, twice=False, tokens_per_batch=8192):
     """Any number of texts, greedy by default; equal ones are read once. `-> Encoded`."""
     known = {}
     for batch in token_batches(dict.fromkeys(texts), tokens_per_batch, policy):
-        known |= zip(batch, encode_batch(policy, batch, temperature, seed, rationale))
+        known |= zip(batch, encode_batch(policy, batch, temperature, seed, rationale, twice))
     vectors, rationales, cut, finished = zip(*(known[text] for text in texts))
     return Encoded(np.stack(vectors), list(rationales), np.array(cut), np.array(finished))
 
@@ -131,6 +131,7 @@ class GraceEncoder:
     model        a checkpoint folder, hub id, or Policy
     temperature  0 is greedy; above it rationales are sampled, with `seed`
     rationale    False embeds the prompt alone: the paper's Base
+    twice        the text is read twice, and its second reading counts (prompt.py): the control for a rationale
     cache        a folder for the memory, or None to keep it in this process only
     reading      instruction, max_prompt_tokens, max_new_tokens, pooling: default as the checkpoint says
 
@@ -138,7 +139,7 @@ class GraceEncoder:
     """
 
     def __init__(
-        self, model, cache=None, temperature=0.0, seed=0, rationale=True, tokens_per_batch=8192,
+        self, model, cache=None, temperature=0.0, seed=0, rationale=True, twice=False, tokens_per_batch=8192,
         device=None, dtype=None, progress=False, **reading,
     ):  # fmt: skip
         if temperature < 0:
@@ -147,7 +148,7 @@ class GraceEncoder:
             raise GraceError("a Policy brings its own reading, device and dtype: give them to Policy.load instead")
         if not isinstance(model, Policy):
             model = Policy.load(model, pick_device(device), dtype, **reading).freeze()
-        self.policy, self.options = model, (temperature, seed, rationale)
+        self.policy, self.options = model, (temperature, seed, rationale, twice)
         self.tokens_per_batch, self.progress = tokens_per_batch, progress
         self.n_requested, self.n_read, self.flags = 0, 0, {}  # flags: {key: (cut, finished)}
         self.settings = {
@@ -156,6 +157,7 @@ class GraceEncoder:
             "template": [model.template.prefix, model.template.suffix],
             "end_tokens": model.end_ids.tolist(),
             "rationale": rationale,
+            "twice": twice,
             "temperature": temperature,
             "seed": seed if temperature else None,
             "dtype": model.dtype,

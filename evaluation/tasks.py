@@ -307,14 +307,14 @@ def evaluate_tasks(encode, tasks, data_dir=None):
 # ---------------------------------------------------------------- held-out rows of a training run
 
 
-def evaluate_heldout(policy, heldout, graded=None, rationale=True, temperature=1.0):
+def evaluate_heldout(policy, heldout, graded=None, rationale=True, temperature=1.0, twice=False):
     """Held-out rows and graded pairs to scores by name: `evaluate_triplets` or `evaluate_texts`, as the rows are."""
     if heldout and "text" in heldout[0]:
-        return evaluate_texts(policy, [row["text"] for row in heldout], graded, rationale, temperature)
-    return evaluate_triplets(policy, heldout, graded, rationale)
+        return evaluate_texts(policy, [row["text"] for row in heldout], graded, rationale, temperature, twice)
+    return evaluate_triplets(policy, heldout, graded, rationale, twice)
 
 
-def evaluate_triplets(policy, heldout, graded=None, rationale=True):
+def evaluate_triplets(policy, heldout, graded=None, rationale=True, twice=False):
     """Held-out triplets, greedy: does a query find its positive among all positives and hard negatives?
 
     Returns nDCG@10, top-1 accuracy, with `graded` the Spearman correlation of cosine and score, and what
@@ -326,7 +326,7 @@ def evaluate_triplets(policy, heldout, graded=None, rationale=True):
     documents = list(dict.fromkeys([r["positive"] for r in heldout] + [n for r in heldout for n in r["negative"]]))
     one, two, _ = graded or ([], [], [])
     texts = list(dict.fromkeys([*relevant, *documents, *one, *two]))
-    encoded = encode_texts(policy, texts, rationale=rationale)
+    encoded = encode_texts(policy, texts, rationale=rationale, twice=twice)
     encode = _lookup(texts, encoded.vectors)
     ranked = search(encode, {d: d for d in documents}, {q: q for q in relevant}, relevant)
     result = {
@@ -338,7 +338,7 @@ def evaluate_triplets(policy, heldout, graded=None, rationale=True):
     return result | (describe_rationales(policy, [*relevant, *documents], encoded) if rationale else {})
 
 
-def evaluate_texts(policy, texts, graded=None, rationale=True, temperature=1.0):
+def evaluate_texts(policy, texts, graded=None, rationale=True, temperature=1.0, twice=False):
     """Held-out texts without labels: does a text find itself by another rationale, among all the others?
 
     Returns nDCG@10 of one sampled rationale's embedding against a second one's of every text (`self_ndcg_at_10`), and
@@ -347,9 +347,10 @@ def evaluate_texts(policy, texts, graded=None, rationale=True, temperature=1.0):
     and what `describe_rationales` says. Without rationales a text has one embedding: uniformity and correlation alone.
     """
     texts, result = list(dict.fromkeys(texts)), {}
-    greedy = encode_texts(policy, texts, rationale=rationale)
+    read = functools.partial(encode_texts, policy, rationale=rationale, twice=twice)
+    greedy = read(texts)
     if rationale:
-        one, two = (encode_texts(policy, texts, temperature=temperature, seed=seed).vectors for seed in (0, 1))
+        one, two = (read(texts, temperature=temperature, seed=seed).vectors for seed in (0, 1))
         scores = one @ two.T
         rank = (scores >= scores.diagonal()[:, None]).sum(1)  # 1 is best; a tie counts against the text
         result["self_ndcg_at_10"] = float(np.where(rank <= 10, 1 / np.log2(rank + 1), 0).mean())
@@ -358,7 +359,7 @@ def evaluate_texts(policy, texts, graded=None, rationale=True, temperature=1.0):
         apart = (2 - 2 * greedy.vectors @ greedy.vectors.T)[~np.eye(len(texts), dtype=bool)]
         result["uniformity"] = float(np.log(np.exp(-2 * apart).mean()))
     if graded:
-        result["spearman"] = graded_spearman(lambda texts: encode_texts(policy, texts, rationale=rationale).vectors, graded)
+        result["spearman"] = graded_spearman(lambda texts: read(texts).vectors, graded)
     return result | (describe_rationales(policy, texts, greedy) if rationale else {})
 
 

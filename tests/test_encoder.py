@@ -120,9 +120,15 @@ def test_another_reading_is_another_memory(make_policy, read, tmp_path):
     policies = [make_policy(), make_policy(seed=1), make_policy(max_new_tokens=3), make_policy(pooling="eos")]
     for policy in policies:
         GraceEncoder(policy, cache=tmp_path).encode(TEXTS[:1])
-    for more in ({"rationale": False}, {"temperature": 1.0}, {"temperature": 0.5}, {"temperature": 1.0, "seed": 1}):
+    for more in (
+        {"rationale": False},
+        {"twice": True},
+        {"temperature": 1.0},
+        {"temperature": 0.5},
+        {"temperature": 1.0, "seed": 1},
+    ):
         GraceEncoder(policies[0], cache=tmp_path, **more).encode(TEXTS[:1])
-    assert len(read) == 8 and len(os.listdir(tmp_path)) == 8
+    assert len(read) == 9 and len(os.listdir(tmp_path)) == 9
 
 
 def test_models_with_other_settings_have_another_fingerprint(make_policy, tmp_path):
