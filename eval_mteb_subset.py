@@ -114,12 +114,12 @@ def evaluate(args):
         except OSError as error:
             raise GraceError(f"--out {args.out}: cannot be written ({error.strerror})") from error
     encoder = GraceEncoder(
-        args.model, args.cache or None, args.temperature, args.seed, not args.no_rationale, args.tokens_per_batch,
-        args.device, args.dtype, progress=True, instruction=args.instruction, max_prompt_tokens=args.max_prompt_tokens,
-        max_new_tokens=args.max_new_tokens, pooling=args.pooling,
+        args.model, args.cache or None, args.temperature, args.seed, not args.no_rationale, device=args.device,
+        dtype=args.dtype, tokens_per_batch=args.tokens_per_batch, progress=True, instruction=args.instruction, pooling=args.pooling,
+        max_prompt_tokens=args.max_prompt_tokens, max_new_tokens=args.max_new_tokens,
     )  # fmt: skip
     for name in chosen:
-        results |= evaluate_tasks(encoder.encode, [name], args.data_dir)
+        results |= evaluate_tasks(encoder.encode, [name], args.data_dir, encoder.encode_document)
         print(f"{name}: {100 * results[name]['main_score']:.2f}  ({results[name]['seconds']:.1f} s)", flush=True)
     counts, seconds = encoder.counts, time.time() - start
     print("\n" + table(results))

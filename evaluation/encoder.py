@@ -9,6 +9,7 @@ Shapes: n texts, D hidden size.
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -149,6 +150,7 @@ class GraceEncoder:
         if not isinstance(model, Policy):
             model = Policy.load(model, pick_device(device), dtype, **reading).freeze()
         self.policy, self.options = model, (temperature, seed, rationale, twice)
+        self._same = dict(cache=cache, twice=twice, tokens_per_batch=tokens_per_batch, progress=progress)
         self.tokens_per_batch, self.progress = tokens_per_batch, progress
         self.n_requested, self.n_read, self.flags = 0, 0, {}  # flags: {key: (cut, finished)}
         self.settings = {
@@ -198,6 +200,17 @@ class GraceEncoder:
             return self.encode([texts])[0]
         known = self._read(texts)
         return np.stack([known[text][0] for text in texts])
+
+    encode_query = encode
+
+    def encode_document(self, texts):
+        """`encode` for texts that are searched: by the prompt alone where the checkpoint's `documents` says so."""
+        return (self if self.policy.reading.documents == "rationale" else self._reader).encode(texts)
+
+    @functools.cached_property
+    def _reader(self):
+        """The encoder of documents that are read and not written about."""
+        return GraceEncoder(self.policy, rationale=False, **self._same)
 
     def rationales(self, texts):
         """`list[str] -> list[str]`: what the policy wrote about each text, empty where it writes none; one `str -> str`."""
