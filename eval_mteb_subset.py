@@ -31,17 +31,24 @@ from pool import POOLS
 ALL = "all 16 tasks"
 
 
-def mteb_encoder(encoder, name="grace/checkpoint", revision="1"):
-    """Wraps any encoder for `mteb.evaluate` (mteb 2.x, which has to be installed)."""
+def mteb_encoder(encoder, documents=None):
+    """Wraps an encoder, with its own name and revision, for `mteb.evaluate` (mteb 2.x, which has to be installed).
+
+    documents: another encoder for the documents of retrieval tasks. With `GraceEncoder(encoder.policy, rationale=False)`
+    queries think, and documents, which are many, are only read.
+    """
     from mteb.models.abs_encoder import AbsEncoder
     from mteb.models.model_meta import ModelMeta
+    from mteb.types import PromptType
 
     class MtebEncoder(AbsEncoder):
         def __init__(self):
-            self.mteb_model_meta = ModelMeta.create_empty(overwrites={"name": name, "revision": revision})
+            revision = "-".join(x.revision for x in (encoder, documents) if x)
+            self.mteb_model_meta = ModelMeta.create_empty(overwrites={"name": encoder.name, "revision": revision})
 
         def encode(self, inputs, *, task_metadata, hf_split, hf_subset, prompt_type=None, **kwargs):
-            return encoder.encode([text for batch in inputs for text in batch["text"]])
+            reader = documents if documents and prompt_type == PromptType.document else encoder
+            return reader.encode([text for batch in inputs for text in batch["text"]])
 
     return MtebEncoder()
 

@@ -136,7 +136,8 @@ class GraceEncoder:
     cache        a folder for the memory, or None to keep it in this process only
     reading      instruction, max_prompt_tokens, max_new_tokens, pooling: default as the checkpoint says
 
-    Equal texts get equal vectors. An empty text is embedded: its prompt still has tokens that count.
+    Equal texts get equal vectors. An empty text is embedded: its prompt still has tokens that count. `name` and `revision`
+    say who reads: the revision is another one if a weight or any setting that changes a vector is.
     """
 
     def __init__(
@@ -164,11 +165,13 @@ class GraceEncoder:
             "seed": seed if temperature else None,
             "dtype": model.dtype,
         }
+        source = model.model.name_or_path  # a hub id has an owner; a folder gets one
+        self.name = source if source.count("/") == 1 and not os.path.isdir(source) else f"grace/{os.path.basename(source)}"
+        self.revision = hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()[:16]
         self.path = ":memory:"
         if cache is not None:
             os.makedirs(cache, exist_ok=True)
-            name = hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()[:16]
-            self.path = os.path.join(cache, f"{name}.sqlite")
+            self.path = os.path.join(cache, f"{self.revision}.sqlite")
         self.memory = sqlite3.connect(self.path, timeout=60)
         self.memory.execute(
             "CREATE TABLE IF NOT EXISTS texts (key BLOB PRIMARY KEY, vector BLOB, rationale TEXT, cut INT, finished INT)"
