@@ -31,24 +31,19 @@ from pool import POOLS
 ALL = "all 16 tasks"
 
 
-def mteb_encoder(encoder, documents=None):
-    """Wraps an encoder, with its own name and revision, for `mteb.evaluate` (mteb 2.x, which has to be installed).
-
-    documents: another encoder for the documents of retrieval tasks. With `GraceEncoder(encoder.policy, rationale=False)`
-    queries think, and documents, which are many, are only read.
-    """
+def mteb_encoder(encoder):
+    """Wraps a `GraceEncoder`, with its own name and revision, for `mteb.evaluate` (mteb 2.x, which has to be installed)."""
     from mteb.models.abs_encoder import AbsEncoder
     from mteb.models.model_meta import ModelMeta
     from mteb.types import PromptType
 
     class MtebEncoder(AbsEncoder):
         def __init__(self):
-            revision = "-".join(x.revision for x in (encoder, documents) if x)
-            self.mteb_model_meta = ModelMeta.create_empty(overwrites={"name": encoder.name, "revision": revision})
+            self.mteb_model_meta = ModelMeta.create_empty(overwrites={"name": encoder.name, "revision": encoder.revision})
 
         def encode(self, inputs, *, task_metadata, hf_split, hf_subset, prompt_type=None, **kwargs):
-            reader = documents if documents and prompt_type == PromptType.document else encoder
-            return reader.encode([text for batch in inputs for text in batch["text"]])
+            encode = encoder.encode_document if prompt_type == PromptType.document else encoder.encode
+            return encode([text for batch in inputs for text in batch["text"]])
 
     return MtebEncoder()
 
@@ -122,8 +117,8 @@ def evaluate(args):
             raise GraceError(f"--out {args.out}: cannot be written ({error.strerror})") from error
     encoder = GraceEncoder(
         args.model, args.cache or None, args.temperature, args.seed, not args.no_rationale, device=args.device,
-        dtype=args.dtype, tokens_per_batch=args.tokens_per_batch, progress=True, instruction=args.instruction, pooling=args.pooling,
-        max_prompt_tokens=args.max_prompt_tokens, max_new_tokens=args.max_new_tokens,
+        dtype=args.dtype, tokens_per_batch=args.tokens_per_batch, progress=True, instruction=args.instruction,
+        max_prompt_tokens=args.max_prompt_tokens, max_new_tokens=args.max_new_tokens, pooling=args.pooling,
     )  # fmt: skip
     for name in chosen:
         results |= evaluate_tasks(encoder.encode, [name], args.data_dir, encoder.encode_document)
