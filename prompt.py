@@ -24,6 +24,8 @@ INSTRUCTION = (
     "sentences what the text is about as a whole, in words that would fit any text of the same meaning."
 )
 
+DOCUMENTS = "rationale", "prompt"
+
 
 @dataclass
 class Reading:
@@ -33,8 +35,11 @@ class Reading:
     max_prompt_tokens: int = 1024
     max_new_tokens: int = 256
     pooling: str = "mean"
+    documents: str = "rationale"  # what a positive or negative is embedded with; "prompt": queries think, documents are read
 
     def __post_init__(self):
+        if self.documents not in DOCUMENTS:
+            raise GraceError(f"unknown documents {self.documents!r}: choose one of {', '.join(DOCUMENTS)}")
         if self.pooling not in POOLS:
             raise GraceError(f"unknown pooling {self.pooling!r}: choose one of {', '.join(POOLS)}")
         if self.max_new_tokens < 1 or self.max_prompt_tokens < 1:
@@ -165,7 +170,7 @@ class PromptTemplate:
         share=False: plain left padding, the instruction in every row. Raises GraceError if the template
         alone is longer than the limit.
         twice=True: the text, a blank line and the text again, of which only the second reading counts: each of its tokens
-        has the whole text before it (Echo embeddings, Springer et al. 2024). Over the limit, both readings lose their end.
+        has the whole text before it (Echo embeddings, Springer et al. 2024). Over the limit, the second reading loses its end.
         """
         if twice:
             texts = [f"{text.strip()}\n\n{text.strip()}" for text in texts]
@@ -177,10 +182,7 @@ class PromptTemplate:
             text_start = text_end + 1 - len(text) // 2 if twice else len(self.prefix)
             n_before = sum(end <= text_start for _, end in offsets)
             n_after = sum(start >= text_end for start, _ in offsets)
-            row = ids
-            if twice and (excess := (len(ids) - self.reading.max_prompt_tokens) // 2) > 0:  # the first reading's half of it
-                row, n_before = ids[: n_before - excess] + ids[n_before:], n_before - excess
-            row = self._shorten(row, n_before, n_after)
+            row = self._shorten(ids, n_before, n_after)
             rows.append(row)
             before.append(n_before)
             after.append(n_after)

@@ -9,6 +9,7 @@ Shapes: n texts, D hidden size.
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -135,7 +136,8 @@ class GraceEncoder:
     cache        a folder for the memory, or None to keep it in this process only
     reading      instruction, max_prompt_tokens, max_new_tokens, pooling: default as the checkpoint says
 
-    Equal texts get equal vectors. An empty text is embedded: its prompt still has tokens that count.
+    Equal texts get equal vectors. An empty text is embedded: its prompt still has tokens that count. `name` and `revision`
+    say who reads: the revision is another one if a weight or any setting that changes a vector is.
     """
 
     def __init__(
@@ -149,6 +151,7 @@ class GraceEncoder:
         if not isinstance(model, Policy):
             model = Policy.load(model, pick_device(device), dtype, **reading).freeze()
         self.policy, self.options = model, (temperature, seed, rationale, twice)
+        self._same = dict(cache=cache, twice=twice, tokens_per_batch=tokens_per_batch, progress=progress)
         self.tokens_per_batch, self.progress = tokens_per_batch, progress
         self.n_requested, self.n_read, self.flags = 0, 0, {}  # flags: {key: (cut, finished)}
         self.settings = {
@@ -162,11 +165,13 @@ class GraceEncoder:
             "seed": seed if temperature else None,
             "dtype": model.dtype,
         }
+        source = model.model.name_or_path  # a hub id has an owner; a folder gets one
+        self.name = source if source.count("/") == 1 and not os.path.isdir(source) else f"grace/{os.path.basename(source)}"
+        self.revision = hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()[:16]
         self.path = ":memory:"
         if cache is not None:
             os.makedirs(cache, exist_ok=True)
-            name = hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()[:16]
-            self.path = os.path.join(cache, f"{name}.sqlite")
+            self.path = os.path.join(cache, f"{self.revision}.sqlite")
         self.memory = sqlite3.connect(self.path, timeout=60)
         self.memory.execute(
             "CREATE TABLE IF NOT EXISTS texts (key BLOB PRIMARY KEY, vector BLOB, rationale TEXT, cut INT, finished INT)"
@@ -198,6 +203,17 @@ class GraceEncoder:
             return self.encode([texts])[0]
         known = self._read(texts)
         return np.stack([known[text][0] for text in texts])
+
+    encode_query = encode
+
+    def encode_document(self, texts):
+        """`encode` for texts that are searched: by the prompt alone where the checkpoint's `documents` says so."""
+        return (self if self.policy.reading.documents == "rationale" else self._reader).encode(texts)
+
+    @functools.cached_property
+    def _reader(self):
+        """The encoder of documents that are read and not written about."""
+        return GraceEncoder(self.policy, rationale=False, **self._same)
 
     def rationales(self, texts):
         """`list[str] -> list[str]`: what the policy wrote about each text, empty where it writes none; one `str -> str`."""

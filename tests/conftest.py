@@ -79,9 +79,12 @@ def tokenizer():
 def make_policy(tokenizer):
     """A policy over a random network: `make_policy("Qwen2", pooling="max", double=True)`."""
 
-    def make(architecture="Llama", seed=0, double=False, max_new_tokens=6, pooling="mean", lora=None, dtype="float32", **overrides):
+    def make(
+        architecture="Llama", seed=0, double=False, max_new_tokens=6, pooling="mean", documents="rationale", lora=None,
+        dtype="float32", **overrides,
+    ):  # fmt: skip
         model = build(architecture, len(tokenizer), seed, **overrides)
-        reading = Reading(INSTRUCTION, max_prompt_tokens=64, max_new_tokens=max_new_tokens, pooling=pooling)
+        reading = Reading(INSTRUCTION, 64, max_new_tokens, pooling, documents)
         policy = Policy(model.double() if double else model, tokenizer, reading, dtype)
         return adapted(policy, lora) if lora else policy
 

@@ -12,6 +12,7 @@ from conftest import TEXTS
 import eval_mteb_subset
 from evaluation import encoder as encoder_module
 from evaluation.encoder import GraceEncoder, encode_batch, encode_texts, fingerprint, text_loss, token_batches
+from evaluation.tasks import evaluate_triplets
 from policy import Policy
 from pool import unit
 
@@ -114,6 +115,20 @@ def test_no_text_is_read_twice(make_policy, read, tmp_path):
     assert again.counts["read"] == 0 and again.counts["remembered"] == 3
     for name in ("distinct", "cut", "unfinished"):
         assert first.counts[name] == again.counts[name] > 0
+
+
+def test_documents_may_be_read_alone(make_policy):
+    """As queries do, they write, unless the checkpoint's reading says that their prompt is enough."""
+    policy = make_policy(documents="prompt")
+    encoder, bare = GraceEncoder(policy), GraceEncoder(policy, rationale=False).encode(TEXTS)
+    assert (encoder.encode_document(TEXTS) == bare).all() and not np.allclose(encoder.encode_query(TEXTS), bare, atol=1e-3)
+    writes = GraceEncoder(make_policy())
+    assert (writes.encode_document(TEXTS) == writes.encode(TEXTS)).all()
+    rows = [{"query": one, "positive": two, "negative": []} for one, two in zip(TEXTS, TEXTS[1:] + TEXTS[:1])]
+    found = [text for row in rows for text in (row["positive"],)]
+    scores = encoder.encode_query([row["query"] for row in rows]) @ encoder.encode_document(found).T
+    top1 = np.mean(scores.argmax(1) == np.arange(len(rows)))
+    assert evaluate_triplets(policy, rows)["top1"] == top1
 
 
 def test_another_reading_is_another_memory(make_policy, read, tmp_path):
