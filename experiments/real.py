@@ -219,11 +219,11 @@ def measure(policy, rows, run, folder, temperature):
     texts, stats = [row[role] for role in PAIR for row in rows], {"ways": {}}
     for way, options in WAYS.items():
         encoder, start = GraceEncoder(policy, **options), time.perf_counter()
-        queries, positives = np.split(encoder.encode(texts), 2)
+        queries, positives = encoder.encode(texts[: len(rows)]), encoder.encode_document(texts[len(rows) :])
         seconds = time.perf_counter() - start
         rank = ranks(queries, positives)
         scores = {"ndcg_at_10": float(np.where(rank <= 10, 1 / np.log2(rank + 1), 0).mean())}
-        scores["text_s"] = seconds / encoder.counts["distinct"]
+        scores["text_s"] = seconds / len(set(texts))
         if way == "rationale":
             rationales, counts = encoder.rationales(texts), encoder.counts
             stats["finished"] = 1 - counts["unfinished"] / counts["distinct"]
