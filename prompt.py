@@ -206,7 +206,7 @@ class PromptTemplate:
             return ids
         if n_before + n_after >= limit:
             raise GraceError(
-                f"the template and instruction alone take {n_before + n_after} tokens; "
+                f"instruction, template and, of a text that is read twice, its first reading take {n_before + n_after} tokens; "
                 f"max_prompt_tokens = {limit} leaves no room for a text"
             )
         return ids[: limit - n_after] + ids[len(ids) - n_after :]

@@ -79,7 +79,7 @@ def encode_batch(policy, texts, temperature=0.0, seed=0, rationale=True, twice=F
     return list(zip(vectors.float().cpu().numpy(), rationales, prompts.cut.tolist(), finished))
 
 
-def encode_texts(policy, texts, temperature=0.0, seed=0, rationale=True, twice=False, tokens_per_batch=8192):
+def encode_texts(policy, texts, temperature=0.0, seed=0, rationale=True, tokens_per_batch=8192, twice=False):
     """Any number of texts, greedy by default; equal ones are read once. `-> Encoded`."""
     known = {}
     for batch in token_batches(dict.fromkeys(texts), tokens_per_batch, policy):
@@ -141,8 +141,8 @@ class GraceEncoder:
     """
 
     def __init__(
-        self, model, cache=None, temperature=0.0, seed=0, rationale=True, twice=False, tokens_per_batch=8192,
-        device=None, dtype=None, progress=False, **reading,
+        self, model, cache=None, temperature=0.0, seed=0, rationale=True, tokens_per_batch=8192,
+        device=None, dtype=None, progress=False, twice=False, **reading,
     ):  # fmt: skip
         if temperature < 0:
             raise GraceError(f"temperature {temperature}: give 0 for greedy decoding, or more to sample")

@@ -53,31 +53,23 @@ DATA = {  # where a run's rows are from, which model it starts from, and what th
 LOSS = dict(trainer="contrastive", steps=110, text_weight=0.1)
 FULL = dict(trainer="GRACE", rollouts=4, steps=45, text_weight=0.1, pathwise=1.0)
 REWARD = dict(pathwise=0.0, temperature=1.0, length_normalize=True, kl=0.02)
-ROWS = {
-    "untrained": dict(trainer="none"),
-    "loss": LOSS,
-    "loss-twice": LOSS | dict(trainer="twice"),
-    "paper": dict(trainer="GRACE", recipe="paper", rollouts=4, steps=45),
-    "grace": FULL,
-    "no-grpo": FULL | dict(trainer="pathwise"),
-    "reward": FULL | REWARD,
-    "simcse": LOSS | dict(trainer="simcse", mode="unsupervised"),
-    "unlabelled": FULL | dict(mode="unsupervised"),
+ROWS = {  # a row's name on the command line: its name on the page, and its settings
+    "untrained": ("untrained", dict(trainer="none")),
+    "loss": ("InfoNCE as a loss", LOSS),
+    "loss-twice": ("InfoNCE as a loss, over texts read twice", LOSS | dict(trainer="twice")),
+    "paper": ("GRACE, the paper's recipe", dict(trainer="GRACE", recipe="paper", rollouts=4, steps=45)),
+    "grace": ("GRACE, full", FULL),
+    "no-grpo": ("the same without GRPO", FULL | dict(trainer="pathwise")),
+    "reward": ("by reward alone", FULL | REWARD),
+    "simcse": ("SimCSE, without labels", LOSS | dict(trainer="simcse", mode="unsupervised")),
+    "unlabelled": ("GRACE, full, without labels", FULL | dict(mode="unsupervised")),
 }
-LABELS = {
-    "untrained": "untrained",
-    "loss": "InfoNCE as a loss",
-    "loss-twice": "InfoNCE as a loss, over texts read twice",
-    "paper": "GRACE, the paper's recipe",
-    "grace": "GRACE, full",
-    "no-grpo": "the same without GRPO",
-    "reward": "by reward alone",
-    "simcse": "SimCSE, without labels",
-    "unlabelled": "GRACE, full, without labels",
+CHOSEN = {}  # what the tries on the rows for choosing changed: {"captions-grace": dict(lr=...)}
+RUNS = {
+    f"{data}-{row}": SHARED | DATA[data] | settings | CHOSEN.get(f"{data}-{row}", {})
+    for data in DATA
+    for row, (_, settings) in ROWS.items()
 }
-CHOSEN = {}  # what the tries on the rows for choosing changed: {name of a run: settings}
-NAMES = {f"{data}-{row}": (data, row) for data in DATA for row in ROWS}
-RUNS = {name: SHARED | DATA[data] | ROWS[row] | CHOSEN.get(name, {}) for name, (data, row) in NAMES.items()}
 START = dict(data="start", model="chat", trainer="start", batch=64, lr=1e-4, steps=110, part="choose")
 RUNS["start"] = SHARED | WORD | START
 
@@ -87,6 +79,7 @@ WAYS = {
     "rationale": {},
     "twice and rationale": dict(twice=True),
 }
+PAIR = "query", "positive"
 TASKS = "STSBenchmark", "STS12", "STS13", "STS17", "SICK-R"
 
 # ---------------------------------------------------------------- rows
@@ -102,27 +95,31 @@ def jsonl(folder, name):
 
 
 def training_rows(run, folder):
-    """Pairs of two definitions of a word, or of two captions of a picture; definitions and words; or their texts alone."""
+    """Pairs of two definitions of a word, of two captions of a picture, or of definition and word; or their texts alone.
+
+    None has a held-out text: synonyms share definitions.
+    """
     if run["data"] == "captions":
         pictures = jsonl(folder, "captions/flickr30k_train") + jsonl(folder, "captions/coco")
         drawn = random.Random(run["seed"])
         pairs = [drawn.sample(picture["captions"], 2) for picture in pictures]
     else:
-        names, file = (("definition", "word"), "start") if run["data"] == "start" else (("query", "positive"), "train")
+        names, file = (("definition", "word"), "start") if run["data"] == "start" else (PAIR, "train")
         pairs = [[row[name] for name in names] for row in jsonl(folder, f"dictionary/{file}")]
+    held_out = {row[role] for part in heldout_rows(run, folder).values() for row in part for role in PAIR}
+    pairs = [pair for pair in pairs if held_out.isdisjoint(pair)]
     if run.get("mode") == "unsupervised":
         return [{"text": text} for pair in pairs for text in pair]
-    return [{"query": query, "positive": positive} for query, positive in pairs]
+    return [dict(zip(PAIR, pair)) for pair in pairs]
 
 
 def heldout_rows(run, folder):
-    """Held-out rows, those for choosing settings or those of the table: 256 or 512 pictures, 200 or 200 words."""
+    """Held-out rows, those for choosing settings and those of the table: 256 and 512 pictures, or 200 and 200 words."""
     if run["data"] == "captions":
-        pairs = [picture["captions"][:2] for picture in jsonl(folder, "captions/flickr30k_heldout")]
-        rows, first, n = [{"query": query, "positive": positive} for query, positive in pairs], 256, 512
-    else:
-        rows, first, n = jsonl(folder, "dictionary/validation"), 200, 200
-    return rows[:first] if run["part"] == "choose" else rows[first : first + n]
+        rows = [dict(zip(PAIR, picture["captions"])) for picture in jsonl(folder, "captions/flickr30k_heldout")]
+        return {"choose": rows[:256], "table": rows[256:768]}
+    rows = jsonl(folder, "dictionary/validation")
+    return {"choose": rows[:200], "table": rows[200:]}
 
 
 class Start(LossTrainer):
@@ -219,14 +216,14 @@ def headroom(policy, rows, positives, temperature, K=16, queries=64):
 
 def measure(policy, rows, run, folder, temperature):
     """All that a record has of a policy: scores by way, and what its rationales are like."""
-    texts, stats = [row[role] for role in ("query", "positive") for row in rows], {"ways": {}}
+    texts, stats = [row[role] for role in PAIR for row in rows], {"ways": {}}
     for way, options in WAYS.items():
         encoder, start = GraceEncoder(policy, **options), time.perf_counter()
-        queries, positives = np.split(encoder.encode(texts), 2)
+        queries, positives = encoder.encode(texts[: len(rows)]), encoder.encode_document(texts[len(rows) :])
         seconds = time.perf_counter() - start
         rank = ranks(queries, positives)
         scores = {"ndcg_at_10": float(np.where(rank <= 10, 1 / np.log2(rank + 1), 0).mean())}
-        scores["text_s"] = seconds / encoder.counts["distinct"]
+        scores["text_s"] = seconds / len(set(texts))
         if way == "rationale":
             rationales, counts = encoder.rationales(texts), encoder.counts
             stats["finished"] = 1 - counts["unfinished"] / counts["distinct"]
@@ -242,16 +239,16 @@ def measure(policy, rows, run, folder, temperature):
 def make(run, folder, args):
     """Train a run in a folder of --out, or go on with it there, and measure it. `-> its record`."""
     out = os.path.join(args.out, folder)
-    data, heldout, rows = f"{out}.rows.jsonl", f"{out}.heldout.jsonl", heldout_rows(run, args.data_dir)
+    data, heldout, rows = f"{out}.rows.jsonl", f"{out}.heldout.jsonl", heldout_rows(run, args.data_dir)[run["part"]]
     model = {"chat": args.model, "start": os.path.join(args.out, "start-seed-0")}[run["model"]]
     config = records.config_of(run, model=model, out=out, data=data, heldout=heldout, resume=True)
     policy = Policy.load(config.model, config.device, config.dtype, **config.reading)
-    texts = [row[role] for role in ("query", "positive") for row in rows]
+    texts = [row[role] for role in PAIR for row in rows]
     record = {"name": args.name, "run": run, "before": {"text_loss": text_loss(policy, texts)}}
     written = [texts[:12], encode_texts(policy, texts[:12]).rationales]
     if run["trainer"] != "none":
         write_rows(data, training_rows(run, args.data_dir))
-        write_rows(heldout, [{role: row[role] for role in ("query", "positive")} for row in rows[:12]])
+        write_rows(heldout, [{role: row[role] for role in PAIR} for row in rows[:12]])
         del policy
         record["train_seconds"] = grace.train(config, TRAINERS[run["trainer"]])["seconds"]
         record["step_s"] = float(np.median([line["step_s"] for line in read_metrics(os.path.join(out, "metrics.jsonl"))]))
@@ -315,7 +312,7 @@ def tables(rows):
         lines.append([label, way, *(mean_and_range(x, 3) for x in values)])
     yield markdown(["similarity by task", "way", *TASKS], lines)
     for label, (record, *_) in rows.items():
-        if label == LABELS["grace"]:
+        if label == ROWS["grace"][0]:
             lines = [[text.replace("\n", " ").replace("|", "/") for text in one] for one in record["written"]]
             yield markdown(["text", "its rationale before", f"after {label}"], lines, ["---"] * 3)
 
@@ -336,7 +333,7 @@ def page(known):
     """The part of docs/results.md between its two marks."""
     parts, seeds = [], lambda name: [r for r in known if r["run"] == RUNS[name] | {"seed": r["run"]["seed"]}]
     for data in DATA:
-        rows = {LABELS[row]: group for row in ROWS if (group := seeds(f"{data}-{row}"))}
+        rows = {label: group for row, (label, _) in ROWS.items() if (group := seeds(f"{data}-{row}"))}
         if rows:
             parts += [[f"### {data.capitalize()}"], *tables(rows)]
     if tries := [record for record in known if record["run"]["part"] == "choose"]:

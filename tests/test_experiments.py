@@ -393,17 +393,16 @@ def made_up(folder):
 
 def test_real_text_from_rows_to_page(make_policy, tmp_path, monkeypatch, capsys):
     """The start, a loss, GRACE from that start and a try, in two steps each, and the page of their records."""
-    make_policy(max_position_embeddings=256).save(tmp_path / "model")
+    make_policy().save(tmp_path / "model")
     data = made_up(tmp_path / "data")
     monkeypatch.setattr(real, "RESULTS", str(tmp_path / "real.jsonl"))
     monkeypatch.setattr(real, "PAGE", str(tmp_path / "page.md"))
     monkeypatch.setattr(real, "TASKS", ("STSBenchmark", "SICK-R"))
-    brief = dict(batch=4, dtype="float32", max_new_tokens=6, pairs=9)
+    brief = dict(batch=4, max_prompt_tokens=64, max_new_tokens=6, pairs=9)
     for name, one in real.RUNS.items():
         monkeypatch.setitem(real.RUNS, name, one | brief | {k: 2 for k in ("steps", "rollouts") if k in one})
-    monkeypatch.setattr(
-        real, "heldout_rows", lambda run, folder, rows=real.heldout_rows: rows({**run, "part": "choose"}, folder)
-    )
+    few = real.heldout_rows  # the made-up files have as many rows as are for choosing
+    monkeypatch.setattr(real, "heldout_rows", lambda *given: dict.fromkeys(("choose", "table"), few(*given)["choose"]))
     given = ["--model", str(tmp_path / "model"), "--data-dir", str(data), "--out", str(tmp_path / "out")]
     runs = ["start", "words-untrained", "words-grace", "captions-loss-twice", "captions-simcse"]
     for name in runs:
@@ -415,7 +414,7 @@ def test_real_text_from_rows_to_page(make_policy, tmp_path, monkeypatch, capsys)
     assert words["before"]["text_loss"] == made["words-untrained"]["after"]["text_loss"] == made["start"]["after"]["text_loss"]
     assert len(words["written"]) == 12 and {"named", "any_of_16_names"} <= words["after"].keys()
     policy = real.Policy.load(str(tmp_path / "out" / "words-grace-seed-0"))
-    rows = [{**row, "negative": []} for row in real.heldout_rows(words["run"], data)]
+    rows = [{**row, "negative": []} for row in real.heldout_rows(words["run"], data)["table"]]
     for way, options in real.WAYS.items():
         score = evaluate_triplets(policy, rows, **options)["ndcg_at_10"]
         assert words["after"]["ways"][way]["ndcg_at_10"] == pytest.approx(score, rel=1e-4)

@@ -151,15 +151,14 @@ def test_a_text_read_twice(byte_tokenizer):
 
 
 def test_a_text_over_the_limit_that_is_read_twice(byte_tokenizer):
-    """Each reading loses its end, and both have as many tokens left, give or take the blank line between them."""
+    """The second reading loses its end; where the first alone is too long, that is said."""
     policy = byte_policy(byte_tokenizer)
-    x = policy.template(["a" + 80 * "b", "the cat"], twice=True)
-    (whole, _), (text, _) = (decoded(policy, x, mask) for mask in (x.mask, x.text))
-    first, second = whole.split("user\n")[1].split("<|im_end|>")[0].split("a")[1:]
-    assert x.cut.tolist() == [True, False] and x.mask[0].sum() == 100 and text == "a" + second
-    assert set(first) == set(second) == {"b"} and abs(len(first) - len(second)) <= 2
-    with pytest.raises(GraceError, match="leaves no room for a text"):
-        byte_policy(byte_tokenizer, max_prompt_tokens=20).template(["the cat sat on the mat"], twice=True)
+    x = policy.template(["a" + 30 * "b", "the cat"], twice=True)
+    whole, text = (decoded(policy, x, mask)[0] for mask in (x.mask, x.text))
+    assert x.cut.tolist() == [True, False] and x.mask[0].sum() == 100
+    assert text == "a" + (len(text) - 1) * "b" and f"user\na{30 * 'b'}\n\n{text}<|im_end|>\n<|im_start|>assistant" in whole
+    with pytest.raises(GraceError, match="its first reading take .* leaves no room for a text"):
+        policy.template(["a" + 80 * "b"], twice=True)
 
 
 DROPS_SYSTEM = "{% for m in messages %}{% if m.role == 'user' %}[{{ m.content }}]{% endif %}{% endfor %}"
