@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from plumbing import ranks
-from pool import fold, unit
+from pool import fold, unit, with_rationale
 
 LOGITS = 2**25  # logits held at a time when scoring: 134 MB in float32; four times as many on CUDA
 NO_GRADIENTS = 8  # a batch that is only sampled from may have so many times the tokens of one that learns
@@ -166,9 +166,10 @@ def sample(policy, prompts, K=1, temperature=0.0, uniform=None, writes=None):
     T = max(1, int(mask.sum(1).max()))
     by_group = lambda x: x.view(N, K, *x.shape[1:])
     ids, logprobs, mask = (by_group(x[:, :T]) for x in (ids, logprobs, mask))
+    embeddings = with_rationale(state, prompt.repeat_interleave(K, 0), pooling)
     return Rollouts(
         prompts.ids, prompts.mask, prompts.counted, prompts.cut, ids * mask, mask.long(), logprobs.where(mask, 0),
-        by_group(unit(state)), by_group(~writing), unit(prompt), prompts.n_shared,
+        by_group(embeddings), by_group(~writing), unit(prompt), prompts.n_shared,
     )  # fmt: skip
 
 
@@ -312,7 +313,8 @@ def score(policy, rollouts, temperature=1.0, text=True):
     positions = rollouts.prompt_mask.sum(1).repeat_interleave(K)[:, None] + torch.arange(T, device=ids.device)
     full_mask = torch.cat([rollouts.prompt_mask.repeat_interleave(K, 0), mask], 1)
     hidden, to_pool, _ = policy.forward(ids, full_mask, positions, cache)
-    embeddings = unit(fold(of_prompt.repeat_interleave(K, 0), to_pool, mask, pooling))
+    before = of_prompt.repeat_interleave(K, 0)
+    embeddings = with_rationale(fold(before, to_pool, mask, pooling), before, pooling)
     before = torch.cat([last, hidden[:, :-1]], 1)  # token t is predicted by the state before it
     keep = mask.bool()
     logprobs = token_logprobs(policy, before[keep], ids[keep], temperature)

@@ -35,11 +35,11 @@ SETTINGS, COPY = "grace_config.json", "grace_module"
 class GraceModule(torch.nn.Module):
     """A trained checkpoint, from a folder or the hub, as the one module of a SentenceTransformer.
 
-    model_kwargs and hub go to `from_pretrained`. Raises ValueError for a pooling other than the mean.
+    model_kwargs and hub go to `from_pretrained`. Raises ValueError for a pooling other than mean and halves.
     """
 
     __module__ = COPY  # the name under which modules.json finds the class: that of the copy in a saved folder
-    save_in_root, forward_kwargs = True, {"rationale"}
+    save_in_root, forward_kwargs = True, {"rationale", "task"}
 
     def __init__(self, folder, model_kwargs=None, **hub):
         super().__init__()
@@ -47,8 +47,8 @@ class GraceModule(torch.nn.Module):
         self.model = AutoModelForCausalLM.from_pretrained(folder, **{"dtype": torch.float32, **(model_kwargs or {})}, **hub)
         with open(cached_file(folder, SETTINGS, **hub), encoding="utf-8") as file:
             self.reading = json.load(file)
-        if self.reading.get("pooling", "mean") != "mean":
-            raise ValueError(f"{folder}: pooling {self.reading['pooling']}; only the mean is read here")
+        if self.reading.get("pooling", "mean") not in ("mean", "halves"):
+            raise ValueError(f"{folder}: pooling {self.reading['pooling']}; only mean and halves are read here")
         context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or float("inf")
         self.max_seq_length = min(self.reading["max_prompt_tokens"], context - self.reading["max_new_tokens"])
         of_model = self.model.generation_config.eos_token_id, getattr(self.model.config, "eos_token_id", None)
@@ -111,8 +111,12 @@ class GraceModule(torch.nn.Module):
 
     # ------------------------------------------------------------ from prompts to embeddings (Eq. 10, 11)
 
-    def forward(self, features, rationale=True):
-        """Adds `sentence_embedding` `[N, D]`, of unit length, and `rationale_ids` `[N, T]`, filled up with an end token."""
+    def forward(self, features, rationale=True, task=None):
+        """Adds `sentence_embedding` `[N, D]`, of unit length, and `rationale_ids` `[N, T]`, filled up with an end token.
+
+        task: "document", as `encode_document` has it, reads the prompt alone where the checkpoint was trained so.
+        """
+        rationale = rationale and not (task == "document" and self.reading.get("documents") == "prompt")
         ids, mask, counted = (features[name] for name in ("input_ids", "attention_mask", "counted"))
         cache = {self.cache_name: DynamicCache(config=self.model.config)}  # grows with every call
         positions = (mask.cumsum(1) - 1).clamp(min=0)  # padding does not shift them
@@ -122,18 +126,22 @@ class GraceModule(torch.nn.Module):
             return out.last_hidden_state
 
         hidden = read(ids)  # [N, P, D]
-        total = torch.where(counted[..., None].bool(), hidden.float(), 0).sum(1)
+        prompt = torch.where(counted[..., None].bool(), hidden.float(), 0).sum(1)
+        written_about = torch.zeros_like(prompt)
         writing, written = torch.ones_like(ids[:, 0], dtype=torch.bool), [ids[:, :0]]
         for _ in range(self.reading["max_new_tokens"] if rationale else 0):
             token = self.model.get_output_embeddings()(hidden[:, -1]).argmax(-1)  # greedy, so scaled logits give the same
             written.append(token.where(writing, self.end_ids[0])[:, None])
             mask, positions = F.pad(mask, (0, 1), value=1), positions[:, -1:] + 1
             hidden = read(token[:, None])  # the end token is read, too: Eq. 11 counts it
-            total = total + torch.where(writing[:, None], hidden[:, 0].float(), 0)
+            written_about = written_about + torch.where(writing[:, None], hidden[:, 0].float(), 0)
             writing = writing & ~torch.isin(token, self.end_ids)
             if not writing.any():
                 break
-        return {**features, "rationale_ids": torch.cat(written, 1), "sentence_embedding": F.normalize(total, dim=-1)}
+        if self.reading.get("pooling") == "halves":  # one vote each, however many tokens either has
+            prompt, written_about = F.normalize(prompt, dim=-1), F.normalize(written_about, dim=-1)
+        embedding = F.normalize(prompt + written_about, dim=-1)
+        return {**features, "rationale_ids": torch.cat(written, 1), "sentence_embedding": embedding}
 
     # ------------------------------------------------------------ what sentence-transformers calls
 

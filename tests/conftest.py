@@ -126,7 +126,10 @@ def by_full_forward(policy, rollouts, n, k, temperature=1.0):
     counted = torch.cat([rollouts.counted[n][rollouts.prompt_mask[n].bool()], torch.ones_like(rationale)]).bool()
     states = out.hidden_states[-2 if policy.reading.pooling == "penultimate" else -1][0][counted]
     how = {"max": lambda h: h.max(0).values, "eos": lambda h: h[-1]}.get(policy.reading.pooling, lambda h: h.mean(0))
-    return logprobs.gather(1, rationale[:, None])[:, 0], unit(how(states))
+    embedding = unit(how(states))
+    if policy.reading.pooling == "halves" and len(rationale):
+        embedding = unit(unit(states[: -len(rationale)].mean(0)) + unit(states[-len(rationale) :].mean(0)))
+    return logprobs.gather(1, rationale[:, None])[:, 0], embedding
 
 
 def embedded(policy, text):

@@ -31,13 +31,14 @@ def read(module, texts, **more):
 @pytest.mark.parametrize("architecture", ["Qwen3", "Llama", "Gemma2", "Granite", "Cohere", "GPT2"])
 def test_embeddings_are_graces(make_policy, tmp_path, architecture):
     """In one batch of unequal lengths, in which rationales end at different steps."""
-    policy = make_policy(architecture)
+    policy = make_policy(architecture, pooling="halves" if architecture == "Llama" else "mean", documents="prompt")
     reader, encoder = module(policy, tmp_path), GraceEncoder(policy)
     features = read(reader, HOSTILE)
     np.testing.assert_allclose(features["sentence_embedding"], encoder.encode(HOSTILE), atol=1e-5)
     assert len(set((features["rationale_ids"] == reader.end_ids[0]).sum(1).tolist())) > 1
     bare = GraceEncoder(policy, rationale=False).encode(HOSTILE)
     np.testing.assert_allclose(read(reader, HOSTILE, rationale=False)["sentence_embedding"], bare, atol=1e-5)
+    np.testing.assert_allclose(read(reader, HOSTILE, task="document")["sentence_embedding"], bare, atol=1e-5)
     assert reader.get_embedding_dimension() == bare.shape[1] and abs(bare - encoder.encode(HOSTILE)).max() > 0.01
 
 
@@ -63,7 +64,7 @@ def test_rationales_are_graces(make_policy, tmp_path):
 
 
 def test_another_pooling_is_refused(make_policy, tmp_path):
-    with pytest.raises(ValueError, match="pooling max; only the mean is read here"):
+    with pytest.raises(ValueError, match="pooling max; only mean and halves are read here"):
         module(make_policy(pooling="max"), tmp_path)
 
 
