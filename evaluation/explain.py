@@ -39,8 +39,8 @@ WORD = re.compile(r"\w+(?:['’-]\w+)*|[^\w\s]+")  # letters and digits with wha
 def token_parts(hidden, pooling, n_prompt):
     """Each counted token's part of the unit embedding: they sum to it. `[L, D] -> [L, D]`, float64.
 
-    n_prompt: how many tokens, the first, are the prompt's; in halves each half has the same weight. Under maximum pooling each channel belongs to the one token that has its largest value; under end-token pooling
-    everything belongs to the last token.
+    n_prompt: how many tokens, the first, are the prompt's; in halves each half has the same weight. Under maximum pooling each
+    channel belongs to the one token that has its largest value; under end-token pooling everything belongs to the last token.
     """
     hidden = hidden.double()
     if pooling == "max":
