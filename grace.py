@@ -12,6 +12,10 @@ the steps is `train`.
     python grace.py explain --model DIR_OR_HUB_ID "text a" "text b"            their cosine, word by word
     torchrun --standalone --nproc-per-node N grace.py …the same flags…         N ranks take the step that one process takes
 
+Words. A text's *role* is query, positive, negative or, without labels, text. Texts of trained roles get K rollouts and a
+gradient; the others get one rollout that is held constant, an *anchor*. *Start* is the policy before training, the KL term's
+reference.
+
 Both halves of the gradient. The objective is the expected reward of what the policy writes,
 
     J(theta) = E[R_theta(y)],  y ~ pi_theta,
@@ -30,7 +34,7 @@ computes h(theta) anyway, and since g is fixed the term splits over micro-batche
 GradCache, Gao et al. 2021). `--pathwise c` weights it; 0 is the paper. `--prompt-weight c` adds such a term for what the
 prompt embeds without a rationale, in both recipes 0: it teaches the same checkpoint to embed without writing, too.
 
-When is the sum exact? Where a rollout's reward depends on its own embedding alone: fixed anchors (Eq. 12), no
+When is the sum of both terms proportional to the exact gradient? Where a rollout's reward depends on its own embedding alone: fixed anchors (Eq. 12), no
 consistency term, and under the paper's reward lambda2 = 0, because Eq. 15 is the same for a whole group and so enters
 g but no advantage. Then, with log-probabilities summed over tokens (`--no-length-normalize`) and c = (K-1)/K, the sum
 is (K-1)/K times the gradient: a group mean that includes the rollout itself shrinks the first term by that factor.
@@ -39,21 +43,18 @@ queries and positives do here, an advantage credits a rollout with its own rewar
 there, c only weights the two terms against each other.
 
 Departures from the paper's equations, each a setting, all undone by `--recipe paper`. (Five differences from the
-released run remain. Four have flags: its limit, `--max-new-tokens 2048`; its wording, `--instruction`; its four optimizer
-steps per batch, `--minibatches 4`; its sampled rationales when texts are embedded, the evaluator's `--temperature 1`.
-Instances that share a text stay out of each other's negatives always.)
+released run remain: see the end of docs/companion.md.)
 
 1. The reward is InfoNCE instead of Eq. 13 and 15, which cancel in the advantage (reward.py).
 2. The pathwise term.
 3. Queries are rolled out and trained like positives; in Eq. 12 they are fixed anchors.
-4. Log-probabilities are summed over tokens, as in Eq. 19; Eq. 8 takes their mean. With sums, one c fits rationales of
-   every length, and a c below 1 makes the policy rely on what it writes.
+4. Log-probabilities are summed over tokens, as in Eq. 19; Eq. 8 takes their mean. With a mean, the score-function term
+   shrinks as rationales grow, and c would have to follow it.
 5. Two terms keep the policy close to where it started. The text term is plain language-model training on the training
    texts, whose hidden states the update computes anyway (like the pre-training text mixed in by Ouyang et al. 2022). A
    light KL term on the rationales' tokens keeps words to their old meanings.
 6. Rollouts are drawn, and scored, at temperature 0.7 instead of 1, closer to the greedy rationale that is used in the
-   end. A word that is right when greedy but often wrong when sampled is punished for the samples, and the policy then
-   stops writing such words.
+   end. At 1, where the right word is often replaced by a wrong sample, the reward teaches to leave the word out.
 7. The length penalty is relative (reward.py).
 
 Shapes: B instances, K rollouts per group, M hard negatives, N groups (B per trained role), T tokens,
@@ -187,10 +188,10 @@ class Trainer:
         # 1. A batch of instances: triplets, or texts alone.
         batch = self.batch = make_batch(self.next_rows(), config.reward == "paper", self.policy.device)
         # 2. Rationales from the current policy, and the embeddings that come with them (Eq. 9 to 12, 20).
-        rollouts, *embeddings = roll_out(self.policy, batch.texts, config, self.step_number)
-        batch.rollouts, batch.embeddings, batch.prompt_embeddings = rollouts, *embeddings
+        rollouts, batch.embeddings, batch.prompt_embeddings = roll_out(self.policy, batch.texts, config, self.step_number)
+        batch.rollouts = rollouts
         sampled = time.perf_counter()
-        # 3. What each rationale is worth (Eq. 13 to 17, 28), and the reward's gradient at its embedding.
+        # 3. What each rationale is worth (Eq. 13 to 17, 21, 28), and the reward's gradient at its embedding.
         R, components, g = judge(batch.embeddings, rollouts.finished, batch.same_text, config)
         g_prompt = None
         if config.prompt_weight:  # the same for the prompts alone: one more embedding per text, [N, D]

@@ -6,7 +6,7 @@ decoding loop yields everything that makes up a rollout: its token ids, their lo
 temperature at which they were drawn, and the pooled embedding of text and rationale. Ids are never
 turned into text and back, and the model is never run a second time over what it has just written.
 
-`generate()` does not feed the last sampled token, so that token has no hidden state there. Eq. 11
+The library's `generate()` does not feed the last sampled token, so that token has no hidden state there. Eq. 11
 counts it, so the loop here feeds every token it samples, the end token included.
 
 Shapes: N prompts (one group of rollouts each), P prompt positions, K rollouts per prompt, T new tokens
@@ -25,7 +25,7 @@ from plumbing import ranks
 from pool import fold, unit, with_rationale
 
 LOGITS = 2**25  # logits held at a time when scoring: 134 MB in float32; four times as many on CUDA
-NO_GRADIENTS = 8  # a batch that is only sampled from may have so many times the tokens of one that learns
+NO_GRADIENTS = 8  # sampling may hold so many times the tokens of an update's micro-batch
 WRITERS = "query", "text", "anchor"  # roles that write whatever `Reading.documents` says
 ANCHOR_TEMPERATURE = {"paper": 0.5, "infonce": 1.0}  # of the roles that are not trained; the first as in the released code
 
@@ -106,9 +106,9 @@ def gumbel_max(weights, uniform):
     The largest of log w + Gumbel noise is such a draw. It is taken in three levels, first among n = ceil(cbrt(V)) blocks of
     n * n weights, then among the n parts of that block, then inside the part, so that 3 n numbers of noise are enough.
 
-    Another batch, or another split of it, rounds the weights in another way. That turns a draw only where two candidates are
-    equal but for rounding: at V = 49,152, with logits changed by 1e-6, none of 100,000 draws. A search along the running sum
-    of the weights has V boundaries where it can be turned: 102 of the same draws.
+    So a token depends on `uniform` alone, not on how the batch is split, which only rounds the weights in another way. That
+    changes a draw where two candidates are equal but for rounding: at V = 49,152, with logits changed by 1e-6, none of 100,000
+    draws. The inverse of the running sum of the weights has V boundaries to fall over: 102 of the same draws changed.
     """
     R, V = weights.shape
     n = next(n for n in range(round(V ** (1 / 3)), V + 1) if n**3 >= V)
