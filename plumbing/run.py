@@ -124,7 +124,7 @@ def digest(rows):
 # ---------------------------------------------------------------- one run
 
 RESULTS = (  # of an earlier run: what --overwrite deletes, beside the files that the new run replaces at once
-    "summary.json", "*.safetensors*", "adapter", "checkpoints", "checkpoints.tmp", "probe.json", "report.html",
+    "summary.json", "*.safetensors*", "adapter", "checkpoints", "checkpoints.tmp", "probe.json", "report.html", "README.md",
     "not_finite_step_*",
 )  # fmt: skip
 
