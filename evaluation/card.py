@@ -20,7 +20,7 @@ from plumbing.run import read_json, write_atomically
 TEXTS = 3
 NOT_SHOWN = {  # paths, what only concerned the machine, and what has a place of its own
     "model", "data", "out", "heldout", "graded", "eval_every", "save_every", "resume", "overwrite", "device",
-    "tokens_per_batch", "instruction",
+    "tokens_per_batch", "log_to", "instruction",
 }  # fmt: skip
 CARD = """---
 {metadata}
