@@ -18,6 +18,7 @@ Of several ranks the first writes; the others read the same files.
 import contextlib
 import dataclasses
 import hashlib
+import importlib
 import json
 import os
 import platform
@@ -124,7 +125,7 @@ def digest(rows):
 # ---------------------------------------------------------------- one run
 
 RESULTS = (  # of an earlier run: what --overwrite deletes, beside the files that the new run replaces at once
-    "summary.json", "*.safetensors*", "adapter", "checkpoints", "checkpoints.tmp", "probe.json", "report.html",
+    "summary.json", "*.safetensors*", "adapter", "checkpoints", "checkpoints.tmp", "probe.json", "report.html", "README.md",
     "not_finite_step_*",
 )  # fmt: skip
 
@@ -143,6 +144,7 @@ class Run:
         for name in ("model", "data", "out"):
             if not getattr(config, name):
                 raise GraceError(f"--{name} is missing")
+        self.tracker = tracker(config.log_to) if config.log_to else None
         self.config, self.progress = config, {"before": None, "history": [], "seconds": 0.0}
         out, model, here = config.out, os.path.realpath(config.model), os.path.realpath(config.out)
         if model in (here, os.path.join(here, "adapter")) or os.path.dirname(model) == os.path.join(here, "checkpoints"):
@@ -202,6 +204,10 @@ class Run:
         """Start the clock, which goes on where the checkpoint stopped it, and write run.json for `status` and the page."""
         self.started = time.time() - self.progress["seconds"]
         self.board = tensorboard(self.config.out, trainer.step_number) if ranks.first() else None
+        self.tracker = self.tracker if ranks.first() else None
+        if self.tracker:
+            name, resume = os.path.basename(os.path.abspath(self.config.out)), "allow" if trainer.step_number else "never"
+            self.tracker.init(project="grace", name=name, config=dataclasses.asdict(self.config), resume=resume)
         about = {"before": self.progress["before"], "config": dataclasses.asdict(self.config)}
         about["max_new_tokens"] = trainer.policy.reading.max_new_tokens
         write_atomically(self.path("run.json"), json.dumps(about, indent=2))
@@ -222,6 +228,8 @@ class Run:
         if self.board:
             for name, value in metrics.items():
                 self.board.add_scalar(name, value, metrics["step"])
+        if self.tracker:
+            self.tracker.log(metrics, step=metrics["step"])
 
     def save(self, trainer):
         """Write a checkpoint: all that a resumed run needs, whole or not at all. The last two stay."""
@@ -258,6 +266,8 @@ class Run:
         write_atomically(self.path("summary.json"), json.dumps(self.summary, indent=2))
         if ranks.first():
             _delete(self.path("checkpoints"))
+        if self.tracker:
+            self.tracker.finish()
         print("\n" + show_summary(self.summary))
         return self.summary
 
@@ -349,3 +359,11 @@ def tensorboard(out, step):
     except ImportError:
         return None
     return SummaryWriter(out, purge_step=step + 1)
+
+
+def tracker(name):
+    """trackio or wandb: what is used of them here, `init`, `log` and `finish`, is the same in both."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise GraceError(f"--log-to {name}: pip install {name} ({first_line(error)})") from error
