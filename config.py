@@ -90,7 +90,7 @@ class Config:
         None, "token budget of a micro-batch; lower it when memory is short [16384 on CUDA, else 2048]", least=1
     )
     dtype: str = setting(
-        "float32", "compute type; weights stay float32, rationales are sampled from a copy in it", ("float32", "bfloat16")
+        None, "compute type; weights stay float32 [bfloat16 where that is faster, else float32]", ("float32", "bfloat16")
     )
     device: str = setting(None, "default: cuda where there is one, else cpu")
 
@@ -127,8 +127,6 @@ class Config:
             raise GraceError("--batch 1: InfoNCE tells an instance from others of its batch; use 2 or more")
         if self.resume and self.overwrite:
             raise GraceError("--resume continues a run and --overwrite starts anew: give one of them")
-        if self.dtype == "bfloat16" and not self.device.startswith("cuda"):
-            raise GraceError("--dtype bfloat16 is a compute type for CUDA; use float32 here")
 
     def check_groups(self, M):
         """Raises GraceError if the groups of a batch, whose instances have M negatives, cannot be shared out."""

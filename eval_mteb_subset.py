@@ -86,7 +86,7 @@ def main(arguments):
     add("--max-new-tokens", type=int, help="the longest rationale")
     add("--pooling", choices=POOLS, help="what becomes the embedding, Sec. 5.4")
     add("--tokens-per-batch", type=int, default=8192, help="token budget of a batch; more on a large GPU [8192]")
-    add("--dtype", default="float32", choices=("float32", "bfloat16"), help="compute type [float32]")
+    add("--dtype", choices=("float32", "bfloat16"), help="compute type [bfloat16 where that is faster, else float32]")
     add("--device", help="default: cuda where there is one, else cpu")
     args = parser.parse_args(arguments)
     try:

@@ -178,8 +178,6 @@ class Trainer:
 
     def __init__(self, policy, reference, rows, config):
         self.policy, self.reference, self.rows, self.config = policy, reference, rows, config
-        # Rationales are sampled from a copy in the compute type: a decoding step then reads half the bytes.
-        self.sampler = policy.frozen_copy(torch.bfloat16) if config.dtype == "bfloat16" else policy
         self.optimizer = torch.optim.AdamW(policy.model.parameters(), config.lr, fused=True)
         self.step_number, self.batch = 0, None  # steps made; what the last one knew, for whoever looks into it
 
@@ -189,7 +187,7 @@ class Trainer:
         # 1. A batch of instances: triplets, or texts alone.
         batch = self.batch = make_batch(self.next_rows(), config.reward == "paper", self.policy.device)
         # 2. Rationales from the current policy, and the embeddings that come with them (Eq. 9 to 12, 20).
-        rollouts, *embeddings = roll_out(self.newest(), batch.texts, config, self.step_number)
+        rollouts, *embeddings = roll_out(self.policy, batch.texts, config, self.step_number)
         batch.rollouts, batch.embeddings, batch.prompt_embeddings = rollouts, *embeddings
         sampled = time.perf_counter()
         # 3. What each rationale is worth (Eq. 13 to 17, 28), and the reward's gradient at its embedding.
@@ -216,12 +214,6 @@ class Trainer:
         at = np.arange(self.step_number * B, (self.step_number + 1) * B)
         order = {k: np.random.default_rng([self.config.seed, k]).permutation(n) for k in set(at // n)}
         return [self.rows[order[i // n][i % n]] for i in at]
-
-    def newest(self):
-        """What reads texts, with the newest weights: the copy to sample from, where there is one, else the policy itself."""
-        if self.sampler is not self.policy:
-            self.sampler.copy_weights(self.policy)
-        return self.sampler
 
     def advantage(self, R, batch):
         """Eq. 18. `[N, K] -> [N, K]`. Other advantages may also use the batch: see experiments/algorithms.py."""
@@ -279,6 +271,7 @@ class Trainer:
             for group in self.optimizer.param_groups:
                 group["lr"] = self.config.lr * (1 - self.step_number / self.config.steps)
         self.optimizer.step()
+        self.policy.follow()
         self.optimizer.zero_grad(set_to_none=True)
         return float(norm)
 
@@ -317,20 +310,19 @@ def train(config, make_trainer=Trainer):
     shown = [row.get("query") or row["text"] for row in (heldout or rows)[:6]]
     print(
         f"{len(rows)} training rows ({len(rows[0].get('negative', []))} negatives each), {len(heldout)} held-out, "
-        f"{sum(p.numel() for p in policy.model.parameters()) / 1e6:.2f} M parameters on {policy.device}"
+        f"{sum(p.numel() for p in policy.model.parameters()) / 1e6:.2f} M parameters on {policy.device}, {policy.dtype}"
     )
 
     def evaluate(rationale=True):
         """Scores on held-out rows, `{name: score}`."""
         if not heldout:  # fewer than ten rows of data
-            return {"text_loss": text_loss(trainer.newest(), shown)}
-        return evaluate_heldout(trainer.newest(), heldout, graded, rationale, config.temperature)
+            return {"text_loss": text_loss(policy, shown)}
+        return evaluate_heldout(policy, heldout, graded, rationale, config.temperature)
 
     def note(scores):
         """Put the scores, and what the policy writes and finds now, into --out. Returns the scores."""
-        reader = trainer.newest()
-        record(config.out, trainer.step_number, reader, heldout)
-        return run.note(trainer.step_number, scores, dict(zip(shown, encode_texts(reader, shown).rationales)))
+        record(config.out, trainer.step_number, policy, heldout)
+        return run.note(trainer.step_number, scores, dict(zip(shown, encode_texts(policy, shown).rationales)))
 
     if not run.restore(trainer):
         run.begin(trainer, before := evaluate())  # evaluated first: what cannot work fails before anything is deleted

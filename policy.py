@@ -2,8 +2,7 @@
 
 Any decoder-only Hugging Face chat model will do. What this file guarantees:
 
-* Weights are float32; bfloat16 is a compute type. (At a learning rate of 1e-6 a step is smaller than
-  the spacing of bfloat16 numbers, and most bfloat16 weights would never move.)
+* Weights are float32; bfloat16 is a compute type (speed/bfloat16.py).
 * A model whose logits are more than its output head applied to its last hidden state is used only
   if this file knows how they are made (soft-capping, scaling), and refused otherwise.
 * The model stays in eval mode, even in the update: with dropout, the first probability ratio of the
@@ -26,7 +25,7 @@ import transformers
 from plumbing.errors import GraceError
 from plumbing.models import check_network, end_ids, opening, room_for_prompts
 from prompt import PromptTemplate, Reading
-from speed import lora
+from speed import bfloat16, lora
 from speed.decode import PlainDecoder, SharedDecoder, can_share_prompts
 
 transformers.utils.logging.disable_progress_bar()  # of files that are read and written: they would be printed over ours
@@ -39,7 +38,8 @@ class Policy:
 
     template     P(x): `policy.template(texts)` gives `Prompts` (prompt.py)
     reading      instruction, limits and pooling
-    base, head   the network's body and its output head
+    model        the weights that are trained and saved
+    network      what computes: the model, or its copy in bfloat16; `base` and `head` are its body and its output head
     end_ids      `[n]`, the tokens that end a rationale
     adapters     what is trained instead of the weights, once `adapt` has been called (speed/lora.py); else None
     """
@@ -48,8 +48,8 @@ class Policy:
 
     def __init__(self, model, tokenizer, reading=None, dtype="float32"):
         self.model, self.tokenizer, self.reading = model.eval(), tokenizer, reading or Reading()
-        self.base, self.head = model.base_model, model.get_output_embeddings()
-        self.device, self.dtype = model.device, "float32"
+        self.device, self.dtype = model.device, "float32"  # until the model has been checked
+        self.compute()
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)  # streams, captured graphs and Triton's kernels go to the current device
         self.end_ids = torch.tensor(end_ids(model, tokenizer), device=self.device)
@@ -64,13 +64,14 @@ class Policy:
         # What may be read once: the instruction for all prompts, a prompt for its K rationales.
         self.shares_instruction, self.shares_prompts = check_network(self), can_share_prompts(self)
         self.dtype = dtype  # checked in float32: rounding could hide an error of structure
+        self.compute()
         self.template = PromptTemplate(tokenizer, self.reading, self.device, self.shares_instruction)
 
     @classmethod
-    def load(cls, source, device="cpu", dtype="float32", **reading):
+    def load(cls, source, device="cpu", dtype=None, **reading):
         """Open a checkpoint folder or hub id. Keyword arguments that are not None override its reading.
 
-        Weights are float32 whatever the file holds; `dtype="bfloat16"` computes in bfloat16, on CUDA.
+        Weights are float32 whatever the file holds. dtype: what to compute in, "float32" or "bfloat16"; None: the faster one.
         Raises GraceError if there is no such model, or if it cannot be used (plumbing/models.py).
         """
         from transformers import AutoTokenizer
@@ -85,7 +86,8 @@ class Policy:
             if unknown := settings.keys() - {f.name for f in dataclasses.fields(Reading)}:
                 raise GraceError(f"{path}: unknown setting {', '.join(sorted(unknown))}")
         settings |= {k: v for k, v in reading.items() if v is not None}
-        return cls(model.to(device), tokenizer, Reading(**settings), dtype)
+        model = model.to(device)
+        return cls(model, tokenizer, Reading(**settings), dtype or ("bfloat16" if bfloat16.pays(model) else "float32"))
 
     def save(self, folder, merged=False):
         """Write an ordinary checkpoint folder, with the reading beside the weights. Adapters alone, or merged into them."""
@@ -106,40 +108,30 @@ class Policy:
     def adapt(self, rank, seed, folder=None):
         """From now on train adapters of this rank instead of the weights: new ones, or those of a folder (speed/lora.py)."""
         self.adapters = lora.adapt(self.model, rank, seed, folder)
+        self.compute()
 
     def start(self):
         """This policy with its adapters off: as it was before training. All weights are shared."""
         other = copy.copy(self)
-        other.switched = functools.partial(lora.off, self.adapters)
+        other.switched = functools.partial(lora.off, self.network)
         return other
 
-    def frozen_copy(self, dtype=None):
-        """A copy to sample from. In bfloat16 each decoding step reads half the bytes; this policy's weights do not change."""
-        other = copy.copy(self)
-        whole = copy.deepcopy(self.adapters).merge_and_unload() if self.adapters else copy.deepcopy(self.model)
-        other.model, other.adapters, other.dtype = whole.requires_grad_(False), None, "as the weights"
-        for parameter in other.model.parameters():  # not the buffers: positions need float32
-            parameter.data = parameter.data.to(dtype or parameter.dtype)
-        other.base, other.head = other.model.base_model, other.model.get_output_embeddings()
-        return other
+    def compute(self):
+        """Make what computes anew: the model itself, or its copy in bfloat16."""
+        self.network = bfloat16.rounded(self.model) if self.dtype == "bfloat16" else self.model
+        self.base, self.head = self.network.base_model, self.network.get_output_embeddings()
 
-    def copy_weights(self, policy):
-        """Copy another policy's weights, adapters merged, rounded to this one's type."""
-        with torch.no_grad():
-            if not policy.adapters:
-                for mine, theirs in zip(self.model.parameters(), policy.model.parameters()):
-                    mine.copy_(theirs)
-            else:  # the other weights have not changed
-                for name, weight in lora.merged_weights(policy.adapters):
-                    self.model.get_parameter(name).copy_(weight)
+    def follow(self):
+        """To be called when the weights have moved: what computes follows them."""
+        if self.network is not self.model:
+            bfloat16.round_again(self.network, self.model)
+
+    def freeze(self):
+        """For a policy that only reads: let go of the float32 weights, where something else computes. Returns the policy."""
+        self.model = self.network.requires_grad_(False)
+        return self
 
     # ------------------------------------------------------------ the network
-
-    def autocast(self):
-        """bfloat16 as a compute type where it was asked for; the weights stay float32."""
-        if self.dtype == "bfloat16":
-            return torch.autocast(self.device.type, torch.bfloat16, cache_enabled=torch.is_grad_enabled())
-        return contextlib.nullcontext()
 
     def forward(self, ids, mask, positions, cache=None, **more):
         """One pass of the body: hidden states for the head, those to pool (both `[N, L, D]`), the cache.
@@ -148,7 +140,7 @@ class Policy:
         would otherwise get them wrong. Further arguments reach the attention function (decode.py).
         """
         below = self.reading.pooling == "penultimate"
-        with self.autocast(), self.switched():
+        with self.switched():
             out = self.base(
                 input_ids=ids,
                 attention_mask=mask,
@@ -179,8 +171,7 @@ class Policy:
 
     def logits(self, hidden):
         """The output head as the model's own forward applies it. `[..., D] -> [..., V]`, float32 or more."""
-        with self.autocast():
-            logits = self.head(hidden)
+        logits = self.head(hidden)
         if self.logit_scale != 1:
             logits = logits * self.logit_scale
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -201,7 +192,7 @@ def load_policies(config, checkpoint=None):
         trained, every = policy.adapters.get_nb_trainable_parameters()
         print(f"adapters of rank {config.lora}: {trained / 1e6:.2f} M of {every / 1e6:.2f} M parameters are trained")
         return policy, policy.start() if config.kl else None
-    return load(checkpoint or config.model), load(config.model) if config.kl else None
+    return load(checkpoint or config.model), load(config.model).freeze() if config.kl else None
 
 
 def _model(source):

@@ -266,7 +266,7 @@ def token_logprobs(policy, hidden, ids, temperature=1.0, chunk=None):
 
     The head is applied to `chunk` tokens at a time, and again in the backward pass, so no `[n, V]` tensor is ever
     held: at V = 152,000, 4,096 tokens would take 2.5 GB per copy. By default a chunk has about `LOGITS` logits,
-    whatever V is; four times as many on CUDA, where each chunk casts the whole head to bfloat16 and adds to its gradient.
+    whatever V is; four times as many on CUDA, where small products wait for their launch.
     """
     chunk = chunk or max(1, LOGITS * (4 if hidden.is_cuda else 1) // policy.head.weight.shape[0])
 

@@ -17,8 +17,6 @@ from rollout import sample, uniforms
 def main():
     args = fill_in(make_parser(__doc__).parse_args())
     policy = Policy.load(args.model, args.device, args.dtype, max_new_tokens=args.max_new_tokens)
-    if args.dtype == "bfloat16":
-        policy = policy.frozen_copy(torch.bfloat16)
     model, texts, K = load_library(args), make_texts(args.batch, policy, args.prompt_tokens), args.rollouts
     uniform = uniforms(0, args.batch, K, args.max_new_tokens, device=args.device)
     P = policy.template(texts, share=False).ids.shape[1]

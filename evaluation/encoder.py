@@ -139,16 +139,14 @@ class GraceEncoder:
 
     def __init__(
         self, model, cache=None, temperature=0.0, seed=0, rationale=True, tokens_per_batch=8192,
-        device=None, dtype="float32", progress=False, **reading,
+        device=None, dtype=None, progress=False, **reading,
     ):  # fmt: skip
         if temperature < 0:
             raise GraceError(f"temperature {temperature}: give 0 for greedy decoding, or more to sample")
-        if isinstance(model, Policy) and (reading or device or dtype != "float32"):
+        if isinstance(model, Policy) and (reading or device or dtype):
             raise GraceError("a Policy brings its own reading, device and dtype: give them to Policy.load instead")
         if not isinstance(model, Policy):
-            model = Policy.load(model, pick_device(device), **reading)
-            if dtype == "bfloat16":  # weights in it, too: they are only read here, and rounding them per token costs more
-                model = model.frozen_copy(torch.bfloat16)
+            model = Policy.load(model, pick_device(device), dtype, **reading).freeze()
         self.policy, self.options = model, (temperature, seed, rationale)
         self.tokens_per_batch, self.progress = tokens_per_batch, progress
         self.n_requested, self.n_read, self.flags = 0, 0, {}  # flags: {key: (cut, finished)}

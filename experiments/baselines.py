@@ -86,7 +86,7 @@ class SimCSE(LossTrainer):
             chance = uniforms([self.config.seed, self.step_number, 4, number], *output.shape, device=output.device)
             return output * (chance >= self.DROPOUT) / (1 - self.DROPOUT)
 
-        handle = self.policy.model.get_input_embeddings().register_forward_hook(drop)
+        handle = self.policy.network.get_input_embeddings().register_forward_hook(drop)
         try:  # every row reads the instruction by itself: read once for all, it would share its dropout
             return self.embed(texts, share=False)
         finally:

@@ -3,8 +3,7 @@
     W x   becomes   W x + (alpha / R) B A x        A [R, D_in] random, B [D_out, R] zero at the start
 
 Gradients and AdamW's moments are of A and B alone. Without its adapters the model is the one that training started
-from, to the bit, so the KL term needs no second one. With B A added to W it is an ordinary model again: that is what
-is saved, and what the bfloat16 copy samples from.
+from, to the bit, so the KL term needs no second one. With B A added to W it is an ordinary model again: that is what is saved.
 
 peft puts adapters into a model, switches them off, merges them, and reads and writes their files. All of it works on
 the model's own layers, in place, so whoever holds the model or its body has the adapters, too.
@@ -65,13 +64,16 @@ def load(model, source, **options):
 
 
 @contextlib.contextmanager
-def off(adapters):
-    """In here the model is without its adapters. (As `disable_adapter` of peft does it, which first inspects every layer.)"""
-    adapters.base_model.disable_adapter_layers()
+def off(network):
+    """In here a network is without its adapters."""
+    layers = [layer for layer in network.modules() if isinstance(layer, peft().tuners.lora.LoraLayer)]
+    for layer in layers:
+        layer.enable_adapters(False)
     try:
         yield
     finally:
-        adapters.base_model.enable_adapter_layers()
+        for layer in layers:
+            layer.enable_adapters(True)
 
 
 def merged_state(adapters):

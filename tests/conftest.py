@@ -79,10 +79,10 @@ def tokenizer():
 def make_policy(tokenizer):
     """A policy over a random network: `make_policy("Qwen2", pooling="max", double=True)`."""
 
-    def make(architecture="Llama", seed=0, double=False, max_new_tokens=6, pooling="mean", lora=None, **overrides):
+    def make(architecture="Llama", seed=0, double=False, max_new_tokens=6, pooling="mean", lora=None, dtype="float32", **overrides):
         model = build(architecture, len(tokenizer), seed, **overrides)
         reading = Reading(INSTRUCTION, max_prompt_tokens=64, max_new_tokens=max_new_tokens, pooling=pooling)
-        policy = Policy(model.double() if double else model, tokenizer, reading)
+        policy = Policy(model.double() if double else model, tokenizer, reading, dtype)
         return adapted(policy, lora) if lora else policy
 
     return make
@@ -96,6 +96,7 @@ def adapted(policy, rank):
         for p in policy.model.parameters():
             if p.requires_grad:
                 p.copy_(torch.randn(p.shape, generator=generator) * 0.05)
+    policy.follow()
     return policy
 
 
@@ -152,9 +153,9 @@ def gradient(policy, value):
     return torch.cat([p.grad.flatten() for p in policy.model.parameters() if p.grad is not None])
 
 
-def weights(policy):
-    """A copy of all of the policy's weights, as one vector."""
-    return torch.cat([p.detach().flatten() for p in policy.model.parameters()])
+def weights(policy, network=None):
+    """A copy of all of the policy's weights, or of another network's, as one vector."""
+    return torch.cat([p.detach().flatten() for p in (network or policy.model).parameters()])
 
 
 # ---------------------------------------------------------------- training

@@ -29,7 +29,6 @@ without_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a 
         ("--mode unsupervised --prompt-weight 1", "without labels a text's prompt has no pair"),
         pytest.param("--device cuda", "--device cuda: torch cannot use it here", marks=without_cuda),
         ("--device foo", "--device foo: torch cannot use it here"),
-        ("--dtype bfloat16 --device cpu", "compute type for CUDA"),
         ("--batch 100", "fewer than --batch 100"),
         ("--model no/such/model", "no/such/model: no such folder"),
         ("--data no-such-file.jsonl", "no-such-file.jsonl: no such file"),

@@ -40,14 +40,13 @@ def scores(policy, rollouts):
 
 @pytest.mark.parametrize("kind", ["Llama", "tied Qwen2", "GPT2"])  # GPT2's layers hold their weights transposed
 def test_adapters_are_what_their_file_says(make_policy, kind, tmp_path):
-    """While training, merged, in the bfloat16 copy, and where peft itself reads the file."""
+    """While training, merged, and where peft itself reads the file."""
     settings = dict(tie_word_embeddings=True) if kind == "tied Qwen2" else {}
     policy, plain = (make_policy(kind.split()[-1], double=True, lora=lora, **settings) for lora in (2, None))
-    sampler, rollouts = policy.frozen_copy(torch.bfloat16), rolled(plain)
+    rollouts = rolled(plain)
     with torch.no_grad():
         for name in trained_names(policy):
             policy.model.get_parameter(name).mul_(1.5)  # as if trained on
-    sampler.copy_weights(policy)
     policy.save_result(tmp_path)
 
     expected, file = copy.deepcopy(plain), load_file(tmp_path / "adapter" / "adapter_model.safetensors")
@@ -65,8 +64,6 @@ def test_adapters_are_what_their_file_says(make_policy, kind, tmp_path):
     assert merged.keys() == parameters.keys()
     for name, x in merged.items():
         torch.testing.assert_close(x, parameters[name], rtol=0, atol=1e-12)
-    assert sampler.adapters is None and {p.dtype for p in sampler.model.parameters()} == {torch.bfloat16}
-    torch.testing.assert_close(weights(sampler), weights(expected).bfloat16(), rtol=1e-2, atol=1e-6)
     ids = torch.tensor([[3, 4, 5]])
     by_peft = peft.PeftModel.from_pretrained(copy.deepcopy(plain.model), tmp_path / "adapter", autocast_adapter_dtype=False)
     torch.testing.assert_close(by_peft(input_ids=ids).logits, expected.model(input_ids=ids).logits, rtol=0, atol=1e-10)

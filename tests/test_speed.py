@@ -1,5 +1,6 @@
 """speed/: decoding with prompts kept once, and without the rows that have ended, gives the numbers of the plain way."""
 
+import copy
 import importlib.util
 import os
 import subprocess
@@ -10,7 +11,7 @@ import torch
 from conftest import SMALL, TEXTS
 
 from rollout import sample, uniforms
-from speed import decode
+from speed import bfloat16, decode
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
@@ -50,6 +51,35 @@ def test_pack():
     rows, groups = decode.pack(writing)
     assert groups.tolist() == [0, 2]
     assert rows.tolist() == [1, 0, 6, 8]  # as many rows per group as the busiest needs; those still writing first
+
+
+# ---------------------------------------------------------------- bfloat16
+
+
+def test_gradients_in_bfloat16_arrive_at_float32_weights(make_policy):
+    """Two passes of a network in bfloat16 as torch makes it; their gradients are added in float32."""
+    policy = make_policy("Llama", dtype="bfloat16", tie_word_embeddings=True)
+    plain, expected = copy.deepcopy(policy.model), {}
+    for p in plain.parameters():
+        p.data = p.data.bfloat16()
+    for ids in torch.randint(6, 150, (2, 1, 9), generator=torch.Generator().manual_seed(0)):
+        for network in (policy.network, plain):
+            network(input_ids=ids).logits.float().logsumexp(-1).sum().backward()
+        for name, p in plain.named_parameters():
+            expected[name] = expected.get(name, 0) + p.grad.float()
+        plain.zero_grad()
+    for name, p in policy.model.named_parameters():
+        assert p.grad.dtype == torch.float32 and torch.equal(p.grad, expected[name])
+    assert all(p.grad is None for p in policy.network.parameters())
+
+
+def test_bfloat16_where_it_pays(make_policy, monkeypatch):
+    """On a CPU that multiplies in it, and for a model that is not small."""
+    policy = make_policy()
+    for known, least, pays in (({"amx_bf16": True}, 1, True), ({"avx2": True}, 1, False), ({"amx_bf16": True}, 10**9, False)):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda known=known: known, raising=False)
+        monkeypatch.setattr(bfloat16, "LARGE", least)
+        assert bfloat16.pays(policy.model) == pays
 
 
 # ---------------------------------------------------------------- the attention in Triton
