@@ -39,6 +39,7 @@ case "$what" in
       --lr-decay --steps 80 --lr 5e-5 --pathwise 1 --kl 0 --text-weight 0.1 --infonce-temperature 0.1 --eval-every 40 "$@"
     echo
     cat "$out/rationales.md"  # what it wrote about the same texts before, halfway and after
+    echo
     exec "$PYTHON" grace.py explain --model "$out" \
       "The angry physician purchased the lantern near the hostel around dusk." \
       "Around evening the lamp was bought by the furious doctor near the inn."
