@@ -48,8 +48,8 @@ def sentence(text):
     return text[0].upper() + text[1:]
 
 
-def write_english(folder, seed=0, train=4096, heldout=96):
-    """Write train.jsonl, heldout.jsonl and graded.jsonl: the events world's rows, as sentences."""
+def write_english(folder, seed=0, train=4096, heldout=64):
+    """Write train, texts, heldout and graded.jsonl into a folder: the events world's rows, as sentences."""
     for name, rows in world_files(EVENTS, random.Random(seed), train, heldout).items():
         rows = [{k: sentence(v) if isinstance(v, str) else v for k, v in row.items()} for row in rows]
         write_rows(os.path.join(folder, f"{name}.jsonl"), rows)
