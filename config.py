@@ -15,7 +15,7 @@ from plumbing import ranks
 from plumbing.errors import GraceError
 from plumbing.models import pick_device
 from pool import POOLS
-from prompt import Reading
+from prompt import DOCUMENTS, Reading
 
 RECIPES = {  # a recipe only sets defaults: any of them can be given on the command line
     "paper": dict(
@@ -79,6 +79,7 @@ class Config:
     max_prompt_tokens: int = setting(None, "(reading) token limit of a prompt; longer texts lose their end", least=1)
     max_new_tokens: int = setting(None, "(reading) token limit of a rationale, T", least=1)
     pooling: str = setting(None, "(reading) how hidden states become the embedding, Sec. 5.4", POOLS)
+    documents: str = setting(None, "(reading) what a positive or negative is embedded with; prompt: none is written", DOCUMENTS)
     # Evaluation and the machine
     heldout: str = setting(None, "triplets to evaluate on (default: 1 row in 10 of the data, at most 256)")
     graded: str = setting(None, "sentence pairs with scores, for a Spearman correlation")
@@ -151,7 +152,7 @@ class Config:
     @property
     def reading(self):
         """The settings that override how the checkpoint reads a text, for `Policy.load`; None: as the checkpoint says."""
-        return {name: getattr(self, name) for name in ("instruction", "max_prompt_tokens", "max_new_tokens", "pooling")}
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(Reading)}
 
     @property
     def roles(self):

@@ -31,17 +31,19 @@ from pool import POOLS
 ALL = "all 16 tasks"
 
 
-def mteb_encoder(encoder, name="grace/checkpoint", revision="1"):
-    """Wraps any encoder for `mteb.evaluate` (mteb 2.x, which has to be installed)."""
+def mteb_encoder(encoder):
+    """Wraps a `GraceEncoder`, with its own name and revision, for `mteb.evaluate` (mteb 2.x, which has to be installed)."""
     from mteb.models.abs_encoder import AbsEncoder
     from mteb.models.model_meta import ModelMeta
+    from mteb.types import PromptType
 
     class MtebEncoder(AbsEncoder):
         def __init__(self):
-            self.mteb_model_meta = ModelMeta.create_empty(overwrites={"name": name, "revision": revision})
+            self.mteb_model_meta = ModelMeta.create_empty(overwrites={"name": encoder.name, "revision": encoder.revision})
 
         def encode(self, inputs, *, task_metadata, hf_split, hf_subset, prompt_type=None, **kwargs):
-            return encoder.encode([text for batch in inputs for text in batch["text"]])
+            encode = encoder.encode_document if prompt_type == PromptType.document else encoder.encode
+            return encode([text for batch in inputs for text in batch["text"]])
 
     return MtebEncoder()
 
@@ -114,12 +116,12 @@ def evaluate(args):
         except OSError as error:
             raise GraceError(f"--out {args.out}: cannot be written ({error.strerror})") from error
     encoder = GraceEncoder(
-        args.model, args.cache or None, args.temperature, args.seed, not args.no_rationale, args.tokens_per_batch,
-        args.device, args.dtype, progress=True, instruction=args.instruction, max_prompt_tokens=args.max_prompt_tokens,
-        max_new_tokens=args.max_new_tokens, pooling=args.pooling,
+        args.model, args.cache or None, args.temperature, args.seed, not args.no_rationale, device=args.device,
+        dtype=args.dtype, tokens_per_batch=args.tokens_per_batch, progress=True, instruction=args.instruction,
+        max_prompt_tokens=args.max_prompt_tokens, max_new_tokens=args.max_new_tokens, pooling=args.pooling,
     )  # fmt: skip
     for name in chosen:
-        results |= evaluate_tasks(encoder.encode, [name], args.data_dir)
+        results |= evaluate_tasks(encoder.encode, [name], args.data_dir, encoder.encode_document)
         print(f"{name}: {100 * results[name]['main_score']:.2f}  ({results[name]['seconds']:.1f} s)", flush=True)
     counts, seconds = encoder.counts, time.time() - start
     print("\n" + table(results))

@@ -102,8 +102,8 @@ def advantages(rewards, normalize=False):
 
 
 def masked_mean(x, mask):
-    """The mean over a rationale's own tokens. `[N, K, T] x 2 -> [N, K]`."""
-    return (x * mask).sum(-1) / mask.sum(-1)
+    """The mean over a rationale's own tokens, 0 where it has none. `[N, K, T] x 2 -> [N, K]`."""
+    return (x * mask).sum(-1) / mask.sum(-1).clamp(min=1)
 
 
 def clipped_objective(logprobs, old_logprobs, advantage, mask, clip_eps, length_normalize=True, clip_high=None):

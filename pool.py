@@ -20,7 +20,9 @@ Shapes: N rows, L positions, D hidden size.
 import torch
 import torch.nn.functional as F
 
-POOLS = ("mean", "penultimate", "eos", "max")  # penultimate: the mean, one layer below the last
+# penultimate: the mean, one layer below the last. halves, not in the paper: the prompt and the rationale have one vote each,
+# however many tokens either has. In a plain mean a one-word rationale of three tokens drowns in a prompt of thirty.
+POOLS = ("mean", "penultimate", "eos", "max", "halves")
 
 
 def fold(state, hidden, mask, how="mean"):
@@ -35,7 +37,7 @@ def fold(state, hidden, mask, how="mean"):
     """
     hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
     mask = mask.bool()
-    if how in ("mean", "penultimate"):
+    if how in ("mean", "penultimate", "halves"):
         new = torch.where(mask[..., None], hidden, 0).sum(1)  # [N, D]
         return new if state is None else state + new
     if how == "max":
@@ -49,8 +51,16 @@ def fold(state, hidden, mask, how="mean"):
 
 
 def unit(state):
-    """Scale each vector of `[..., D]` to length one; the end of every fold."""
+    """Scale each vector of `[..., D]` to length one; the end of every fold, but of the one over halves."""
     return F.normalize(state, dim=-1)
+
+
+def with_rationale(state, prompt, how):
+    """The end of a fold over prompt and rationale. `[..., D]` twice, `prompt` the state before the rationale; `-> [..., D]`.
+
+    halves: the mean of both halves, each at unit length; where no rationale was written, the prompt alone.
+    """
+    return unit(unit(prompt) + unit(state - prompt)) if how == "halves" else unit(state)
 
 
 def pool(hidden, mask, how="mean"):

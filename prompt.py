@@ -24,6 +24,8 @@ INSTRUCTION = (
     "sentences what the text is about as a whole, in words that would fit any text of the same meaning."
 )
 
+DOCUMENTS = "rationale", "prompt"
+
 
 @dataclass
 class Reading:
@@ -33,8 +35,11 @@ class Reading:
     max_prompt_tokens: int = 1024
     max_new_tokens: int = 256
     pooling: str = "mean"
+    documents: str = "rationale"  # what a positive or negative is embedded with; "prompt": queries think, documents are read
 
     def __post_init__(self):
+        if self.documents not in DOCUMENTS:
+            raise GraceError(f"unknown documents {self.documents!r}: choose one of {', '.join(DOCUMENTS)}")
         if self.pooling not in POOLS:
             raise GraceError(f"unknown pooling {self.pooling!r}: choose one of {', '.join(POOLS)}")
         if self.max_new_tokens < 1 or self.max_prompt_tokens < 1:
@@ -159,18 +164,23 @@ class PromptTemplate:
             start += len(piece)
         return ids, offsets
 
-    def __call__(self, texts, share=True):
+    def __call__(self, texts, share=True, twice=False):
         """P(x) of each text. If a prompt is over the limit, the end of its text is cut.
 
         share=False: plain left padding, the instruction in every row. Raises GraceError if the template
         alone is longer than the limit.
+        twice=True: the text, a blank line and the text again, of which only the second reading counts: each of its tokens
+        has the whole text before it (Echo embeddings, Springer et al. 2024). Over the limit, the second reading loses its end.
         """
+        if twice:
+            texts = [f"{text.strip()}\n\n{text.strip()}" for text in texts]
         rows, before, after, cut = [], [], [], []
         for text, (ids, offsets) in zip(texts, self.encode(texts)):
             # The tokenizer says which characters each token covers, so what counts is exact: a token
             # that straddles a boundary holds some of the text, and counts as text.
-            n_before = sum(end <= len(self.prefix) for _, end in offsets)
             text_end = len(self.render(text)) - len(self.suffix)
+            text_start = text_end + 1 - len(text) // 2 if twice else len(self.prefix)
+            n_before = sum(end <= text_start for _, end in offsets)
             n_after = sum(start >= text_end for start, _ in offsets)
             row = self._shorten(ids, n_before, n_after)
             rows.append(row)
@@ -196,7 +206,7 @@ class PromptTemplate:
             return ids
         if n_before + n_after >= limit:
             raise GraceError(
-                f"the template and instruction alone take {n_before + n_after} tokens; "
+                f"instruction, template and, of a text that is read twice, its first reading take {n_before + n_after} tokens; "
                 f"max_prompt_tokens = {limit} leaves no room for a text"
             )
         return ids[: limit - n_after] + ids[len(ids) - n_after :]

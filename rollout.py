@@ -22,10 +22,11 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from plumbing import ranks
-from pool import fold, unit
+from pool import fold, unit, with_rationale
 
 LOGITS = 2**25  # logits held at a time when scoring: 134 MB in float32; four times as many on CUDA
 NO_GRADIENTS = 8  # a batch that is only sampled from may have so many times the tokens of one that learns
+WRITERS = "query", "text", "anchor"  # roles that write whatever `Reading.documents` says
 ANCHOR_TEMPERATURE = {"paper": 0.5, "infonce": 1.0}  # of the roles that are not trained; the first as in the released code
 
 
@@ -54,7 +55,7 @@ class Rollouts:
     def __getitem__(self, groups):
         """Some of the groups (a slice or indices), without the padding that none of them needs."""
         part = Rollouts(*(getattr(self, f.name)[groups] for f in fields(self)[:-1]), self.n_shared)
-        used, T = part.prompt_mask.any(0), int(part.mask.sum(-1).max())
+        used, T = part.prompt_mask.any(0), max(1, int(part.mask.sum(-1).max()))
         for name in ("prompt_ids", "prompt_mask", "counted"):
             setattr(part, name, getattr(part, name)[:, used])
         for name in ("ids", "mask", "logprobs"):
@@ -138,11 +139,12 @@ def uniforms(seed, *shape, device=None):
 
 
 @torch.no_grad()
-def sample(policy, prompts, K=1, temperature=0.0, uniform=None):
+def sample(policy, prompts, K=1, temperature=0.0, uniform=None, writes=None):
     """K rationales of each prompt, a token at a time, and the embeddings that come with them (Eq. 9 to 12). `-> Rollouts`.
 
     uniform: `uniforms(seed, N, K, max_new_tokens)`; None where the temperature is 0. A rollout that is still being written
-    after `max_new_tokens` stops there, not finished.
+    after `max_new_tokens` stops there, not finished. writes: `[N]` bool; where it is False the rationale is empty, from
+    the start.
     """
     N, pooling = len(prompts.ids), policy.reading.pooling
     hidden, to_pool, cache = policy.prefill(prompts.ids, prompts.mask, prompts.n_shared)  # each prompt is read once
@@ -150,6 +152,7 @@ def sample(policy, prompts, K=1, temperature=0.0, uniform=None):
     last, state = (x.repeat_interleave(K, 0) for x in (hidden[:, -1], prompt))  # [N*K, D]; every prompt ends at -1
     decoder = policy.decoder(cache, prompts.mask, K)
     writing = torch.ones(N * K, dtype=torch.bool, device=last.device)
+    writing = writing if writes is None else writes.repeat_interleave(K)
     written = []
     for t in range(policy.reading.max_new_tokens):
         token, logprob = draw(policy.logits(last), temperature, None if uniform is None else uniform.flatten(0, 1)[:, t])
@@ -160,12 +163,13 @@ def sample(policy, prompts, K=1, temperature=0.0, uniform=None):
         if decoder.all_ended(writing):
             break
     ids, logprobs, mask = (torch.stack(x, 1) for x in zip(*written))  # [N*K, T]
-    T = int(mask.sum(1).max())
+    T = max(1, int(mask.sum(1).max()))
     by_group = lambda x: x.view(N, K, *x.shape[1:])
     ids, logprobs, mask = (by_group(x[:, :T]) for x in (ids, logprobs, mask))
+    embeddings = with_rationale(state, prompt.repeat_interleave(K, 0), pooling)
     return Rollouts(
         prompts.ids, prompts.mask, prompts.counted, prompts.cut, ids * mask, mask.long(), logprobs.where(mask, 0),
-        by_group(unit(state)), by_group(~writing), unit(prompt), prompts.n_shared,
+        by_group(embeddings), by_group(~writing), unit(prompt), prompts.n_shared,
     )  # fmt: skip
 
 
@@ -222,7 +226,8 @@ def roll_out(policy, texts, config, step):
     trained = config.roles, config.rollouts, config.temperature, 1
     for roles, K, temperature, stream in [anchored, trained] if anchors else [trained]:
         seed = [config.seed, step, stream]
-        rollouts = sample_texts(policy, texts_of(texts, roles), K, temperature, seed, config.tokens_per_batch)
+        writes = [role in WRITERS or policy.reading.documents == "rationale" for role in roles for _ in texts[role]]
+        rollouts = sample_texts(policy, texts_of(texts, roles), K, temperature, seed, config.tokens_per_batch, writes)
         embeddings |= split_by_role(rollouts.embeddings, texts, roles)
         alone |= split_by_role(rollouts.prompt_embeddings[:, None], texts, roles)
     if not texts.get("negative", True):  # M = 0: a sum over no negatives
@@ -231,21 +236,21 @@ def roll_out(policy, texts, config, step):
     return rollouts, embeddings, alone
 
 
-def sample_texts(policy, texts, K, temperature, seed, budget):
-    """`sample` for any number of texts, a few at a time. `-> Rollouts`.
+def sample_texts(policy, texts, K, temperature, seed, budget, writes=None):
+    """`sample` for any number of texts, a few at a time. writes: a bool per text, by default True. `-> Rollouts`.
 
     budget: the token budget of an update's micro-batch; without gradients, `NO_GRADIENTS` times as many tokens are held. If
     there are several ranks, each samples its share, and all get everything.
     """
     prompts = policy.template(texts)
     N, P, T = *prompts.ids.shape, policy.reading.max_new_tokens
-    uniform = uniforms(seed, N, K, T, device=policy.device)
+    uniform, writes = uniforms(seed, N, K, T, device=policy.device), torch.tensor(writes or [True] * N, device=policy.device)
     n = max(1, NO_GRADIENTS * budget // (P + K * T if policy.shares_prompts else K * (P + T)))
     mine = range(N)[ranks.mine(N)]
     parts = []
     for first in mine[::n]:
         at = slice(first, min(first + n, mine.stop))
-        parts.append(sample(policy, prompts[at], K, temperature, uniform[at]))
+        parts.append(sample(policy, prompts[at], K, temperature, uniform[at], writes[at]))
     return join(ranks.gather(join(parts)))
 
 
@@ -308,7 +313,8 @@ def score(policy, rollouts, temperature=1.0, text=True):
     positions = rollouts.prompt_mask.sum(1).repeat_interleave(K)[:, None] + torch.arange(T, device=ids.device)
     full_mask = torch.cat([rollouts.prompt_mask.repeat_interleave(K, 0), mask], 1)
     hidden, to_pool, _ = policy.forward(ids, full_mask, positions, cache)
-    embeddings = unit(fold(of_prompt.repeat_interleave(K, 0), to_pool, mask, pooling))
+    before = of_prompt.repeat_interleave(K, 0)
+    embeddings = with_rationale(fold(before, to_pool, mask, pooling), before, pooling)
     before = torch.cat([last, hidden[:, :-1]], 1)  # token t is predicted by the state before it
     keep = mask.bool()
     logprobs = token_logprobs(policy, before[keep], ids[keep], temperature)

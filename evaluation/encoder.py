@@ -9,6 +9,7 @@ Shapes: n texts, D hidden size.
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -56,13 +57,13 @@ def token_batches(texts, tokens_per_batch, policy):
 
 
 @torch.inference_mode()
-def encode_batch(policy, texts, temperature=0.0, seed=0, rationale=True):
+def encode_batch(policy, texts, temperature=0.0, seed=0, rationale=True, twice=False):
     """One batch of texts, greedy or sampled, or the prompts alone (the paper's Base): `[(vector, rationale, cut, finished)]`.
 
     What is sampled about a text depends on seed and text alone, not on the batch it is in. An empty text is
-    allowed: its prompt still has tokens that count.
+    allowed: its prompt still has tokens that count. twice: texts are read twice (prompt.py), with or without a rationale.
     """
-    prompts = policy.template(texts)
+    prompts = policy.template(texts, twice=twice)
     if rationale:
         T, uniform = policy.reading.max_new_tokens, None
         if temperature:
@@ -78,11 +79,11 @@ def encode_batch(policy, texts, temperature=0.0, seed=0, rationale=True):
     return list(zip(vectors.float().cpu().numpy(), rationales, prompts.cut.tolist(), finished))
 
 
-def encode_texts(policy, texts, temperature=0.0, seed=0, rationale=True, tokens_per_batch=8192):
+def encode_texts(policy, texts, temperature=0.0, seed=0, rationale=True, tokens_per_batch=8192, twice=False):
     """Any number of texts, greedy by default; equal ones are read once. `-> Encoded`."""
     known = {}
     for batch in token_batches(dict.fromkeys(texts), tokens_per_batch, policy):
-        known |= zip(batch, encode_batch(policy, batch, temperature, seed, rationale))
+        known |= zip(batch, encode_batch(policy, batch, temperature, seed, rationale, twice))
     vectors, rationales, cut, finished = zip(*(known[text] for text in texts))
     return Encoded(np.stack(vectors), list(rationales), np.array(cut), np.array(finished))
 
@@ -131,15 +132,17 @@ class GraceEncoder:
     model        a checkpoint folder, hub id, or Policy
     temperature  0 is greedy; above it rationales are sampled, with `seed`
     rationale    False embeds the prompt alone: the paper's Base
+    twice        the text is read twice, and its second reading counts (prompt.py): the control for a rationale
     cache        a folder for the memory, or None to keep it in this process only
     reading      instruction, max_prompt_tokens, max_new_tokens, pooling: default as the checkpoint says
 
-    Equal texts get equal vectors. An empty text is embedded: its prompt still has tokens that count.
+    Equal texts get equal vectors. An empty text is embedded: its prompt still has tokens that count. `name` and `revision`
+    say who reads: the revision is another one if a weight or any setting that changes a vector is.
     """
 
     def __init__(
         self, model, cache=None, temperature=0.0, seed=0, rationale=True, tokens_per_batch=8192,
-        device=None, dtype=None, progress=False, **reading,
+        device=None, dtype=None, progress=False, twice=False, **reading,
     ):  # fmt: skip
         if temperature < 0:
             raise GraceError(f"temperature {temperature}: give 0 for greedy decoding, or more to sample")
@@ -147,7 +150,8 @@ class GraceEncoder:
             raise GraceError("a Policy brings its own reading, device and dtype: give them to Policy.load instead")
         if not isinstance(model, Policy):
             model = Policy.load(model, pick_device(device), dtype, **reading).freeze()
-        self.policy, self.options = model, (temperature, seed, rationale)
+        self.policy, self.options = model, (temperature, seed, rationale, twice)
+        self._same = dict(cache=cache, twice=twice, tokens_per_batch=tokens_per_batch, progress=progress)
         self.tokens_per_batch, self.progress = tokens_per_batch, progress
         self.n_requested, self.n_read, self.flags = 0, 0, {}  # flags: {key: (cut, finished)}
         self.settings = {
@@ -156,15 +160,18 @@ class GraceEncoder:
             "template": [model.template.prefix, model.template.suffix],
             "end_tokens": model.end_ids.tolist(),
             "rationale": rationale,
+            "twice": twice,
             "temperature": temperature,
             "seed": seed if temperature else None,
             "dtype": model.dtype,
         }
+        source = model.model.name_or_path  # a hub id has an owner; a folder gets one
+        self.name = source if source.count("/") == 1 and not os.path.isdir(source) else f"grace/{os.path.basename(source)}"
+        self.revision = hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()[:16]
         self.path = ":memory:"
         if cache is not None:
             os.makedirs(cache, exist_ok=True)
-            name = hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()[:16]
-            self.path = os.path.join(cache, f"{name}.sqlite")
+            self.path = os.path.join(cache, f"{self.revision}.sqlite")
         self.memory = sqlite3.connect(self.path, timeout=60)
         self.memory.execute(
             "CREATE TABLE IF NOT EXISTS texts (key BLOB PRIMARY KEY, vector BLOB, rationale TEXT, cut INT, finished INT)"
@@ -196,6 +203,17 @@ class GraceEncoder:
             return self.encode([texts])[0]
         known = self._read(texts)
         return np.stack([known[text][0] for text in texts])
+
+    encode_query = encode
+
+    def encode_document(self, texts):
+        """`encode` for texts that are searched: by the prompt alone where the checkpoint's `documents` says so."""
+        return (self if self.policy.reading.documents == "rationale" else self._reader).encode(texts)
+
+    @functools.cached_property
+    def _reader(self):
+        """The encoder of documents that are read and not written about."""
+        return GraceEncoder(self.policy, rationale=False, **self._same)
 
     def rationales(self, texts):
         """`list[str] -> list[str]`: what the policy wrote about each text, empty where it writes none; one `str -> str`."""

@@ -36,17 +36,19 @@ WORD = re.compile(r"\w+(?:['’-]\w+)*|[^\w\s]+")  # letters and digits with wha
 # ---------------------------------------------------------------- an embedding as a sum
 
 
-def token_parts(hidden, pooling):
+def token_parts(hidden, pooling, n_prompt):
     """Each counted token's part of the unit embedding: they sum to it. `[L, D] -> [L, D]`, float64.
 
-    Under maximum pooling each channel belongs to the one token that has its largest value; under end-token pooling
-    everything belongs to the last token.
+    n_prompt: how many tokens, the first, are the prompt's; in halves each half has the same weight. Under maximum pooling each
+    channel belongs to the one token that has its largest value; under end-token pooling everything belongs to the last token.
     """
     hidden = hidden.double()
     if pooling == "max":
         hidden = hidden * F.one_hot(hidden.argmax(0), len(hidden)).T
     if pooling == "eos":
         hidden = hidden * (torch.arange(len(hidden)) == len(hidden) - 1)[:, None]
+    if pooling == "halves":
+        hidden = torch.cat([half / half.sum(0).norm() for half in hidden.split([n_prompt, len(hidden) - n_prompt])])
     return hidden / hidden.sum(0).norm()
 
 
@@ -87,7 +89,7 @@ def _split_batch(policy, texts):
     sizes = zip(*(x.sum(1).tolist() for x in (prompts.mask, prompts.counted, prompts.text)))
     for i, (text, size, (rationale,)) in enumerate(zip(texts, sizes, rollouts.rationales())):
         words = [*_prompt_words(policy.template, text, *size), *_rationale_words(tokenizer, rationale)]
-        parts = token_parts(to_pool[i][counted[i]].cpu(), policy.reading.pooling)
+        parts = token_parts(to_pool[i][counted[i]].cpu(), policy.reading.pooling, size[1])
         vectors = torch.stack([part.sum(0) for part in parts.split([n for *_, n in words])]).numpy()
         shown = tokenizer.decode(rationale, skip_special_tokens=True).strip()
         yield Split(text, shown, [word[:2] for word in words], vectors)

@@ -28,6 +28,8 @@ def batch_metrics(rollouts, R, components):
     empty          the end token and nothing before it: a rollout like any other, whose embedding is that of
                    the text and the end token.
     """
+    wrote = rollouts.mask.any(-1).all(-1)  # not documents whose prompt is all that is read
+    rollouts, R, components = rollouts[wrote], R[wrote], {name: x[wrote] for name, x in components.items()}
     lengths, first = rollouts.mask.sum(-1).float(), rollouts.embeddings[:, 0]  # [N, K]; one rollout per text [N, D]
     ids = [tuple(row) for row in rollouts.ids.flatten(0, 1).tolist()]  # each row ends, or is full
     N, K = lengths.shape
@@ -57,7 +59,7 @@ def update_metrics(now, start, part, A, value, clip_eps):
     start. clip_fraction: tokens that Eq. 8 takes out of the gradient. first_ratio_off: how far a ratio is from 1; in the
     first optimizer step on a batch it can only be rounding.
     """
-    of_tokens = lambda x: ((x * part.mask).sum(-1) / part.mask.sum(-1)).sum()
+    of_tokens = lambda x: ((x * part.mask).sum(-1) / part.mask.sum(-1).clamp(min=1)).sum()
     k3 = lambda log_ratio: of_tokens(log_ratio.exp() - 1 - log_ratio)
     with torch.no_grad():
         off = ((now.logprobs - part.logprobs).exp() - 1) * part.mask

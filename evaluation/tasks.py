@@ -141,13 +141,15 @@ def sts(encode, name, data_dir):
 def search(encode, corpus, queries, qrels, not_itself=False):
     """Rank documents for each judged query. `{id: text}, {id: text}, {query: {document: gain}}`.
 
+    encode: texts to vectors, queries by default; with `documents=True` the texts of the corpus.
     Returns, per query, the gains in ranked order, at most 1,000 of them. A query without judgements is dropped; one whose
     judgements are all 0 stays.
     """
     judged, documents = [q for q in queries if q in qrels], list(corpus)
     if not judged:
         raise GraceError("no query has a relevance judgement: are the ids of queries and qrels the same?")
-    vectors = F.normalize(torch.from_numpy(encode([queries[q] for q in judged] + list(corpus.values()))))
+    both = encode([queries[q] for q in judged]), encode(list(corpus.values()), documents=True)
+    vectors = F.normalize(torch.from_numpy(np.concatenate(both)))
     scores = vectors[: len(judged)] @ vectors[len(judged) :].T  # in one product [Q, D], so that ties fall as in mteb
     ranked = {}
     for q, near in zip(judged, scores):
@@ -156,10 +158,11 @@ def search(encode, corpus, queries, qrels, not_itself=False):
     return ranked
 
 
-def _lookup(texts, vectors):
-    """A function from texts to vectors, of texts whose vectors are known."""
-    known = dict(zip(texts, vectors))
-    return lambda texts: np.stack([known[text] for text in texts])
+def _lookup(texts, vectors, documents=None):
+    """A function from texts to vectors, of texts whose vectors are known. documents: the vectors `{text: vector}` of these."""
+    as_query = dict(zip(texts, vectors))
+    as_document = documents or as_query
+    return lambda texts, documents=False: np.stack([(as_document if documents else as_query)[text] for text in texts])
 
 
 def _retrieval_data(name, data_dir):
@@ -187,8 +190,9 @@ def reranking(encode, name, data_dir):
     corpus, queries, qrels = _retrieval_data(name, data_dir)
     rows = zip(*columns(load(name, data_dir, "top_ranked"), name, "query-id", "corpus-ids"))
     candidates = {str(q): {str(d): corpus[str(d)] for d in documents} for q, documents in rows if str(q) in qrels}
-    texts = list(dict.fromkeys(text for q, among in candidates.items() for text in (queries[q], *among.values())))
-    encode, scores = _lookup(texts, encode(texts)), []
+    asked = list(dict.fromkeys(queries[q] for q in candidates))
+    found = list(dict.fromkeys(text for among in candidates.values() for text in among.values()))
+    encode, scores = _lookup(asked, encode(asked), dict(zip(found, encode(found, documents=True)))), []
     for q, among in candidates.items():
         relevant = [gain > 0 for gain in search(encode, among, {q: queries[q]}, qrels)[q]]
         scores.append(ranked_average_precision(relevant, sum(gain > 0 for gain in qrels[q].values())))
@@ -282,15 +286,16 @@ def summarization(encode, name, data_dir):
 PROTOCOLS = {f.__name__: f for f in (retrieval, reranking, clustering, pair, classification, sts, summarization)}
 
 
-def evaluate_tasks(encode, tasks, data_dir=None):
+def evaluate_tasks(encode, tasks, data_dir=None, encode_document=None):
     """Score any encoder. `encode: list[str] -> [n, D]`; returns `{task: {"main_score": float, ...}}`.
 
-    tasks: names, families or "subset". Raises GraceError for an unknown task, missing data, or a vector that is not finite
+    tasks: names, families or "subset". encode_document: for the texts that are searched, where they are encoded in another
+    way. Raises GraceError for an unknown task, missing data, or a vector that is not finite
     (naming the text).
     """
 
-    def checked(texts):
-        vectors = np.asarray(encode(texts), dtype=np.float32)
+    def checked(texts, documents=False):
+        vectors = np.asarray((documents and encode_document or encode)(texts), dtype=np.float32)
         bad = np.flatnonzero(~np.isfinite(vectors).all(1))
         if len(bad):
             raise GraceError(f"the vector of {texts[bad[0]][:80]!r} is not finite")
@@ -307,14 +312,14 @@ def evaluate_tasks(encode, tasks, data_dir=None):
 # ---------------------------------------------------------------- held-out rows of a training run
 
 
-def evaluate_heldout(policy, heldout, graded=None, rationale=True, temperature=1.0):
+def evaluate_heldout(policy, heldout, graded=None, rationale=True, temperature=1.0, twice=False):
     """Held-out rows and graded pairs to scores by name: `evaluate_triplets` or `evaluate_texts`, as the rows are."""
     if heldout and "text" in heldout[0]:
-        return evaluate_texts(policy, [row["text"] for row in heldout], graded, rationale, temperature)
-    return evaluate_triplets(policy, heldout, graded, rationale)
+        return evaluate_texts(policy, [row["text"] for row in heldout], graded, rationale, temperature, twice)
+    return evaluate_triplets(policy, heldout, graded, rationale, twice)
 
 
-def evaluate_triplets(policy, heldout, graded=None, rationale=True):
+def evaluate_triplets(policy, heldout, graded=None, rationale=True, twice=False):
     """Held-out triplets, greedy: does a query find its positive among all positives and hard negatives?
 
     Returns nDCG@10, top-1 accuracy, with `graded` the Spearman correlation of cosine and score, and what
@@ -325,9 +330,11 @@ def evaluate_triplets(policy, heldout, graded=None, rationale=True):
         relevant.setdefault(row["query"], {})[row["positive"]] = 1
     documents = list(dict.fromkeys([r["positive"] for r in heldout] + [n for r in heldout for n in r["negative"]]))
     one, two, _ = graded or ([], [], [])
-    texts = list(dict.fromkeys([*relevant, *documents, *one, *two]))
-    encoded = encode_texts(policy, texts, rationale=rationale)
-    encode = _lookup(texts, encoded.vectors)
+    how, think = dict(rationale=rationale, twice=twice), policy.reading.documents == "rationale"
+    texts = list(dict.fromkeys([*relevant, *(documents if think else []), *one, *two]))
+    encoded = encode_texts(policy, texts, **how)
+    bare = None if think else dict(zip(documents, encode_texts(policy, documents, rationale=False, twice=twice).vectors))
+    encode = _lookup(texts, encoded.vectors, bare)
     ranked = search(encode, {d: d for d in documents}, {q: q for q in relevant}, relevant)
     result = {
         "ndcg_at_10": float(np.mean([ndcg(gains, list(relevant[q].values())) for q, gains in ranked.items()])),
@@ -338,7 +345,7 @@ def evaluate_triplets(policy, heldout, graded=None, rationale=True):
     return result | (describe_rationales(policy, [*relevant, *documents], encoded) if rationale else {})
 
 
-def evaluate_texts(policy, texts, graded=None, rationale=True, temperature=1.0):
+def evaluate_texts(policy, texts, graded=None, rationale=True, temperature=1.0, twice=False):
     """Held-out texts without labels: does a text find itself by another rationale, among all the others?
 
     Returns nDCG@10 of one sampled rationale's embedding against a second one's of every text (`self_ndcg_at_10`), and
@@ -347,9 +354,10 @@ def evaluate_texts(policy, texts, graded=None, rationale=True, temperature=1.0):
     and what `describe_rationales` says. Without rationales a text has one embedding: uniformity and correlation alone.
     """
     texts, result = list(dict.fromkeys(texts)), {}
-    greedy = encode_texts(policy, texts, rationale=rationale)
+    read = functools.partial(encode_texts, policy, rationale=rationale, twice=twice)
+    greedy = read(texts)
     if rationale:
-        one, two = (encode_texts(policy, texts, temperature=temperature, seed=seed).vectors for seed in (0, 1))
+        one, two = (read(texts, temperature=temperature, seed=seed).vectors for seed in (0, 1))
         scores = one @ two.T
         rank = (scores >= scores.diagonal()[:, None]).sum(1)  # 1 is best; a tie counts against the text
         result["self_ndcg_at_10"] = float(np.where(rank <= 10, 1 / np.log2(rank + 1), 0).mean())
@@ -358,7 +366,7 @@ def evaluate_texts(policy, texts, graded=None, rationale=True, temperature=1.0):
         apart = (2 - 2 * greedy.vectors @ greedy.vectors.T)[~np.eye(len(texts), dtype=bool)]
         result["uniformity"] = float(np.log(np.exp(-2 * apart).mean()))
     if graded:
-        result["spearman"] = graded_spearman(lambda texts: encode_texts(policy, texts, rationale=rationale).vectors, graded)
+        result["spearman"] = graded_spearman(lambda texts: read(texts).vectors, graded)
     return result | (describe_rationales(policy, texts, greedy) if rationale else {})
 
 

@@ -25,6 +25,8 @@ from rollout import make_batch, sample, score, text_logprobs, uniforms
 class LossTrainer(Trainer):
     """One AdamW step on a loss of the prompts' embeddings. Subclasses have `loss(batch)`. For one process."""
 
+    twice = False  # texts are read once
+
     def __init__(self, policy, reference, rows, config):
         if ranks.size > 1:
             raise GraceError("a loss reads its whole batch at once, in one process: leave out torchrun")
@@ -43,10 +45,11 @@ class LossTrainer(Trainer):
 
     def embed(self, texts, share=True):
         """P(x) pooled, and the mean log-probability of its text, with gradients. `-> [n, D], [n]`."""
-        policy, x = self.policy, self.policy.template(texts, share)
+        policy, x = self.policy, self.policy.template(texts, share, self.twice)
         hidden, to_pool, _ = policy.prefill(x.ids, x.mask, x.n_shared)
-        ids, counted = x.ids[:, x.n_shared :], x.counted[:, x.n_shared :]
-        return unit(fold(None, to_pool, counted, policy.reading.pooling)), text_logprobs(policy, hidden, ids, counted)
+        ids, mask, counted = (part[:, x.n_shared :] for part in (x.ids, x.mask, x.counted))
+        of_text = text_logprobs(policy, hidden, ids, mask if self.twice else counted)
+        return unit(fold(None, to_pool, counted, policy.reading.pooling)), of_text
 
 
 class Contrastive(LossTrainer):
@@ -62,6 +65,15 @@ class Contrastive(LossTrainer):
         q, p, n = h[:B, None], h[B : 2 * B, None], h[2 * B :].view(B, -1, 1, h.shape[-1])  # [B, 1, D] x 2, [B, M, 1, D]
         contrast = infonce(q, p, t, n, batch.same_text) + infonce(p, q, t, None, batch.same_text)
         return -contrast.mean() / 2 - self.config.text_weight * text_logprob.mean()
+
+
+class Twice(Contrastive):
+    """The same loss over texts that are read twice (Echo embeddings), the cheap rival of a rationale.
+
+    The text term covers both readings: by the second alone it would teach to copy.
+    """
+
+    twice = True
 
 
 class SimCSE(LossTrainer):
@@ -125,4 +137,10 @@ class PathwiseAlone(Trainer):
         return torch.zeros_like(R)
 
 
-BASELINES = {"contrastive": Contrastive, "forced": ForcedContrastive, "simcse": SimCSE, "pathwise": PathwiseAlone}
+BASELINES = {
+    "contrastive": Contrastive,
+    "twice": Twice,
+    "forced": ForcedContrastive,
+    "simcse": SimCSE,
+    "pathwise": PathwiseAlone,
+}

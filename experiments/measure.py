@@ -18,7 +18,7 @@ from experiments.baselines import longest
 from plumbing.data import read_triplets
 from plumbing.run import read_metrics
 from policy import Policy
-from rollout import sample, score, uniforms
+from rollout import Rollouts, sample, score, uniforms
 from worlds.town import Town
 
 
@@ -64,6 +64,16 @@ def answers_loss(start, policy, texts):
     return total / count
 
 
+def answered(policy, texts, answers):
+    """Given answers to texts, each with an end token, as `score` takes them: `Rollouts` without what only sampling records."""
+    rows = [policy.tokenizer(answer, add_special_tokens=False)["input_ids"] + [int(policy.end_ids[0])] for answer in answers]
+    lengths = torch.tensor([len(row) for row in rows], device=policy.device)
+    ids = torch.tensor([row + [0] * (int(lengths.max()) - len(row)) for row in rows], device=policy.device)
+    mask = (torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]).long()
+    x = policy.template(texts)
+    return Rollouts(x.ids, x.mask, x.counted, x.cut, ids[:, None], mask[:, None], None, None, None, None, x.n_shared)
+
+
 @torch.no_grad()
 def follow_other(policy, world, n):
     """How well the policy follows an instruction of its warm start that no reward touched. `-> {name: number}`.
@@ -75,12 +85,8 @@ def follow_other(policy, world, n):
     texts, answers = zip(*world.other_chats(n, random.Random(0)))
     greedy = sample(other, other.template(list(texts)))
     written = [tokenizer.decode(group[0], skip_special_tokens=True).strip() for group in greedy.rationales()]
-    rows = [[*tokenizer(answer, add_special_tokens=False)["input_ids"], int(policy.end_ids[0])] for answer in answers]
-    lengths = torch.tensor([len(row) for row in rows], device=policy.device)
-    ids = torch.tensor([row + [0] * (int(lengths.max()) - len(row)) for row in rows], device=policy.device)
-    mask = (torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]).long()
-    right = dataclasses.replace(greedy, ids=ids[:, None], mask=mask[:, None])
-    loss = -score(other, right).logprobs.sum() / lengths.sum()
+    right = answered(other, list(texts), answers)
+    loss = -score(other, right).logprobs.sum() / right.mask.sum()
     return {"other_loss": float(loss), "other_right": float(np.mean([a == b for a, b in zip(written, answers)]))}
 
 

@@ -26,7 +26,7 @@ from worlds.make import build_world
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 RESULTS = os.path.join(ROOT, "experiments", "results.jsonl")
 TRAINERS = BASELINES | ALGORITHMS
-NOT_SETTINGS = "world", "trainer", "budgets"  # of a run; all else is a setting of config.py
+NOT_SETTINGS = "world", "trainer", "budgets", "part", "pairs"  # of a run; all else is a setting of config.py
 LIMITS = 0, 1, 2, 3, 4, 6, 8, 12, 20, 24, 28, 32, 40  # Figure 4's longest rationales
 
 
@@ -60,8 +60,8 @@ def world_of(run):
 
 
 def config_of(run, **more):
-    """The Config of a run."""
-    return Config(**{name: value for name, value in run.items() if name not in NOT_SETTINGS}, **more)
+    """The Config of a run. more: settings that the run does not have, or has by another name."""
+    return Config(**{name: value for name, value in (run | more).items() if name not in NOT_SETTINGS})
 
 
 def make(run):

@@ -137,20 +137,6 @@ SIZES = {
         *((f"K = {K}", dict(batch=16, rollouts=K)) for K in (2, 4, 8)),
     )
 }
-# One knob at a time from the full recipe; where the knob is a term that holds the policy, the other such term is off.
-FRONTIER = {
-    **{f"KL {x:g}": NAME_SHORT | dict(text_weight=0.0, kl=x) for x in (0.0, 0.01, 0.03, 0.1)},
-    **{f"text term {x:g}": NAME_SHORT | dict(text_weight=x, kl=0.0) for x in (0.03, 0.3, 1.0)},
-    "text term 1 and KL 0.01": NAME_SHORT,
-    "text term 1 and KL 0.03": NAME_SHORT | dict(kl=0.03),
-    **{f"pathwise {x:g}": NAME_SHORT | dict(pathwise=x) for x in (0.0, 0.1, 1.0)},
-    **{f"temperature {x:g}": NAME_SHORT | dict(temperature=x) for x in (0.5, 1.0)},
-    **{f"rate {x:g}": NAME_SHORT | dict(lr=x) for x in (2e-4, 1e-3)},
-    "steps 30": NAME_SHORT | dict(steps=30),
-    "steps 250": NAME,
-    "contrastive": NAME_LOSS,
-    "contrastive + text term": NAME_TEXT,
-}
 
 # ---------------------------------------------------------------- what was tried, on a seed that no other table has
 
@@ -217,7 +203,6 @@ TABLES = {
     "figure6": Table(POOLINGS, (*SCORES, "text loss", "recall")),
     "figure7": Table(SIZES),
     "collapse": Table(some(SUPERVISED, PAPERS, BEST)),
-    "frontier": Table(FRONTIER, (*SCORES, *NAMED)),
     "yardstick": Table(
         some(SUPERVISED, REASONING, LOSS, TEXT, BEST, REWARD_ALONE),
         (*SCORES, *NAMED, "well_formed", "seconds"),

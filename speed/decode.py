@@ -39,19 +39,25 @@ from transformers.masking_utils import sdpa_mask
 from plumbing.models import near
 from speed import runs
 
+SCORES = 2**25  # attention scores that `grouped` may hold: 134 MB in float32
+
 
 def attend(module, query, key, value, attention_mask, scaling=None, decoder=None, **kwargs):
     """Attention over a prompt kept once and the rationales' own keys. Called by the model's layers.
 
     query           `[R, H, 1, d]`; key, value `[R, H/G, T, d]`: the buffer of the rationales' own
     attention_mask  `[N, 1, 1, P]`, True where the prompt has a token
-    decoder         the `SharedDecoder`; where there is none, this is the library's own attention
+    decoder         the `SharedDecoder`; where there is none, this is the library's own attention, or on a CPU `grouped`
     Returns `[R, 1, H, d]`, and None in the place of attention weights. Raises NotImplementedError, a RuntimeError, where a
     layer asks for more than this: `can_share_prompts` sees it, and the library's cache is used.
     """
+    unknown = [name for name in ("softcap", "sliding_window", "position_bias", "s_aux") if kwargs.get(name) is not None]
     if decoder is None:
+        small = query.device.type == "cpu" and query[..., 0].numel() * key.shape[2] < SCORES
+        if small and attention_mask is not None and not unknown:
+            return grouped(query, key, value, attention_mask, scaling), None
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    if unknown := [name for name in ("softcap", "sliding_window", "position_bias", "s_aux") if kwargs.get(name) is not None]:
+    if unknown:
         raise NotImplementedError(f"attention with {', '.join(unknown)}")
     layer = decoder.cache.layers[module.layer_idx]
     (N, heads, P, d), R = layer.prompt_keys.shape, len(query)
@@ -71,6 +77,21 @@ def attend(module, query, key, value, attention_mask, scaling=None, decoder=None
     from_prompt, from_own = weights.split([P, t], 3)
     mixed = torch.einsum("nkhgp,nhpd->nkhgd", from_prompt.view(N, K, heads, G, P), layer.prompt_values)
     return (mixed.reshape(R, heads, G, -1) + from_own @ value[:, :, :t]).reshape(R, 1, heads * G, -1), None
+
+
+def grouped(query, key, value, mask, scaling=None):
+    """Attention where the queries that share a key stand side by side. `[R, H, L, d], [R, H/G, S, d] x 2 -> [R, L, H, d]`.
+
+    On a CPU, for the short stretches here, forward 2.6 and forward and backward 6 times as fast as torch's attention in
+    bfloat16, 1.3 and 1.5 times in float32 (60 rows, L = 24, S = 60, 9 heads, 3 of them with keys of their own).
+    """
+    (R, H, L, d), heads = query.shape, key.shape[1]
+    query = (query * (scaling if scaling is not None else d**-0.5)).reshape(R, heads, H // heads * L, d)
+    scores = (query @ key.transpose(2, 3)).view(R, heads, H // heads, L, -1)
+    scores = scores.masked_fill(~mask[:, :, None], torch.finfo(scores.dtype).min)  # finite: padding sees nothing at all
+    weights = scores.softmax(-1, dtype=torch.promote_types(query.dtype, torch.float32)).to(query.dtype)
+    mixed = weights.view(R, heads, H // heads * L, -1) @ value
+    return mixed.view(R, H, L, d).transpose(1, 2).contiguous()
 
 
 def in_triton(*tensors):

@@ -79,9 +79,12 @@ def tokenizer():
 def make_policy(tokenizer):
     """A policy over a random network: `make_policy("Qwen2", pooling="max", double=True)`."""
 
-    def make(architecture="Llama", seed=0, double=False, max_new_tokens=6, pooling="mean", lora=None, dtype="float32", **overrides):
+    def make(
+        architecture="Llama", seed=0, double=False, max_new_tokens=6, pooling="mean", documents="rationale", lora=None,
+        dtype="float32", **overrides,
+    ):  # fmt: skip
         model = build(architecture, len(tokenizer), seed, **overrides)
-        reading = Reading(INSTRUCTION, max_prompt_tokens=64, max_new_tokens=max_new_tokens, pooling=pooling)
+        reading = Reading(INSTRUCTION, 64, max_new_tokens, pooling, documents)
         policy = Policy(model.double() if double else model, tokenizer, reading, dtype)
         return adapted(policy, lora) if lora else policy
 
@@ -123,7 +126,10 @@ def by_full_forward(policy, rollouts, n, k, temperature=1.0):
     counted = torch.cat([rollouts.counted[n][rollouts.prompt_mask[n].bool()], torch.ones_like(rationale)]).bool()
     states = out.hidden_states[-2 if policy.reading.pooling == "penultimate" else -1][0][counted]
     how = {"max": lambda h: h.max(0).values, "eos": lambda h: h[-1]}.get(policy.reading.pooling, lambda h: h.mean(0))
-    return logprobs.gather(1, rationale[:, None])[:, 0], unit(how(states))
+    embedding = unit(how(states))
+    if policy.reading.pooling == "halves" and len(rationale):
+        embedding = unit(unit(states[: -len(rationale)].mean(0)) + unit(states[-len(rationale) :].mean(0)))
+    return logprobs.gather(1, rationale[:, None])[:, 0], embedding
 
 
 def embedded(policy, text):

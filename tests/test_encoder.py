@@ -12,6 +12,7 @@ from conftest import TEXTS
 import eval_mteb_subset
 from evaluation import encoder as encoder_module
 from evaluation.encoder import GraceEncoder, encode_batch, encode_texts, fingerprint, text_loss, token_batches
+from evaluation.tasks import evaluate_triplets
 from policy import Policy
 from pool import unit
 
@@ -116,13 +117,33 @@ def test_no_text_is_read_twice(make_policy, read, tmp_path):
         assert first.counts[name] == again.counts[name] > 0
 
 
+def test_documents_may_be_read_alone(make_policy):
+    """As queries do, they write, unless the checkpoint's reading says that their prompt is enough."""
+    policy = make_policy(documents="prompt")
+    encoder, bare = GraceEncoder(policy), GraceEncoder(policy, rationale=False).encode(TEXTS)
+    assert (encoder.encode_document(TEXTS) == bare).all() and not np.allclose(encoder.encode_query(TEXTS), bare, atol=1e-3)
+    writes = GraceEncoder(make_policy())
+    assert (writes.encode_document(TEXTS) == writes.encode(TEXTS)).all()
+    rows = [{"query": one, "positive": two, "negative": []} for one, two in zip(TEXTS, TEXTS[1:] + TEXTS[:1])]
+    found = [text for row in rows for text in (row["positive"],)]
+    scores = encoder.encode_query([row["query"] for row in rows]) @ encoder.encode_document(found).T
+    top1 = np.mean(scores.argmax(1) == np.arange(len(rows)))
+    assert evaluate_triplets(policy, rows)["top1"] == top1
+
+
 def test_another_reading_is_another_memory(make_policy, read, tmp_path):
     policies = [make_policy(), make_policy(seed=1), make_policy(max_new_tokens=3), make_policy(pooling="eos")]
     for policy in policies:
         GraceEncoder(policy, cache=tmp_path).encode(TEXTS[:1])
-    for more in ({"rationale": False}, {"temperature": 1.0}, {"temperature": 0.5}, {"temperature": 1.0, "seed": 1}):
+    for more in (
+        {"rationale": False},
+        {"twice": True},
+        {"temperature": 1.0},
+        {"temperature": 0.5},
+        {"temperature": 1.0, "seed": 1},
+    ):
         GraceEncoder(policies[0], cache=tmp_path, **more).encode(TEXTS[:1])
-    assert len(read) == 8 and len(os.listdir(tmp_path)) == 8
+    assert len(read) == 9 and len(os.listdir(tmp_path)) == 9
 
 
 def test_models_with_other_settings_have_another_fingerprint(make_policy, tmp_path):

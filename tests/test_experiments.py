@@ -11,14 +11,15 @@ import torch
 from conftest import ROWS, TEXTS, by_full_forward, config, embedded, infonce_terms, rolled
 
 from config import parse
-from experiments import page, records, run
+from evaluation.tasks import evaluate_triplets
+from experiments import page, real, records, run
 from experiments.algorithms import ALGORITHMS, DAPO, GRPO, ReinforcePlusPlus, ReMax
-from experiments.baselines import Contrastive, ForcedContrastive, PathwiseAlone, SimCSE, longest
+from experiments.baselines import Contrastive, ForcedContrastive, PathwiseAlone, SimCSE, Twice, longest
 from experiments.measure import answers_loss, follow_other, measure
 from experiments.runs import TABLES, WALK
 from plumbing.errors import GraceError
 from rollout import make_batch, roll_out, sample
-from worlds.make import build_world
+from worlds.make import build_world, write_rows
 
 # ---------------------------------------------------------------- algorithms
 
@@ -146,6 +147,24 @@ def test_the_contrastive_loss_and_its_gradient(make_policy, text_weight):
     torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-8)  # norms and rotations are float32 inside
 
 
+def test_the_loss_over_texts_read_twice(make_policy):
+    """The mean over the second reading, and a text term over both, of prompts that are written out by hand."""
+    policy = make_policy(double=True, max_position_embeddings=256)
+    trainer, batch = Twice(policy, None, ROWS, config(text_weight=2.0, infonce_temperature=0.3)), make_batch(ROWS)
+    by_role, logprobs = {role: [] for role in batch.texts}, []
+    for role, text in ((role, text) for role, texts in batch.texts.items() for text in texts):
+        x, n = policy.template([text]), len(text.split())
+        prefix, rest = x.ids[0].split([5, n + 1])  # the tokenizer has a token per word
+        ids = torch.cat([prefix, rest[:n], rest])[None]
+        out = policy.model(input_ids=ids, output_hidden_states=True)
+        h = out.hidden_states[-1][0, 5 + n :].mean(0)
+        by_role[role].append(h / h.norm())
+        given = torch.log_softmax(out.logits[0, 5:-1].double(), -1)
+        logprobs.append(given.gather(1, ids[0, 6:, None]).mean())
+    expected = -infonce_terms(*by_role.values(), 0.3).mean() - 2.0 * torch.stack(logprobs).mean()
+    assert trainer.loss(batch).item() == pytest.approx(expected.item(), rel=1e-6)
+
+
 def simcse(policy):
     return SimCSE(policy, None, [{"text": t} for t in TEXTS], config(mode="unsupervised", batch=2, text_weight=0.0))
 
@@ -176,7 +195,7 @@ def test_what_simcse_drops_is_a_function_of_seed_step_and_view(make_policy):
     assert not torch.equal(first, trainer.view(TEXTS, 0))
 
 
-@pytest.mark.parametrize("trainer", [Contrastive, ForcedContrastive, SimCSE])
+@pytest.mark.parametrize("trainer", [Contrastive, Twice, ForcedContrastive, SimCSE])
 def test_a_loss_falls(make_policy, trainer):
     rows, mode = (ROWS, "supervised") if trainer is not SimCSE else ([{"text": row["query"]} for row in ROWS], "unsupervised")
     trained = trainer(make_policy(), None, rows, config(mode=mode, lr_decay=True, steps=30, lr=1e-3))
@@ -304,3 +323,122 @@ def test_the_towns_settings_are_those_of_train_sh():
     town_line = re.search(r"^  town\)\n.*\n    settings=\((.*)\)", script, flags=re.M)[1]
     for_all = re.search(r"grace\.py .*(--batch.*?) \"\$\{settings", script)[1]
     assert parse(shlex.split(f"{town_line} {for_all}"), "") == records.config_of(WALK)
+
+
+# ---------------------------------------------------------------- real text
+
+
+def test_what_a_rationale_names():
+    rows = [
+        {"word": "box", "query": "a case of wood", "positive": "a container with lids"},
+        {"word": "lamp", "query": "it gives light", "positive": "burns oil"},
+    ]
+    written = [("Boxes, a wooden case", "a lid"), ("a lamps", "the lights")]
+    found = real.describe(rows, written)
+    assert found["named"] == 2 / 4  # boxes, lamps
+    assert found["true"] == pytest.approx(3 / 6)  # case, lid, lights; not boxes, wooden, lamps
+    assert found["agree"] == 0 and real.describe(rows, [("box case", "case")] * 2)["agree"] == 0.5
+    assert not real.names("the glass", "glas s") and real.names("GLASSES.", "glass")
+
+
+def test_ranks():
+    queries, positives = torch.eye(3)[:2].numpy(), torch.tensor([[0.5, 0, 0], [0.6, 0, 0], [0.5, 0.5, 0]]).numpy()
+    assert real.ranks(queries, positives).tolist() == [2, 2]  # a tie with the third does not count
+    assert real.ranks(queries[:, None].repeat(2, 1), positives).tolist() == [[2, 2], [2, 2]]
+
+
+def test_headroom_is_that_of_what_is_drawn(make_policy):
+    """Ten queries, so that two parts are drawn, each against its own positive among all ten."""
+    policy, rows = (
+        make_policy(),
+        [
+            {"query": f"{TEXTS[i % 3]} {w}", "word": w}
+            for i, w in enumerate("old young tall rich quiet smart happy angry boat lamp".split())
+        ],
+    )
+    positives = torch.nn.functional.normalize(torch.randn(10, 32, generator=torch.Generator().manual_seed(0)), dim=1)
+    found, mean, best, named = real.headroom(policy, rows, positives.numpy(), 1.0, K=4), 0.0, 0.0, 0
+    for first in (0, 8):
+        part = rows[first : first + 8]
+        drawn = rolled(policy, [row["query"] for row in part], K=4, seed=[0, first])
+        for i, row in enumerate(part):
+            scores = drawn.embeddings[i] @ positives.T
+            values = [1 / (1 + sum(x > line[first + i] for x in line)).item() for line in scores]
+            mean, best = mean + sum(values) / 40, best + max(values) / 10
+            named += any(row["word"] in policy.tokenizer.decode(ids).split() for ids in drawn.rationales()[i])
+    assert found["mean_of_16"] == pytest.approx(mean) and found["best_of_16"] == pytest.approx(best)
+    assert best > mean and found["any_of_16_names"] == named / 10
+
+
+def made_up(folder):
+    """Files as real.py reads them, in the words of the tiny tokenizer: a folder of data."""
+    things = [
+        f"the {a} {b}" for a in "old young tall rich quiet smart".split() for b in "doctor child boat lamp sofa street".split()
+    ]
+    words = [text.split()[-1] for text in things]
+    pairs = [{"word": w, "pos": "noun", "query": f"{t} sold", "positive": f"somebody found {t}"} for w, t in zip(words, things)]
+    write_rows(folder / "dictionary" / "train.jsonl", pairs[:16])
+    write_rows(folder / "dictionary" / "validation.jsonl", pairs[16:])
+    write_rows(
+        folder / "dictionary" / "start.jsonl", [{"word": w, "pos": "noun", "definition": t} for w, t in zip(words, things)]
+    )
+    pictures = [{"id": t, "captions": [f"{t} sold", f"somebody hid {t}", f"{t} fixed"]} for t in things]
+    for name, part in (("flickr30k_train", pictures[:8]), ("coco", pictures[8:16]), ("flickr30k_heldout", pictures[16:])):
+        write_rows(folder / "captions" / f"{name}.jsonl", part)
+    graded = [{"sentence1": one, "sentence2": two, "score": i % 5} for i, (one, two) in enumerate(zip(things, things[7:]))]
+    for task in ("STSBenchmark", "SICK-R"):
+        write_rows(folder / "eval" / task / "test.jsonl", graded)
+    return folder
+
+
+def test_real_text_from_rows_to_page(make_policy, tmp_path, monkeypatch, capsys):
+    """The start, a loss, GRACE from that start and a try, in two steps each, and the page of their records."""
+    make_policy().save(tmp_path / "model")
+    data = made_up(tmp_path / "data")
+    monkeypatch.setattr(real, "RESULTS", str(tmp_path / "real.jsonl"))
+    monkeypatch.setattr(real, "PAGE", str(tmp_path / "page.md"))
+    monkeypatch.setattr(real, "TASKS", ("STSBenchmark", "SICK-R"))
+    brief = dict(batch=4, max_prompt_tokens=64, max_new_tokens=6, pairs=9)
+    for name, one in real.RUNS.items():
+        monkeypatch.setitem(real.RUNS, name, one | brief | {k: 2 for k in ("steps", "rollouts") if k in one})
+    few = real.heldout_rows  # the made-up files have as many rows as are for choosing
+    monkeypatch.setattr(real, "heldout_rows", lambda *given: dict.fromkeys(("choose", "table"), few(*given)["choose"]))
+    given = ["--model", str(tmp_path / "model"), "--data-dir", str(data), "--out", str(tmp_path / "out")]
+    runs = ["start", "words-untrained", "words-grace", "captions-loss-twice", "captions-simcse"]
+    for name in runs:
+        real.main([name, *given])
+    real.main(["captions-loss", "--part", "choose", "--lr", "1e-3", *given])
+    made = {record["name"]: record for record in records.read(real.RESULTS).values()}
+    assert list(made) == [*runs, "captions-loss"] and made["captions-loss"]["run"]["lr"] == 1e-3
+    words = made["words-grace"]
+    assert words["before"]["text_loss"] == made["words-untrained"]["after"]["text_loss"] == made["start"]["after"]["text_loss"]
+    assert len(words["written"]) == 12 and {"named", "any_of_16_names"} <= words["after"].keys()
+    policy = real.Policy.load(str(tmp_path / "out" / "words-grace-seed-0"))
+    rows = [{**row, "negative": []} for row in real.heldout_rows(words["run"], data)["table"]]
+    for way, options in real.WAYS.items():
+        score = evaluate_triplets(policy, rows, **options)["ndcg_at_10"]
+        assert words["after"]["ways"][way]["ndcg_at_10"] == pytest.approx(score, rel=1e-4)
+    (tmp_path / "page.md").write_text("before\n<!-- real --><!-- /real -->\nafter\n")
+    real.main(["page"])
+    text = (tmp_path / "page.md").read_text()
+    assert "### Words" in text and "| GRACE, full |" in text and "| captions-loss | lr 0.001 |" in text and "nan" not in text
+    assert text.startswith("before\n") and text.endswith("\nafter\n")
+    real.main([])
+    assert "words-grace              1 seeds" in capsys.readouterr().out
+    with pytest.raises(GraceError, match="no such file; --data-dir names the folder"):
+        real.main(["captions-loss", "--data-dir", str(tmp_path)])
+
+
+def test_the_supervised_start_learns_its_words(make_policy):
+    rows = [{"query": text, "positive": word, "negative": []} for text, word in zip(TEXTS, ("lamp", "boat", "sofa"))] * 2
+    policy = make_policy()
+    trainer = real.Start(policy, None, rows, config(steps=40, lr=3e-3, batch=6))
+    losses = [trainer.step()["loss"] for _ in range(40)]
+    assert losses[-1] < 0.1 * losses[0]
+    greedy = sample(policy, policy.template(TEXTS)).rationales()
+    assert [policy.tokenizer.decode(ids[0], skip_special_tokens=True) for ids in greedy] == ["lamp", "boat", "sofa"]
+    trainer.config.batch, batches = 2, set()
+    for trainer.step_number in range(20):
+        batches.add(tuple(row["positive"] for row in trainer.next_rows()))
+    by_length = ["boat", "boat", "lamp", "lamp", "sofa", "sofa"]
+    assert batches == set(zip(by_length, by_length[1:]))

@@ -59,10 +59,12 @@ def test_a_share_is_what_the_formula_says(make_policy):
 
 def test_parts_of_each_pooling():
     hidden = torch.tensor([[3.0, 0.0], [1.0, 4.0], [2.0, 2.0]])
-    assert torch.allclose(token_parts(hidden, "mean"), hidden.double() / 72**0.5)
+    assert torch.allclose(token_parts(hidden, "mean", 2), hidden.double() / 72**0.5)
     # Each channel belongs to one token: the first has the first channel, the second has the second.
-    assert torch.allclose(token_parts(hidden, "max"), torch.tensor([[0.6, 0.0], [0.0, 0.8], [0.0, 0.0]]).double())
-    assert torch.allclose(token_parts(hidden, "eos"), torch.tensor([[0.0, 0.0], [0.0, 0.0], [0.5, 0.5]]).double() * 2**0.5)
+    assert torch.allclose(token_parts(hidden, "max", 2), torch.tensor([[0.6, 0.0], [0.0, 0.8], [0.0, 0.0]]).double())
+    assert torch.allclose(token_parts(hidden, "eos", 2), torch.tensor([[0.0, 0.0], [0.0, 0.0], [0.5, 0.5]]).double() * 2**0.5)
+    halves = torch.tensor([[3.0, 0.0], [1.0, 4.0]]).double() / 32**0.5, torch.tensor([[2.0, 2.0]]).double() / 8**0.5
+    assert torch.allclose(token_parts(hidden, "halves", 2), torch.cat(halves) / 2)  # they point the same way
 
 
 def test_words_over_tokens():

@@ -18,7 +18,7 @@ from grace import Trainer, advantages, clipped_objective, judge, kl_k2, kl_k3, s
 from plumbing.errors import GraceError
 from policy import Policy
 from prompt import Reading
-from reward import infonce_components, paper_components
+from reward import infonce, infonce_components, paper_components
 from rollout import make_batch, roll_out, sample, score, uniforms
 
 # ---------------------------------------------------------------- advantage, objective, KL
@@ -337,6 +337,39 @@ def test_bfloat16_trains_float32_weights(make_policy):
         assert before.dtype == torch.float32 and (weights(policy) != before).float().mean() > 0.9
     assert policy.head.weight is policy.base.embed_tokens.weight and policy.head.weight.grad is None  # still tied
     assert trainer.batch.rollouts.embeddings.dtype == trainer.batch.rollouts.logprobs.dtype == torch.float32
+
+
+def test_queries_think_and_documents_are_read(make_policy):
+    """A document's rollouts are empty, its embedding is its prompt's, and the reward's gradient moves it as any other.
+
+    The oracle is the same step written out: InfoNCE over queries with rationales and prompts without, in one graph.
+    """
+    policy = make_policy(double=True, documents="prompt")
+    settings = config(
+        pathwise=1.0, kl=0.0, text_weight=0.0, length_normalize=False, gamma=0.0, lambda_consistency=0.0, lambda_hard=0.0
+    )
+    trainer = Trainer(policy, None, ROWS, settings)
+    grads = []
+    trainer.optimizer_step = lambda: grads.append([p.grad.clone() for p in policy.model.parameters()]) or 0.0
+    trainer.step()
+    rollouts, B, K = trainer.batch.rollouts, settings.batch, settings.rollouts
+    assert rollouts.mask[:B].any(-1).all() and not rollouts.mask[B:].any() and rollouts.finished[B:].all()
+    alone = torch.stack([by_full_forward(policy, rollouts, n, None)[1] for n in range(B, 2 * B)])
+    torch.testing.assert_close(rollouts.embeddings[B:], alone[:, None].expand(-1, K, -1), rtol=0, atol=1e-10)
+
+    policy.model.zero_grad()
+    written = [[by_full_forward(policy, rollouts, n, k, settings.temperature) for k in range(K)] for n in range(B)]
+    h = torch.stack([torch.stack([embedding for _, embedding in group]) for group in written])
+    read = torch.stack([by_full_forward(policy, rollouts, n, None)[1] for n in range(B, 2 * B)])[:, None]
+    negatives = trainer.batch.embeddings["negative"]
+    own = infonce(h, read, settings.infonce_temperature, negatives, trainer.batch.same_text)
+    back = infonce(read, h, settings.infonce_temperature, None, trainer.batch.same_text)
+    A = own.detach() - own.detach().mean(1, keepdim=True)
+    likely = torch.stack([torch.stack([logprobs.sum() for logprobs, _ in group]) for group in written])
+    loss = -((A * likely).sum() + own.sum() + K * back.sum()) / (2 * B * K)
+    loss.backward()
+    for p, g in zip(policy.model.parameters(), grads[0]):
+        assert (g - p.grad).norm() < 1e-6 * p.grad.norm()  # the model normalizes in float32
 
 
 def test_rate_and_largest_step(make_policy):

@@ -1,4 +1,7 @@
-"""The house: what imports what. No arrow runs upward or in a circle, and nothing in plumbing/ knows the method."""
+"""The house: what imports what. No arrow runs upward or in a circle, and nothing in plumbing/ knows the method.
+
+`python tests/test_layout.py` prints the picture of it that README shows.
+"""
 
 import ast
 import functools
@@ -40,6 +43,22 @@ def rooms(path):
     return {name.split(".")[0] for name in imported(path)} & ROOMS
 
 
+def picture():
+    """The imports between rooms as a Mermaid graph, without arrows that a longer way implies."""
+    graph = {room: set().union(*map(rooms, files(room))) - {room} for room in sorted(ROOMS - {"worlds"})}
+    below = {}
+    for room in graphlib.TopologicalSorter(graph).static_order():
+        below[room] = graph[room].union(*(below[other] for other in graph[room]))
+    arrows = ((room, other) for room in graph for other in sorted(graph[room]))
+    needed = [(a, b) for a, b in arrows if not any(b in below[other] for other in graph[a])]
+    name = lambda room: f"{room}/" if room in FOLDERS else f"{room}.py"
+    return "\n".join(["```mermaid", "graph TD", *(f'  {a}["{name(a)}"] --> {b}["{name(b)}"]' for a, b in needed), "```"])
+
+
+def test_readme_shows_it():
+    assert picture() in (ROOT / "README.md").read_text(encoding="utf-8"), "python tests/test_layout.py prints the new one"
+
+
 def test_no_arrow_runs_upward():
     below = set()
     for floor in map(str.split, FLOORS):
@@ -67,3 +86,7 @@ def test_everything_needed_is_installed():
     installed = {*settings["py-modules"], *settings["packages"]}
     assert "grace" in installed and installed <= ROOMS
     assert all(rooms(path) <= installed for room in installed for path in files(room))
+
+
+if __name__ == "__main__":
+    print(picture())

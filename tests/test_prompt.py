@@ -4,9 +4,11 @@ import pytest
 import torch
 from conftest import TEXTS, build, by_full_forward, rolled
 
+from evaluation.encoder import encode_texts
 from plumbing.errors import GraceError
 from policy import Policy
 from prompt import PromptTemplate, Reading
+from rollout import sample
 from worlds.make import INSTRUCTION
 
 
@@ -131,6 +133,32 @@ def test_long_text_is_cut(byte_tokenizer):
     assert shortened.endswith("<|im_end|>\n<|im_start|>assistant\n") and set(shortened.split("<|im_end|>")[0]) == {"b"}
     with pytest.raises(GraceError, match="leaves no room for a text"):
         byte_policy(byte_tokenizer, max_prompt_tokens=20).template(["the cat sat on the mat"])
+
+
+def test_a_text_read_twice(byte_tokenizer):
+    """A full pass over the string as written by hand, and the mean of its last states: 5 of the second text, 13 behind it."""
+    policy = byte_policy(byte_tokenizer)
+    string = "<|im_start|>system\nSay what it means.<|im_end|>\n<|im_start|>user\nthe cat\n\nthe cat<|im_end|>\n"
+    ids = torch.tensor([byte_tokenizer(string + "<|im_start|>assistant\n", add_special_tokens=False)["input_ids"]])
+    state = policy.model.base_model(input_ids=ids).last_hidden_state[0, -18:].mean(0).detach()
+    for text in ("the cat", " the cat\n"):
+        vectors = encode_texts(policy, [text, "a longer text"], rationale=False, twice=True).vectors
+        torch.testing.assert_close(torch.from_numpy(vectors[0]), state / state.norm(), rtol=1e-5, atol=1e-5)
+    x = policy.template(["the cat", ""], twice=True)
+    assert decoded(policy, x, x.text) == ["the cat", ""] and decoded(policy, x, x.mask)[0] == string + "<|im_start|>assistant\n"
+    written, given = encode_texts(policy, ["the cat"], twice=True), sample(policy, x[:1])
+    torch.testing.assert_close(torch.from_numpy(written.vectors[0]), by_full_forward(policy, given, 0, 0)[1].detach())
+
+
+def test_a_text_over_the_limit_that_is_read_twice(byte_tokenizer):
+    """The second reading loses its end; where the first alone is too long, that is said."""
+    policy = byte_policy(byte_tokenizer)
+    x = policy.template(["a" + 30 * "b", "the cat"], twice=True)
+    whole, text = (decoded(policy, x, mask)[0] for mask in (x.mask, x.text))
+    assert x.cut.tolist() == [True, False] and x.mask[0].sum() == 100
+    assert text == "a" + (len(text) - 1) * "b" and f"user\na{30 * 'b'}\n\n{text}<|im_end|>\n<|im_start|>assistant" in whole
+    with pytest.raises(GraceError, match="its first reading take .* leaves no room for a text"):
+        policy.template(["a" + 80 * "b"], twice=True)
 
 
 DROPS_SYSTEM = "{% for m in messages %}{% if m.role == 'user' %}[{{ m.content }}]{% endif %}{% endfor %}"
