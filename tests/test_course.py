@@ -47,13 +47,16 @@ def test_every_task_of_a_starter_is_to_do_and_all_else_works(tmp_path):
     assert "no such task" in run("course/make_starter.py", tmp_path / "other", "--tasks", "7").stderr
 
 
-@pytest.mark.parametrize("world", ["town", "paper", "events"])
+@pytest.mark.parametrize("world", ["town", "paper", "events", "chat"])
 def test_train_sh_of_a_starter_runs_only_files_that_it_holds(tmp_path, world):
     build(str(tmp_path / "starter"))
     python = tmp_path / "python"
-    python.write_text('#!/bin/sh\n[ "$1" != -m ] || set -- "$(echo "$2" | tr . /).py"\n[ -f "$1" ]\n')
+    python.write_text(
+        '#!/bin/sh\n[ "$2" != pip ] || exit 0\n[ "$1" != -m ] || set -- "$(echo "$2" | tr . /).py"\n[ -f "$1" ]\n'
+    )
     python.chmod(0o755)
-    environment = {**os.environ, "PYTHON": str(python)}
+    (tmp_path / "rationales.md").touch()
+    environment = {**os.environ, "PYTHON": str(python), "OUT": str(tmp_path)}
     ran = subprocess.run(["bash", "train.sh", world], cwd=tmp_path / "starter", env=environment, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stdout + ran.stderr
 

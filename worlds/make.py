@@ -125,19 +125,24 @@ def write_tasks(folder, heldout, graded):
     write_rows(os.path.join(folder, "ToyPairs", "test.jsonl"), graded)
 
 
+def world_files(world, rng, train, heldout):
+    """A world's rows by the name of their file. train, heldout: how many. `-> {name: rows}`."""
+    draw = lambda n, held_out=False: islice(world.meanings(rng, held_out), n)
+    return {
+        "train": [world.triplet(meaning, rng) for meaning in draw(train)],
+        "texts": [{"text": world.tell(meaning, rng)} for meaning in draw(train)],
+        "heldout": [world.triplet(meaning, rng) for meaning in draw(heldout, True)],
+        "graded": [world.graded_pair(meaning, rng) for meaning in draw(2 * heldout, True)],
+    }
+
+
 def build_world(out, seed=0, train=4096, heldout=256, steps=None, world=EVENTS):
     """Write a world's data and its warmed-up model under `out`. The same seed gives the same files.
 
     train, heldout: numbers of rows. steps: length of the warm start; None: the world's own. `-> the model's folder`.
     """
     rng = random.Random(seed)
-    draw = lambda n, held_out=False: islice(world.meanings(rng, held_out), n)
-    files = {
-        "train": [world.triplet(meaning, rng) for meaning in draw(train)],
-        "texts": [{"text": world.tell(meaning, rng)} for meaning in draw(train)],
-        "heldout": [world.triplet(meaning, rng) for meaning in draw(heldout, True)],
-        "graded": [world.graded_pair(meaning, rng) for meaning in draw(2 * heldout, True)],
-    }
+    files = world_files(world, rng, train, heldout)
     if hasattr(world, "ladder"):
         files |= world.ladder(heldout, rng)
     for name, rows in files.items():
