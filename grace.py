@@ -34,13 +34,13 @@ computes h(theta) anyway, and since g is fixed the term splits over micro-batche
 GradCache, Gao et al. 2021). `--pathwise c` weights it; 0 is the paper. `--prompt-weight c` adds such a term for what the
 prompt embeds without a rationale, in both recipes 0: it teaches the same checkpoint to embed without writing, too.
 
-When is the sum of both terms proportional to the exact gradient? Where a rollout's reward depends on its own embedding alone: fixed anchors (Eq. 12), no
-consistency term, and under the paper's reward lambda2 = 0, because Eq. 15 is the same for a whole group and so enters
-g but no advantage. Then, with log-probabilities summed over tokens (`--no-length-normalize`) and c = (K-1)/K, the sum
-is (K-1)/K times the gradient: a group mean that includes the rollout itself shrinks the first term by that factor.
-(Anchors depend on theta as well; both terms hold them constant.) Where rollouts enter each other's rewards, as
-queries and positives do here, an advantage credits a rollout with its own reward only, while g covers all of them;
-there, c only weights the two terms against each other.
+When is the sum of both terms proportional to the exact gradient? Where a rollout's reward depends on its own embedding
+alone: fixed anchors (Eq. 12), no consistency term, and under the paper's reward lambda2 = 0, because Eq. 15 is the same
+for a whole group and so enters g but no advantage. Then, with log-probabilities summed over tokens
+(`--no-length-normalize`) and c = (K-1)/K, the factor is (K-1)/K: a group mean that includes the rollout itself shrinks
+the first term by it. (Anchors depend on theta as well; both terms hold them constant.) Where rollouts enter each other's
+rewards, as queries and positives do here, an advantage credits a rollout with its own reward only, while g covers all of
+them; there, c only weights the two terms against each other.
 
 Departures from the paper's equations, each a setting, all undone by `--recipe paper`. (Five differences from the
 released run remain: see the end of docs/companion.md.)
