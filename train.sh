@@ -36,7 +36,7 @@ case "$what" in
     else files=(--data "$rows/train.jsonl" --heldout "$rows/heldout.jsonl" --graded "$rows/graded.jsonl"); fi
     "$PYTHON" grace.py --model "$model" "${files[@]}" --out "$out" --seed "$SEED" --resume \
       --instruction "Give the keywords of the text, separated by commas." --max-new-tokens 24 --batch 16 --rollouts 4 \
-      --lr-decay --steps 60 --lr 5e-5 --pathwise 1 --kl 0 --text-weight 0.1 --infonce-temperature 0.1 --eval-every 30 "$@"
+      --pooling halves --lr-decay --steps 60 --lr 5e-5 --pathwise 1 --kl 0 --infonce-temperature 0.1 --eval-every 30 "$@"
     echo
     cat "$out/rationales.md"  # what it wrote about the same texts before, halfway and after
     echo
