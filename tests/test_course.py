@@ -1,5 +1,6 @@
 """The assignment: a starter in which nothing is done, a grader that tells right from wrong, and a handout that fits both."""
 
+import json
 import os
 import re
 import subprocess
@@ -145,3 +146,21 @@ def test_what_is_no_submission_is_refused(tmp_path):
     assert refused.returncode == 1 and "holds none of" in refused.stderr
     (tmp_path / "submission.txt").write_text("no zip file")
     assert "neither a folder nor a zip file" in run("course/grade.py", tmp_path / "submission.txt").stderr
+
+
+def test_the_notebook_runs(tmp_path, monkeypatch, capsys):
+    """Its cells one after the other, with fewer steps than a reader takes."""
+    with open(os.path.join(ROOT, "course", "try.ipynb"), encoding="utf-8") as file:
+        notebook = json.load(file)
+    first, *cells = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert not any(cell.get("outputs") for cell in notebook["cells"])
+    monkeypatch.chdir(HERE)
+    names = {}
+    exec(first, names)
+    assert os.getcwd() == ROOT
+    names |= {"OUT": str(tmp_path), "WARM_UP": 5, "STEPS": 2}
+    for cell in cells:
+        exec(cell, names)
+    shown = capsys.readouterr().out
+    assert "after without rationale" in shown and shown.count("writes:") == 6 and "cosine" in shown
+    assert (tmp_path / "trained" / "model.safetensors").exists()
