@@ -93,7 +93,7 @@ class Config:
     dtype: str = setting(
         "float32", "compute type; weights stay float32, rationales are sampled from a copy in it", ("float32", "bfloat16")
     )
-    device: str = setting(None, "default: cuda where there is one, else cpu")
+    device: str = setting(None, "default: cuda, mps or cpu, the first that there is")
 
     def __post_init__(self):
         for name, value in RECIPES.get(self.recipe, {}).items():
