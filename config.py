@@ -94,7 +94,7 @@ class Config:
     dtype: str = setting(
         None, "compute type; weights stay float32 [bfloat16 where that is faster, else float32]", ("float32", "bfloat16")
     )
-    device: str = setting(None, "default: cuda where there is one, else cpu")
+    device: str = setting(None, "default: cuda, mps or cpu, the first that there is")
 
     def __post_init__(self):
         for name, value in RECIPES.get(self.recipe, {}).items():

@@ -89,7 +89,7 @@ def main(arguments):
     add("--pooling", choices=POOLS, help="what becomes the embedding, Sec. 5.4")
     add("--tokens-per-batch", type=int, default=8192, help="token budget of a batch; more on a large GPU [8192]")
     add("--dtype", choices=("float32", "bfloat16"), help="compute type [bfloat16 where that is faster, else float32]")
-    add("--device", help="default: cuda where there is one, else cpu")
+    add("--device", help="default: cuda, mps or cpu, the first that there is")
     args = parser.parse_args(arguments)
     try:
         evaluate(args)

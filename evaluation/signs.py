@@ -10,7 +10,7 @@ from plumbing import ranks
 
 def effective_rank(embeddings):
     """exp of the entropy of the normalized singular values (Roy & Vetterli 2007). `[n, D] -> scalar`."""
-    p = torch.linalg.svdvals(embeddings)
+    p = torch.linalg.svdvals(embeddings.cpu())  # small, and not implemented on mps
     p = p / p.sum()
     return torch.exp(-(p * p.clamp(min=1e-12).log()).sum())
 

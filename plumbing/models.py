@@ -12,12 +12,12 @@ ADVICE = "Give a folder written by save_pretrained, or, with a network, a hub id
 
 
 def pick_device(name=None):
-    """The device of that name; by default cuda where there is one, else cpu. Raises GraceError if torch cannot use it here."""
-    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    """The device of that name; by default cuda, mps (a Mac's GPU) or cpu, the first that there is. Raises GraceError."""
+    name = name or ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:  # the second where torch comes without CUDA
-        raise GraceError(f"--device {name}: torch cannot use it here; give cpu, cuda or cuda:N") from error
+        raise GraceError(f"--device {name}: torch cannot use it here; give cpu, mps, cuda or cuda:N") from error
     return name
 
 

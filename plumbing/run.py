@@ -229,7 +229,7 @@ class Run:
             for name, value in metrics.items():
                 self.board.add_scalar(name, value, metrics["step"])
         if self.tracker:
-            self.tracker.log(metrics, step=metrics["step"])
+            self.tracker.log({name: x for name, x in metrics.items() if name != "step"}, step=metrics["step"])
 
     def save(self, trainer):
         """Write a checkpoint: all that a resumed run needs, whole or not at all. The last two stay."""

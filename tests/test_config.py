@@ -10,6 +10,7 @@ import grace
 from config import Config, parse
 from plumbing import ranks
 from plumbing.errors import GraceError
+from plumbing.models import pick_device
 
 without_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
 
@@ -76,3 +77,17 @@ def test_help_shows_defaults(capsys):
         parse(["--help"], "")
     printed = " ".join(capsys.readouterr().out.split())
     assert "[full: 0.3, paper: 0.0]" in printed and "[mean]" in printed and "instances per step, B [64]" in printed
+
+
+def test_the_default_device(monkeypatch):
+    """cuda, else mps, else cpu. (Where there is no such device, that it was chosen shows in the refusal.)"""
+
+    def chosen(cuda, mps):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+        try:
+            return pick_device()
+        except GraceError as error:
+            return str(error).split()[1].rstrip(":")
+
+    assert [chosen(*there) for there in ((True, True), (False, True), (False, False))] == ["cuda", "mps", "cpu"]

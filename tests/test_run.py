@@ -151,7 +151,7 @@ def test_each_step_goes_to_a_tracker(tiny_world, finished_run, tmp_path, monkeyp
     assert [told[i][2]["resume"] for i in (0, 3)] == ["never", "allow"]
     assert {told[i][2]["name"] for i in (0, 3)} == {"mine"} and told[0][2]["config"]["steps"] == 4
     lines = [json.loads(line) for line in (tmp_path / "mine" / "metrics.jsonl").open()]
-    assert [(args[0], more["step"]) for name, args, more in told if name == "log"] == [(x, x["step"]) for x in lines]
+    assert [{**more, **args[0]} for name, args, more in told if name == "log"] == lines
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(SystemExit, match="--log-to wandb: pip install wandb"):
         grace.main(command(tiny_world, tmp_path / "other", "--log-to wandb"))
