@@ -41,30 +41,31 @@ PAGE = os.path.join(records.ROOT, "docs", "results.md")
 
 # ---------------------------------------------------------------- the runs: plain dicts
 
-SHARED = dict(batch=16, lr=5e-5, lr_decay=True, max_prompt_tokens=256, eval_every=0)
-SHARED |= dict(part="table", pairs=200)  # which held-out rows (or: "choose"); at most so many pairs per similarity task
+SHARED = dict(batch=16, lr=5e-5, lr_decay=True, max_prompt_tokens=256, pooling="halves", eval_every=0)
+SHARED |= dict(part="table", pairs=60)  # which held-out rows (or: "choose"); at most so many pairs per similarity task
 KEYWORDS = dict(model="chat", instruction="Give the keywords of the text, separated by commas.", max_new_tokens=24)
 WORD = dict(model="start", instruction="Name the word for this.", max_new_tokens=8)
 DATA = {  # where a run's rows are from, which model it starts from, and what that is told
     "captions": KEYWORDS | dict(data="captions"),
-    "dictionary": KEYWORDS | dict(data="dictionary"),
     "words": WORD | dict(data="dictionary"),
 }
-LOSS = dict(trainer="contrastive", steps=110, text_weight=0.1)
-FULL = dict(trainer="GRACE", rollouts=4, steps=45, text_weight=0.1, pathwise=1.0)
+LOSS = dict(trainer="contrastive", steps=40, text_weight=0.1)
+FULL = dict(trainer="GRACE", rollouts=4, steps=40, text_weight=0.1, pathwise=1.0)
 REWARD = dict(pathwise=0.0, temperature=1.0, length_normalize=True, kl=0.02)
 ROWS = {  # a row's name on the command line: its name on the page, and its settings
     "untrained": ("untrained", dict(trainer="none")),
     "loss": ("InfoNCE as a loss", LOSS),
     "loss-twice": ("InfoNCE as a loss, over texts read twice", LOSS | dict(trainer="twice")),
-    "paper": ("GRACE, the paper's recipe", dict(trainer="GRACE", recipe="paper", rollouts=4, steps=45)),
+    "paper": ("GRACE, the paper's recipe", dict(trainer="GRACE", recipe="paper", rollouts=4, steps=40)),
     "grace": ("GRACE, full", FULL),
     "no-grpo": ("the same without GRPO", FULL | dict(trainer="pathwise")),
+    "queries": ("GRACE, only queries write", FULL | dict(documents="prompt")),
     "reward": ("by reward alone", FULL | REWARD),
     "simcse": ("SimCSE, without labels", LOSS | dict(trainer="simcse", mode="unsupervised")),
     "unlabelled": ("GRACE, full, without labels", FULL | dict(mode="unsupervised")),
 }
-CHOSEN = {}  # what the tries on the rows for choosing changed: {"captions-grace": dict(lr=...)}
+# What the tries on the rows for choosing changed.
+CHOSEN = {f"words-{row}": dict(lr=1e-4) for row in ROWS if row != "untrained"}
 RUNS = {
     f"{data}-{row}": SHARED | DATA[data] | settings | CHOSEN.get(f"{data}-{row}", {})
     for data in DATA
@@ -114,10 +115,10 @@ def training_rows(run, folder):
 
 
 def heldout_rows(run, folder):
-    """Held-out rows, those for choosing settings and those of the table: 256 and 512 pictures, or 200 and 200 words."""
+    """Held-out rows, those for choosing settings and those of the table: 256 and 256 pictures, or 200 and 200 words."""
     if run["data"] == "captions":
         rows = [dict(zip(PAIR, picture["captions"])) for picture in jsonl(folder, "captions/flickr30k_heldout")]
-        return {"choose": rows[:256], "table": rows[256:768]}
+        return {"choose": rows[:256], "table": rows[256:512]}
     rows = jsonl(folder, "dictionary/validation")
     return {"choose": rows[:200], "table": rows[200:]}
 
@@ -322,7 +323,7 @@ def tried(known):
     lines = []
     for record in known:
         row, run = RUNS[record["name"]], record["run"]
-        changed = {k: v for k, v in run.items() if row.get(k) != v and k not in ("part", "seed")}
+        changed = {k: v for k, v in run.items() if row.get(k) != v and k not in ("part", "seed", "pairs")}
         best = best_way([record], SCORES["nDCG@10"])
         settings = ", ".join(f"{k} {v}" for k, v in changed.items()) or "as above"
         lines.append([record["name"], settings, best, f"{SCORES['nDCG@10'](record, best):.3f}"])
@@ -346,7 +347,7 @@ def main(arguments):
     parser.add_argument("name", nargs="?", help="a run, or page; any setting of a run may follow, as --NAME VALUE")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--full", action="store_true", help="all pairs of the similarity tasks: hours on a CPU")
-    parser.add_argument("--model", default="runs/chat/model", help="the chat model's folder or hub id [runs/chat/model]")
+    parser.add_argument("--model", default="runs/smollm2", help="folder (train.sh chat makes it) or hub id [runs/smollm2]")
     parser.add_argument("--data-dir", default=os.environ.get("DATA_DIR", "../shared/data"), help="[DATA_DIR, ../shared/data]")
     parser.add_argument("--out", default="runs/real", help="folder for the trained models [runs/real]")
     args, more = parser.parse_known_args(arguments)
