@@ -49,11 +49,10 @@ case "$what" in
     [ $# = 0 ] || shift
     if [ "$what" = supervised ]; then data=${DATA:-sentence-transformers/all-nli:triplet}
     else data=${DATA:-sentence-transformers/wikipedia-en-sentences}; fi
-    dtype=$("$PYTHON" -c 'import torch; print("bfloat16" if torch.cuda.is_available() else "float32")')
-    [ "$dtype" = bfloat16 ] || echo "No GPU found: this will run, but slowly."
+    "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || echo "No GPU found: this will run, but slowly."
     recipe=${RECIPE:-full}
     exec "$PYTHON" grace.py --mode "$what" --recipe "$recipe" --model "$model" --data "$data" \
-      --out "${OUT:-runs/$what-$recipe-$(basename "$model")}" --dtype "$dtype" --seed "$SEED" --resume "$@"
+      --out "${OUT:-runs/$what-$recipe-$(basename "$model")}" --seed "$SEED" --resume "$@"
     ;;
   town | paper) world=town ;;
   events) world=events ;;
