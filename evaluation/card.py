@@ -30,8 +30,8 @@ CARD = """---
 <!-- To share this folder: hf upload YOUR_NAME/{name} {out} -->
 # {name}
 
-This model writes a *rationale* about a text before it embeds it: the embedding is the mean of the hidden states of text and
-rationale, at unit length. It was trained by reward with GRACE (Sun et al., ICLR 2026,
+This model writes a *rationale* about a text before it embeds it: the embedding pools the hidden states of text and rationale
+(`{pooling}`), at unit length. It was trained by reward with GRACE (Sun et al., ICLR 2026,
 [arXiv 2510.04506](https://arxiv.org/abs/2510.04506)), starting from {base}.
 
 ```python
@@ -108,6 +108,7 @@ def build_card(out):
         name=os.path.basename(os.path.abspath(out)),
         out=out,
         base=f"[{base}](https://huggingface.co/{base})" if base else f"`{os.path.basename(os.path.abspath(config['model']))}`",
+        pooling=reading["pooling"],
         max_new_tokens=reading["max_new_tokens"],
         scores="\n".join(scores),
         rationales="\n\n---\n\n".join(rationales),
