@@ -121,6 +121,8 @@ class Config:
             raise GraceError(f"--train-roles {self.train_roles!r} names a role twice")
         if self.prompt_weight and self.mode == "unsupervised":
             raise GraceError("--prompt-weight: without labels a text's prompt has no pair; leave it out")
+        if self.documents == "prompt" and "query" not in self.roles and self.mode == "supervised":
+            raise GraceError(f"--documents prompt: queries alone write, so --train-roles {self.train_roles} needs query")
         if self.rollouts == 1:
             raise GraceError("--rollouts 1: a group of one has no advantage and no consistency (Eq. 14, 18); use 2 or more")
         if self.reward == "paper" and self.mode == "supervised" and self.roles != ["positive"]:

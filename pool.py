@@ -66,7 +66,7 @@ def with_rationale(state, prompt, how):
 def pool(hidden, mask, how="mean"):
     """Pool hidden states `[N, L, D]`, by a mask of what counts `[N, L]`, into unit vectors `[N, D]`, in one block.
 
-    Raises ValueError for a row in which no token counts, because it has no embedding.
+    Raises ValueError, naming the rows, where no token counts, because there is no embedding.
     """
     empty = (~mask.bool().any(1)).nonzero().flatten().tolist()
     if empty:

@@ -143,8 +143,8 @@ def sample(policy, prompts, K=1, temperature=0.0, uniform=None, writes=None):
     """K rationales of each prompt, a token at a time, and the embeddings that come with them (Eq. 9 to 12). `-> Rollouts`.
 
     uniform: `uniforms(seed, N, K, max_new_tokens)`; None where the temperature is 0. A rollout that is still being written
-    after `max_new_tokens` stops there, not finished. writes: `[N]` bool; where it is False the rationale is empty, from
-    the start.
+    after `max_new_tokens` stops there, not finished. writes: `[N]` bool; where it is False the rationale is empty
+    and finished from the start. T is the length of the longest rationale, at least 1.
     """
     N, pooling = len(prompts.ids), policy.reading.pooling
     hidden, to_pool, cache = policy.prefill(prompts.ids, prompts.mask, prompts.n_shared)  # each prompt is read once

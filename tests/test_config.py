@@ -18,6 +18,7 @@ without_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a 
 @pytest.mark.parametrize(
     "flags, message",
     [
+        ("--documents prompt --train-roles positive", "queries alone write"),
         ("--rollouts 1", "a group of one has no advantage"),
         ("--batch 1", "InfoNCE tells an instance from others"),
         ("--train-roles query,answer", "one or more of query,positive,negative"),
