@@ -52,7 +52,7 @@ SIGNS = [
      "a batch moves the policy far. Try a lower --lr, fewer --minibatches"),
     ("clipped", "clip_fraction", lambda a, b, T: b["clip_fraction"] > 0.3,
      "much of a batch is not learned from. Try a lower --lr, fewer --minibatches"),
-    # In float32 some 1e-5; in bfloat16 up to 0.6 for the token that is hit hardest, because its logits are rounded, too.
+    # In float32 some 1e-5; in bfloat16 0.6 to 1.0 for the token that is hit hardest: its logits are rounded, too.
     ("first ratio off 1", "first_ratio_off", lambda a, b, T: b["first_ratio_off"] > 1,
      "the update does not compute what was sampled. Try --dtype float32"),
 ]  # fmt: skip
