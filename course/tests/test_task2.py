@@ -100,7 +100,7 @@ def sample(network, generator, monkeypatch):
         new = torch.where(mask[..., None].bool(), hidden, 0).sum(1)
         return new if state is None else state + new
 
-    def run(case):
+    def run(case, writes=None):
         temperature, share, look_every, T = case
 
         def made(*args):
@@ -113,7 +113,7 @@ def sample(network, generator, monkeypatch):
         uniform = torch.rand(N, K, T, generator=generator)
         hook = network.base.register_forward_hook(lambda *x: shapes.append(tuple(x[2][0].shape[:2])))
         prompts = network.template(TEXTS, share=share)
-        rollouts = rollout.sample(network, prompts, K, temperature, uniform if temperature else None)
+        rollouts = rollout.sample(network, prompts, K, temperature, uniform if temperature else None, writes)
         hook.remove()
         return rollouts, uniform, shapes, ways
 
@@ -151,7 +151,7 @@ def test_a_rationale_is_what_is_drawn_up_to_the_end_token(sample, network, case)
         assert not any(ends[:-1]) and bool(rollouts.finished[n, k]) == ends[-1] and (ends[-1] or len(ids) == case[3])
 
 
-@pytest.mark.points(3)
+@pytest.mark.points(2)
 @CASES
 def test_text_and_rationale_are_pooled_up_to_the_end_token(sample, network, case):
     """The last token too: `generate()` leaves it out, Eq. 11 counts it."""
@@ -161,6 +161,15 @@ def test_text_and_rationale_are_pooled_up_to_the_end_token(sample, network, case
         torch.testing.assert_close(rollouts.embeddings[n, k], pooled / pooled.norm(), rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(rollouts.prompt_embeddings.norm(dim=1), torch.ones(N, dtype=torch.float64))
     assert ways == {"penultimate"}, "pooled as policy.reading.pooling says"
+
+
+@pytest.mark.points(1)
+def test_where_nothing_is_to_be_written_the_prompt_is_all(sample):
+    """There `writes` is False: K empty rationales, finished, with the prompt's embedding."""
+    rollouts, *_ = sample((1.0, True, 1, 6), torch.arange(N) != 1)
+    wrote = rollouts.mask.any(-1)
+    assert not wrote[1].any() and rollouts.finished[1].all() and wrote.sum() == (N - 1) * K
+    torch.testing.assert_close(rollouts.embeddings[1], rollouts.prompt_embeddings[[1] * K], rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.points(2)
