@@ -51,7 +51,7 @@ def fold(state, hidden, mask, how="mean"):
 
 
 def unit(state):
-    """Scale each vector of `[..., D]` to length one; the end of every fold, but of the one over halves."""
+    """Scale each vector of `[..., D]` to length one; the end of every fold over one block (of prompt and rationale: below)."""
     return F.normalize(state, dim=-1)
 
 

@@ -78,7 +78,7 @@ class GraceModule(torch.nn.Module):
         chat = [{"role": "system", "content": instruction}, *chat] if self.as_system else chat
         try:
             return tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True, date_string="26 Jul 2024")
-        except Exception:
+        except Exception:  # the template refuses the system role; if it is anything else, it is raised without one
             if self.as_system:
                 return ""
             raise
