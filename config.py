@@ -80,6 +80,7 @@ class Config:
     max_new_tokens: int = setting(None, "(reading) token limit of a rationale, T", least=1)
     pooling: str = setting(None, "(reading) how hidden states become the embedding, Sec. 5.4", POOLS)
     documents: str = setting(None, "(reading) what a positive or negative is embedded with; prompt: none is written", DOCUMENTS)
+    twice: bool = setting(None, "(reading) a prompt holds its text two times, and the second reading counts (Echo embeddings)")
     # Evaluation and the machine
     heldout: str = setting(None, "triplets to evaluate on (default: 1 row in 10 of the data, at most 256)")
     graded: str = setting(None, "sentence pairs with scores, for a Spearman correlation")

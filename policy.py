@@ -110,6 +110,13 @@ class Policy:
         self.adapters = lora.adapt(self.model, rank, seed, folder)
         self.compute()
 
+    def reads(self, **reading):
+        """This policy with some of its reading changed; all weights are shared."""
+        other = copy.copy(self)
+        other.reading = dataclasses.replace(self.reading, **reading)
+        other.template = PromptTemplate(self.tokenizer, other.reading, self.device, self.shares_instruction)
+        return other
+
     def start(self):
         """This policy with its adapters off: as it was before training. All weights are shared."""
         other = copy.copy(self)

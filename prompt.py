@@ -36,6 +36,7 @@ class Reading:
     max_new_tokens: int = 256
     pooling: str = "mean"
     documents: str = "rationale"  # what a positive or negative is embedded with; "prompt": queries think, documents are read
+    twice: bool = False  # a prompt holds its text two times, and the second reading counts
 
     def __post_init__(self):
         if self.documents not in DOCUMENTS:
@@ -53,7 +54,7 @@ class Prompts:
         position   instruction | pad pad | text text text | template
         mask            1         0   0     1    1    1        1
         counted         0         0   0     1    1    1        1       what Eq. 11 counts
-        text            0         0   0     1    1    1        0
+        text            0         0   0     1    1    1        0       what is modelled: of two readings the first
 
     So the instruction, often the longest part, is read once for all rows, and every prompt ends at -1.
     With `n_shared` = 0 (models with sliding windows, which count positions) this is plain left padding.
@@ -124,6 +125,7 @@ class PromptTemplate:
 
     def render(self, text):
         """The prompt as a string, stripped as the template strips it; a blank text leaves the prefix as it is."""
+        text = f"{text.strip()}\n\n{text.strip()}" if self.reading.twice else text
         text = text.lstrip() if self.strips[0] else text
         return self.prefix + (text.rstrip() if self.strips[1] else text) + self.suffix
 
@@ -164,38 +166,36 @@ class PromptTemplate:
             start += len(piece)
         return ids, offsets
 
-    def __call__(self, texts, share=True, twice=False):
+    def __call__(self, texts, share=True):
         """P(x) of each text. If a prompt is over the limit, the end of its text is cut.
 
         share=False: plain left padding, the instruction in every row. Raises GraceError if the template
         alone is longer than the limit.
-        twice=True: the text, a blank line and the text again, of which only the second reading counts: each of its tokens
-        has the whole text before it (Echo embeddings, Springer et al. 2024). Over the limit, the second reading loses its end.
+        With `Reading.twice` the text, a blank line and the text again stand in the prompt, and only the second reading counts:
+        each of its tokens has the whole text before it (Echo embeddings, Springer et al. 2024). It is the one that is cut.
         """
-        if twice:
-            texts = [f"{text.strip()}\n\n{text.strip()}" for text in texts]
-        rows, before, after, cut = [], [], [], []
+        rows, marks, cut = [], [], []
         for text, (ids, offsets) in zip(texts, self.encode(texts)):
             # The tokenizer says which characters each token covers, so what counts is exact: a token
             # that straddles a boundary holds some of the text, and counts as text.
-            text_end = len(self.render(text)) - len(self.suffix)
-            text_start = text_end + 1 - len(text) // 2 if twice else len(self.prefix)
-            n_before = sum(end <= text_start for _, end in offsets)
-            n_after = sum(start >= text_end for start, _ in offsets)
-            row = self._shorten(ids, n_before, n_after)
+            start, end = len(self.prefix), len(self.render(text)) - len(self.suffix)
+            once = max(0, (end - start) // 2 - 1) if self.reading.twice else end - start  # characters of one reading
+            before, uncounted = (sum(stop <= at for _, stop in offsets) for at in (start, end - once))
+            read, until = (sum(first < at for first, _ in offsets) for at in (start + once, end))
+            row = self._shorten(ids, uncounted, len(ids) - until)
             rows.append(row)
-            before.append(n_before)
-            after.append(n_after)
+            marks.append((len(row), before, uncounted, min(read, len(row) - len(ids) + until)))
             cut.append(len(row) < len(ids))
-        shared = os.path.commonprefix([row[:n] for row, n in zip(rows, before)]) if share and self.shares_instruction else []
+        instructions = [row[:before] for row, (_, before, _, _) in zip(rows, marks)]
+        shared = os.path.commonprefix(instructions) if share and self.shares_instruction else []
         S, P = len(shared), max(map(len, rows))
         ids = torch.tensor([shared + [0] * (P - len(row)) + row[S:] for row in rows])  # [N, P]
-        lengths, before, after = (torch.tensor(x)[:, None] for x in ([len(row) for row in rows], before, after))
+        lengths, before, uncounted, read = torch.tensor(marks).T[..., None]  # [N, 1] each
         to_end = torch.arange(P, 0, -1)  # every prompt ends at -1, so masks come from the distance to the end
         mask = to_end <= lengths - S
         mask[:, :S] = True
-        counted = to_end <= lengths - before
-        text = counted & (to_end > after)
+        counted = to_end <= lengths - uncounted
+        text = (to_end <= lengths - before) & (to_end > lengths - read)
         tensors = ids, mask.long(), counted.long(), text.long(), torch.tensor(cut)
         return Prompts(*(x.to(self.device) for x in tensors), S)
 

@@ -43,6 +43,7 @@ class Rollouts:
     prompt_ids: torch.Tensor  # [N, P]
     prompt_mask: torch.Tensor  # [N, P]
     counted: torch.Tensor  # [N, P], the prompt's tokens that count in the embedding
+    text: torch.Tensor  # [N, P], the text's tokens (prompt.py)
     cut: torch.Tensor  # [N] bool, the prompt's text was over the limit
     ids: torch.Tensor  # [N, K, T]
     mask: torch.Tensor  # [N, K, T]
@@ -56,7 +57,7 @@ class Rollouts:
         """Some of the groups (a slice or indices), without the padding that none of them needs."""
         part = Rollouts(*(getattr(self, f.name)[groups] for f in fields(self)[:-1]), self.n_shared)
         used, T = part.prompt_mask.any(0), max(1, int(part.mask.sum(-1).max()))
-        for name in ("prompt_ids", "prompt_mask", "counted"):
+        for name in ("prompt_ids", "prompt_mask", "counted", "text"):
             setattr(part, name, getattr(part, name)[:, used])
         for name in ("ids", "mask", "logprobs"):
             setattr(part, name, getattr(part, name)[:, :, :T])
@@ -168,7 +169,7 @@ def sample(policy, prompts, K=1, temperature=0.0, uniform=None, writes=None):
     ids, logprobs, mask = (by_group(x[:, :T]) for x in (ids, logprobs, mask))
     embeddings = with_rationale(state, prompt.repeat_interleave(K, 0), pooling)
     return Rollouts(
-        prompts.ids, prompts.mask, prompts.counted, prompts.cut, ids * mask, mask.long(), logprobs.where(mask, 0),
+        prompts.ids, prompts.mask, prompts.counted, prompts.text, prompts.cut, ids * mask, mask.long(), logprobs.where(mask, 0),
         by_group(embeddings), by_group(~writing), unit(prompt), prompts.n_shared,
     )  # fmt: skip
 
@@ -284,13 +285,14 @@ def token_logprobs(policy, hidden, ids, temperature=1.0, chunk=None):
     return torch.cat([checkpoint(one, h, i, use_reentrant=False, preserve_rng_state=False) for h, i in parts])
 
 
-def text_logprobs(policy, hidden, ids, counted):
-    """Mean log-probability of a prompt's own tokens, from a prefill's states. `[N, L, D], [N, L] x 2 -> [N]`.
+def text_logprobs(policy, hidden, ids, counted, text):
+    """Mean log-probability of a prompt's own tokens, from a prefill's states. `[N, L, D], [N, L] x 3 -> [N]`.
 
-    Covers the tokens that count, text and template, except the first: it is predicted by the instruction, which may have
-    been read elsewhere.
+    Covers text and template except the first token: it is predicted by the instruction, which may have been read
+    elsewhere. Of a text that is read twice both readings: by the second alone it would teach to copy.
     """
-    known = (counted[:, :-1] * counted[:, 1:]).bool()  # the token that predicts and the one predicted both count
+    own = (counted | text).bool()
+    known = own[:, :-1] & own[:, 1:]  # the token that predicts, and the one predicted
     logprobs = token_logprobs(policy, hidden[:, :-1][known], ids[:, 1:][known])
     return logprobs.new_zeros(known.shape).masked_scatter(known, logprobs).sum(1) / known.sum(1).clamp(min=1)
 
@@ -306,7 +308,7 @@ def score(policy, rollouts, temperature=1.0, text=True):
     ids, mask = rollouts.ids.view(N * K, T), rollouts.mask.view(N * K, T)
     hidden, to_pool, cache = policy.prefill(rollouts.prompt_ids, rollouts.prompt_mask, S)
     counted = rollouts.counted[:, S:]
-    of_text = text_logprobs(policy, hidden, rollouts.prompt_ids[:, S:], counted) if text else None
+    of_text = text_logprobs(policy, hidden, rollouts.prompt_ids[:, S:], counted, rollouts.text[:, S:]) if text else None
     of_prompt = fold(None, to_pool, counted, pooling)  # [N, D]
     last = hidden[:, -1:].repeat_interleave(K, 0)
     cache.batch_repeat_interleave(K)

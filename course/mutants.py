@@ -154,7 +154,7 @@ ALTERNATIVES = {  # right solutions, written otherwise: function, its body
         mask = (torch.arange(T) < lengths[:, None]).view(N, K, T).long()
         ids, logprobs = (torch.stack(x[:T], 1).view(N, K, T).masked_fill(mask == 0, 0) for x in (ids, logprobs))
         embeddings, finished = unit(state).view(N, K, -1), ended.view(N, K)
-        kept = prompts.ids, prompts.mask, prompts.counted, prompts.cut
+        kept = prompts.ids, prompts.mask, prompts.counted, prompts.text, prompts.cut
         return Rollouts(*kept, ids, mask, logprobs, embeddings, finished, unit(of_prompt), prompts.n_shared)
     """,
 }

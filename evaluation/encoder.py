@@ -44,7 +44,7 @@ def token_batches(texts, tokens_per_batch, policy):
     A text's tokens are estimated, at three bytes each, so that no text is tokenized twice.
     """
     overhead = len(policy.template.prefix) // 4 + policy.reading.max_new_tokens
-    size = lambda text: len(text.encode("utf-8", "surrogatepass"))
+    size = lambda text: len(text.encode("utf-8", "surrogatepass")) * (1 + policy.reading.twice)
     cost = lambda text: min(policy.reading.max_prompt_tokens, size(text) // 3) + overhead
     batch = []
     for text in sorted(texts, key=size, reverse=True):
@@ -57,13 +57,13 @@ def token_batches(texts, tokens_per_batch, policy):
 
 
 @torch.inference_mode()
-def encode_batch(policy, texts, temperature=0.0, seed=0, rationale=True, twice=False):
+def encode_batch(policy, texts, temperature=0.0, seed=0, rationale=True):
     """One batch of texts, greedy or sampled, or the prompts alone (the paper's Base): `[(vector, rationale, cut, finished)]`.
 
     What is sampled about a text depends on seed and text alone, not on the batch it is in. An empty text is
-    allowed: its prompt still has tokens that count. twice: texts are read twice (prompt.py), with or without a rationale.
+    allowed: its prompt still has tokens that count.
     """
-    prompts = policy.template(texts, twice=twice)
+    prompts = policy.template(texts)
     if rationale:
         T, uniform = policy.reading.max_new_tokens, None
         if temperature:
@@ -79,11 +79,11 @@ def encode_batch(policy, texts, temperature=0.0, seed=0, rationale=True, twice=F
     return list(zip(vectors.float().cpu().numpy(), rationales, prompts.cut.tolist(), finished))
 
 
-def encode_texts(policy, texts, temperature=0.0, seed=0, rationale=True, tokens_per_batch=8192, twice=False):
+def encode_texts(policy, texts, temperature=0.0, seed=0, rationale=True, tokens_per_batch=8192):
     """Any number of texts, greedy by default; equal ones are read once. `-> Encoded`."""
     known = {}
     for batch in token_batches(dict.fromkeys(texts), tokens_per_batch, policy):
-        known |= zip(batch, encode_batch(policy, batch, temperature, seed, rationale, twice))
+        known |= zip(batch, encode_batch(policy, batch, temperature, seed, rationale))
     vectors, rationales, cut, finished = zip(*(known[text] for text in texts))
     return Encoded(np.stack(vectors), list(rationales), np.array(cut), np.array(finished))
 
@@ -132,9 +132,8 @@ class GraceEncoder:
     model        a checkpoint folder, hub id, or Policy
     temperature  0 is greedy; above it rationales are sampled, with `seed`
     rationale    False embeds the prompt alone: the paper's Base
-    twice        the text is read twice, and its second reading counts (prompt.py): the control for a rationale
     cache        a folder for the memory, or None to keep it in this process only
-    reading      instruction, max_prompt_tokens, max_new_tokens, pooling: default as the checkpoint says
+    reading      instruction, max_prompt_tokens, max_new_tokens, pooling, documents, twice: default as the checkpoint says
 
     Equal texts get equal vectors. An empty text is embedded: its prompt still has tokens that count. `name` and `revision`
     say who reads: the revision is another one if a weight or any setting that changes a vector is.
@@ -142,16 +141,16 @@ class GraceEncoder:
 
     def __init__(
         self, model, cache=None, temperature=0.0, seed=0, rationale=True, tokens_per_batch=8192,
-        device=None, dtype=None, progress=False, twice=False, **reading,
+        device=None, dtype=None, progress=False, **reading,
     ):  # fmt: skip
         if temperature < 0:
             raise GraceError(f"temperature {temperature}: give 0 for greedy decoding, or more to sample")
-        if isinstance(model, Policy) and (reading or device or dtype):
-            raise GraceError("a Policy brings its own reading, device and dtype: give them to Policy.load instead")
         if not isinstance(model, Policy):
             model = Policy.load(model, pick_device(device), dtype, **reading).freeze()
-        self.policy, self.options = model, (temperature, seed, rationale, twice)
-        self._same = dict(cache=cache, twice=twice, tokens_per_batch=tokens_per_batch, progress=progress)
+        elif reading or device or dtype:
+            raise GraceError("a Policy brings its reading, device and dtype: give them to Policy.load, or see Policy.reads")
+        self.policy, self.options = model, (temperature, seed, rationale)
+        self._same = dict(cache=cache, tokens_per_batch=tokens_per_batch, progress=progress)
         self.tokens_per_batch, self.progress = tokens_per_batch, progress
         self.n_requested, self.n_read, self.flags = 0, 0, {}  # flags: {key: (cut, finished)}
         self.settings = {
@@ -160,7 +159,6 @@ class GraceEncoder:
             "template": [model.template.prefix, model.template.suffix],
             "end_tokens": model.end_ids.tolist(),
             "rationale": rationale,
-            "twice": twice,
             "temperature": temperature,
             "seed": seed if temperature else None,
             "dtype": model.dtype,

@@ -35,7 +35,8 @@ SETTINGS, COPY = "grace_config.json", "grace_module"
 class GraceModule(torch.nn.Module):
     """A trained checkpoint, from a folder or the hub, as the one module of a SentenceTransformer.
 
-    model_kwargs and hub go to `from_pretrained`. Raises ValueError for a pooling other than mean and halves.
+    model_kwargs and hub go to `from_pretrained`. Raises ValueError for a pooling other than mean and halves, and for a
+    checkpoint that reads its texts twice.
     """
 
     __module__ = COPY  # the name under which modules.json finds the class: that of the copy in a saved folder
@@ -49,6 +50,8 @@ class GraceModule(torch.nn.Module):
             self.reading = json.load(file)
         if self.reading.get("pooling", "mean") not in ("mean", "halves"):
             raise ValueError(f"{folder}: pooling {self.reading['pooling']}; only mean and halves are read here")
+        if self.reading.get("twice"):
+            raise ValueError(f"{folder}: a text is read twice; here it is read once")
         context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or float("inf")
         self.max_seq_length = min(self.reading["max_prompt_tokens"], context - self.reading["max_new_tokens"])
         of_model = self.model.generation_config.eos_token_id, getattr(self.model.config, "eos_token_id", None)

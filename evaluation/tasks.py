@@ -312,14 +312,14 @@ def evaluate_tasks(encode, tasks, data_dir=None, encode_document=None):
 # ---------------------------------------------------------------- held-out rows of a training run
 
 
-def evaluate_heldout(policy, heldout, graded=None, rationale=True, temperature=1.0, twice=False):
+def evaluate_heldout(policy, heldout, graded=None, rationale=True, temperature=1.0):
     """Held-out rows and graded pairs to scores by name: `evaluate_triplets` or `evaluate_texts`, as the rows are."""
     if heldout and "text" in heldout[0]:
-        return evaluate_texts(policy, [row["text"] for row in heldout], graded, rationale, temperature, twice)
-    return evaluate_triplets(policy, heldout, graded, rationale, twice)
+        return evaluate_texts(policy, [row["text"] for row in heldout], graded, rationale, temperature)
+    return evaluate_triplets(policy, heldout, graded, rationale)
 
 
-def evaluate_triplets(policy, heldout, graded=None, rationale=True, twice=False):
+def evaluate_triplets(policy, heldout, graded=None, rationale=True):
     """Held-out triplets, greedy: does a query find its positive among all positives and hard negatives?
 
     Returns nDCG@10, top-1 accuracy, with `graded` the Spearman correlation of cosine and score, and what
@@ -330,10 +330,10 @@ def evaluate_triplets(policy, heldout, graded=None, rationale=True, twice=False)
         relevant.setdefault(row["query"], {})[row["positive"]] = 1
     documents = list(dict.fromkeys([r["positive"] for r in heldout] + [n for r in heldout for n in r["negative"]]))
     one, two, _ = graded or ([], [], [])
-    how, think = dict(rationale=rationale, twice=twice), policy.reading.documents == "rationale"
+    think = policy.reading.documents == "rationale"
     texts = list(dict.fromkeys([*relevant, *(documents if think else []), *one, *two]))
-    encoded = encode_texts(policy, texts, **how)
-    bare = None if think else dict(zip(documents, encode_texts(policy, documents, rationale=False, twice=twice).vectors))
+    encoded = encode_texts(policy, texts, rationale=rationale)
+    bare = None if think else dict(zip(documents, encode_texts(policy, documents, rationale=False).vectors))
     encode = _lookup(texts, encoded.vectors, bare)
     ranked = search(encode, {d: d for d in documents}, {q: q for q in relevant}, relevant)
     result = {
@@ -345,7 +345,7 @@ def evaluate_triplets(policy, heldout, graded=None, rationale=True, twice=False)
     return result | (describe_rationales(policy, [*relevant, *documents], encoded) if rationale else {})
 
 
-def evaluate_texts(policy, texts, graded=None, rationale=True, temperature=1.0, twice=False):
+def evaluate_texts(policy, texts, graded=None, rationale=True, temperature=1.0):
     """Held-out texts without labels: does a text find itself by another rationale, among all the others?
 
     Returns nDCG@10 of one sampled rationale's embedding against a second one's of every text (`self_ndcg_at_10`), and
@@ -354,7 +354,7 @@ def evaluate_texts(policy, texts, graded=None, rationale=True, temperature=1.0, 
     and what `describe_rationales` says. Without rationales a text has one embedding: uniformity and correlation alone.
     """
     texts, result = list(dict.fromkeys(texts)), {}
-    read = functools.partial(encode_texts, policy, rationale=rationale, twice=twice)
+    read = functools.partial(encode_texts, policy, rationale=rationale)
     greedy = read(texts)
     if rationale:
         one, two = (read(texts, temperature=temperature, seed=seed).vectors for seed in (0, 1))

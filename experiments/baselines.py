@@ -25,8 +25,6 @@ from rollout import make_batch, sample, score, text_logprobs, uniforms
 class LossTrainer(Trainer):
     """One AdamW step on a loss of the prompts' embeddings. Subclasses have `loss(batch)`. For one process."""
 
-    twice = False  # texts are read once
-
     def __init__(self, policy, reference, rows, config):
         if ranks.size > 1:
             raise GraceError("a loss reads its whole batch at once, in one process: leave out torchrun")
@@ -45,10 +43,10 @@ class LossTrainer(Trainer):
 
     def embed(self, texts, share=True):
         """P(x) pooled, and the mean log-probability of its text, with gradients. `-> [n, D], [n]`."""
-        policy, x = self.policy, self.policy.template(texts, share, self.twice)
+        policy, x = self.policy, self.policy.template(texts, share)
         hidden, to_pool, _ = policy.prefill(x.ids, x.mask, x.n_shared)
-        ids, mask, counted = (part[:, x.n_shared :] for part in (x.ids, x.mask, x.counted))
-        of_text = text_logprobs(policy, hidden, ids, mask if self.twice else counted)
+        ids, counted, text = (part[:, x.n_shared :] for part in (x.ids, x.counted, x.text))
+        of_text = text_logprobs(policy, hidden, ids, counted, text)
         return unit(fold(None, to_pool, counted, policy.reading.pooling)), of_text
 
 
@@ -65,15 +63,6 @@ class Contrastive(LossTrainer):
         q, p, n = h[:B, None], h[B : 2 * B, None], h[2 * B :].view(B, -1, 1, h.shape[-1])  # [B, 1, D] x 2, [B, M, 1, D]
         contrast = infonce(q, p, t, n, batch.same_text) + infonce(p, q, t, None, batch.same_text)
         return -contrast.mean() / 2 - self.config.text_weight * text_logprob.mean()
-
-
-class Twice(Contrastive):
-    """The same loss over texts that are read twice (Echo embeddings), the cheap rival of a rationale.
-
-    The text term covers both readings: by the second alone it would teach to copy.
-    """
-
-    twice = True
 
 
 class SimCSE(LossTrainer):
@@ -139,7 +128,6 @@ class PathwiseAlone(Trainer):
 
 BASELINES = {
     "contrastive": Contrastive,
-    "twice": Twice,
     "forced": ForcedContrastive,
     "simcse": SimCSE,
     "pathwise": PathwiseAlone,

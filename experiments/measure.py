@@ -71,7 +71,7 @@ def answered(policy, texts, answers):
     ids = torch.tensor([row + [0] * (int(lengths.max()) - len(row)) for row in rows], device=policy.device)
     mask = (torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]).long()
     x = policy.template(texts)
-    return Rollouts(x.ids, x.mask, x.counted, x.cut, ids[:, None], mask[:, None], None, None, None, None, x.n_shared)
+    return Rollouts(x.ids, x.mask, x.counted, x.text, x.cut, ids[:, None], mask[:, None], None, None, None, None, x.n_shared)
 
 
 @torch.no_grad()

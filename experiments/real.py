@@ -55,9 +55,10 @@ REWARD = dict(pathwise=0.0, temperature=1.0, length_normalize=True, kl=0.02)
 ROWS = {  # a row's name on the command line: its name on the page, and its settings
     "untrained": ("untrained", dict(trainer="none")),
     "loss": ("InfoNCE as a loss", LOSS),
-    "loss-twice": ("InfoNCE as a loss, over texts read twice", LOSS | dict(trainer="twice")),
+    "loss-twice": ("InfoNCE as a loss, over texts read twice", LOSS | dict(twice=True)),
     "paper": ("GRACE, the paper's recipe", dict(trainer="GRACE", recipe="paper", rollouts=4, steps=40)),
     "grace": ("GRACE, full", FULL),
+    "grace-twice": ("GRACE, full, over texts read twice", FULL | dict(twice=True)),
     "no-grpo": ("the same without GRPO", FULL | dict(trainer="pathwise")),
     "queries": ("GRACE, only queries write", FULL | dict(documents="prompt")),
     "reward": ("by reward alone", FULL | REWARD),
@@ -74,11 +75,11 @@ RUNS = {
 START = dict(data="start", model="chat", trainer="start", batch=64, lr=1e-4, steps=110, part="choose")
 RUNS["start"] = SHARED | WORD | START
 
-WAYS = {
-    "prompt": dict(rationale=False),
-    "text twice": dict(rationale=False, twice=True),
-    "rationale": {},
-    "twice and rationale": dict(twice=True),
+WAYS = {  # whether a text is read twice, and whether a rationale is written
+    "prompt": (False, False),
+    "text twice": (True, False),
+    "rationale": (False, True),
+    "twice and rationale": (True, True),
 }
 PAIR = "query", "positive"
 TASKS = "STSBenchmark", "STS12", "STS13", "STS17", "SICK-R"
@@ -218,8 +219,8 @@ def headroom(policy, rows, positives, temperature, K=16, queries=64):
 def measure(policy, rows, run, folder, temperature):
     """All that a record has of a policy: scores by way, and what its rationales are like."""
     texts, stats = [row[role] for role in PAIR for row in rows], {"ways": {}}
-    for way, options in WAYS.items():
-        encoder, start = GraceEncoder(policy, **options), time.perf_counter()
+    for way, (twice, rationale) in WAYS.items():
+        encoder, start = GraceEncoder(policy.reads(twice=twice), rationale=rationale), time.perf_counter()
         queries, positives = encoder.encode(texts[: len(rows)]), encoder.encode_document(texts[len(rows) :])
         seconds = time.perf_counter() - start
         rank = ranks(queries, positives)

@@ -133,11 +133,10 @@ def test_documents_may_be_read_alone(make_policy):
 
 def test_another_reading_is_another_memory(make_policy, read, tmp_path):
     policies = [make_policy(), make_policy(seed=1), make_policy(max_new_tokens=3), make_policy(pooling="eos")]
-    for policy in policies:
+    for policy in [*policies, policies[0].reads(twice=True)]:
         GraceEncoder(policy, cache=tmp_path).encode(TEXTS[:1])
     for more in (
         {"rationale": False},
-        {"twice": True},
         {"temperature": 1.0},
         {"temperature": 0.5},
         {"temperature": 1.0, "seed": 1},

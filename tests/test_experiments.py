@@ -14,7 +14,7 @@ from config import parse
 from evaluation.tasks import evaluate_triplets
 from experiments import page, real, records, run
 from experiments.algorithms import ALGORITHMS, DAPO, GRPO, ReinforcePlusPlus, ReMax
-from experiments.baselines import Contrastive, ForcedContrastive, PathwiseAlone, SimCSE, Twice, longest
+from experiments.baselines import Contrastive, ForcedContrastive, PathwiseAlone, SimCSE, longest
 from experiments.measure import answers_loss, follow_other, measure
 from experiments.runs import TABLES, WALK
 from plumbing.errors import GraceError
@@ -150,7 +150,8 @@ def test_the_contrastive_loss_and_its_gradient(make_policy, text_weight):
 def test_the_loss_over_texts_read_twice(make_policy):
     """The mean over the second reading, and a text term over both, of prompts that are written out by hand."""
     policy = make_policy(double=True, max_position_embeddings=256)
-    trainer, batch = Twice(policy, None, ROWS, config(text_weight=2.0, infonce_temperature=0.3)), make_batch(ROWS)
+    trainer = Contrastive(policy.reads(twice=True), None, ROWS, config(text_weight=2.0, infonce_temperature=0.3))
+    batch = make_batch(ROWS)
     by_role, logprobs = {role: [] for role in batch.texts}, []
     for role, text in ((role, text) for role, texts in batch.texts.items() for text in texts):
         x, n = policy.template([text]), len(text.split())
@@ -195,7 +196,7 @@ def test_what_simcse_drops_is_a_function_of_seed_step_and_view(make_policy):
     assert not torch.equal(first, trainer.view(TEXTS, 0))
 
 
-@pytest.mark.parametrize("trainer", [Contrastive, Twice, ForcedContrastive, SimCSE])
+@pytest.mark.parametrize("trainer", [Contrastive, ForcedContrastive, SimCSE])
 def test_a_loss_falls(make_policy, trainer):
     rows, mode = (ROWS, "supervised") if trainer is not SimCSE else ([{"text": row["query"]} for row in ROWS], "unsupervised")
     trained = trainer(make_policy(), None, rows, config(mode=mode, lr_decay=True, steps=30, lr=1e-3))
@@ -415,8 +416,8 @@ def test_real_text_from_rows_to_page(make_policy, tmp_path, monkeypatch, capsys)
     assert len(words["written"]) == 12 and {"named", "any_of_16_names"} <= words["after"].keys()
     policy = real.Policy.load(str(tmp_path / "out" / "words-grace-seed-0"))
     rows = [{**row, "negative": []} for row in real.heldout_rows(words["run"], data)["table"]]
-    for way, options in real.WAYS.items():
-        score = evaluate_triplets(policy, rows, **options)["ndcg_at_10"]
+    for way, (twice, rationale) in real.WAYS.items():
+        score = evaluate_triplets(policy.reads(twice=twice), rows, rationale=rationale)["ndcg_at_10"]
         assert words["after"]["ways"][way]["ndcg_at_10"] == pytest.approx(score, rel=1e-4)
     (tmp_path / "page.md").write_text("before\n<!-- real --><!-- /real -->\nafter\n")
     real.main(["page"])

@@ -8,7 +8,7 @@ from evaluation.encoder import encode_texts
 from plumbing.errors import GraceError
 from policy import Policy
 from prompt import PromptTemplate, Reading
-from rollout import sample
+from rollout import sample, score, token_logprobs
 from worlds.make import INSTRUCTION
 
 
@@ -137,28 +137,32 @@ def test_long_text_is_cut(byte_tokenizer):
 
 def test_a_text_read_twice(byte_tokenizer):
     """A full pass over the string as written by hand, and the mean of its last states: 5 of the second text, 13 behind it."""
-    policy = byte_policy(byte_tokenizer)
+    policy = byte_policy(byte_tokenizer, twice=True)
     string = "<|im_start|>system\nSay what it means.<|im_end|>\n<|im_start|>user\nthe cat\n\nthe cat<|im_end|>\n"
     ids = torch.tensor([byte_tokenizer(string + "<|im_start|>assistant\n", add_special_tokens=False)["input_ids"]])
-    state = policy.model.base_model(input_ids=ids).last_hidden_state[0, -18:].mean(0).detach()
+    hidden = policy.model.base_model(input_ids=ids).last_hidden_state[0].detach()
+    state, logprobs = hidden[-18:].mean(0), token_logprobs(policy, hidden[:-1], ids[0, 1:])
     for text in ("the cat", " the cat\n"):
-        vectors = encode_texts(policy, [text, "a longer text"], rationale=False, twice=True).vectors
+        vectors = encode_texts(policy, [text, "a longer text"], rationale=False).vectors
         torch.testing.assert_close(torch.from_numpy(vectors[0]), state / state.norm(), rtol=1e-5, atol=1e-5)
-    x = policy.template(["the cat", ""], twice=True)
+    x = policy.template(["the cat", ""])
     assert decoded(policy, x, x.text) == ["the cat", ""] and decoded(policy, x, x.mask)[0] == string + "<|im_start|>assistant\n"
-    written, given = encode_texts(policy, ["the cat"], twice=True), sample(policy, x[:1])
+    written, given = encode_texts(policy, ["the cat"]), sample(policy, x[:1])
     torch.testing.assert_close(torch.from_numpy(written.vectors[0]), by_full_forward(policy, given, 0, 0)[1].detach())
+    both = torch.cat([logprobs[-23:-19], logprobs[-17:]]).mean()  # of either reading all but its first token, and the template
+    torch.testing.assert_close(score(policy, given).text_logprobs[0], both)
 
 
 def test_a_text_over_the_limit_that_is_read_twice(byte_tokenizer):
     """The second reading loses its end; where the first alone is too long, that is said."""
-    policy = byte_policy(byte_tokenizer)
-    x = policy.template(["a" + 30 * "b", "the cat"], twice=True)
-    whole, text = (decoded(policy, x, mask)[0] for mask in (x.mask, x.text))
-    assert x.cut.tolist() == [True, False] and x.mask[0].sum() == 100
-    assert text == "a" + (len(text) - 1) * "b" and f"user\na{30 * 'b'}\n\n{text}<|im_end|>\n<|im_start|>assistant" in whole
+    policy = byte_policy(byte_tokenizer, twice=True)
+    x = policy.template(["a" + 30 * "b", "the cat"])
+    whole, text, counted = (decoded(policy, x, mask)[0] for mask in (x.mask, x.text, x.counted))
+    second, rest = counted.split("<|im_end|>")
+    assert x.cut.tolist() == [True, False] and x.mask[0].sum() == 100 and text == "a" + 30 * "b"
+    assert second == "a" + (len(second) - 1) * "b" and f"user\n{text}\n\n{second}<|im_end|>{rest}" in whole
     with pytest.raises(GraceError, match="its first reading take .* leaves no room for a text"):
-        policy.template(["a" + 80 * "b"], twice=True)
+        policy.template(["a" + 80 * "b"])
 
 
 DROPS_SYSTEM = "{% for m in messages %}{% if m.role == 'user' %}[{{ m.content }}]{% endif %}{% endfor %}"
