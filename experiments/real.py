@@ -1,4 +1,4 @@
-"""Real text: a chat model that somebody else made, on two dictionaries, on captions, and on similarity tasks.
+"""A chat model that somebody else made, on two dictionaries, captions, plain English events, and similarity tasks.
 
     python experiments/real.py                                        the runs, and how many seeds of each have a record
     python experiments/real.py start                                  the supervised start that the runs words-... begin from
@@ -34,6 +34,7 @@ from plumbing.errors import GraceError
 from plumbing.run import read_metrics, versions
 from policy import Policy
 from rollout import sample, score, uniforms
+from worlds.chat import english
 from worlds.make import write_rows
 
 RESULTS = os.path.join(records.ROOT, "experiments", "real.jsonl")
@@ -48,6 +49,7 @@ WORD = dict(model="start", instruction="Name the word for this.", max_new_tokens
 DATA = {  # where a run's rows are from, which model it starts from, and what that is told
     "captions": KEYWORDS | dict(data="captions"),
     "words": WORD | dict(data="dictionary"),
+    "events": KEYWORDS | dict(data="events"),  # the rows of `bash train.sh chat`
 }
 LOSS = dict(trainer="contrastive", steps=40, text_weight=0.1)
 FULL = dict(trainer="GRACE", rollouts=4, steps=40, text_weight=0.1, pathwise=1.0)
@@ -67,6 +69,9 @@ ROWS = {  # a row's name on the command line: its name on the page, and its sett
 }
 # What the tries on the rows for choosing changed.
 CHOSEN = {f"words-{row}": dict(lr=1e-4) for row in ROWS if row != "untrained"}
+LONGER = dict(steps=60, text_weight=1.0)
+CHOSEN |= {f"events-{row}": LONGER for row in ("loss", "loss-twice")}
+CHOSEN |= {f"events-{row}": LONGER | dict(kl=0.0, infonce_temperature=0.1) for row in ("grace", "grace-twice")}
 RUNS = {
     f"{data}-{row}": SHARED | DATA[data] | settings | CHOSEN.get(f"{data}-{row}", {})
     for data in DATA
@@ -101,6 +106,8 @@ def training_rows(run, folder):
 
     None has a held-out text: synonyms share definitions.
     """
+    if run["data"] == "events":
+        return english(run["seed"])["train"]
     if run["data"] == "captions":
         pictures = jsonl(folder, "captions/flickr30k_train") + jsonl(folder, "captions/coco")
         drawn = random.Random(run["seed"])
@@ -116,7 +123,12 @@ def training_rows(run, folder):
 
 
 def heldout_rows(run, folder):
-    """Held-out rows, those for choosing settings and those of the table: 256 and 256 pictures, or 200 and 200 words."""
+    """Held-out rows, those for choosing settings and those of the table: 256 and 256 pictures, or 200 and 200 words.
+
+    The events of another seed are other rows, so for choosing settings there is another seed.
+    """
+    if run["data"] == "events":
+        return dict.fromkeys(("choose", "table"), english(run["seed"])["heldout"])
     if run["data"] == "captions":
         rows = [dict(zip(PAIR, picture["captions"])) for picture in jsonl(folder, "captions/flickr30k_heldout")]
         return {"choose": rows[:256], "table": rows[256:512]}
@@ -161,7 +173,7 @@ def names(rationale, word):
 
 
 def ranks(queries, positives):
-    """The rank of each query's own positive among all; a tie does not count against it. `[n, ..., D], [m, D] -> [n, ...]`."""
+    """The rank of query i's own text, the i-th, among all; ties do not count against it. `[n, ..., D], [m, D] -> [n, ...]`."""
     scores = queries @ positives.T
     own = np.stack([x[..., i] for i, x in enumerate(scores)])
     return 1 + (scores > own[..., None]).sum(-1)
@@ -182,15 +194,14 @@ def describe(rows, written):
     """What rationales are like: `written` has two per row, one about the query and one about the positive.
 
     true: of their content words, the share that the text or its pair has. named: the share of texts whose rationale names
-    the dictionary's word. agree: of the words that either rationale of a pair has, the share that both have.
+    the dictionary's word.
     """
     count = true = 0
     for row, both in zip(rows, written):
         told = forms(words(row["query"] + " " + row["positive"]))
         for word in (word for rationale in both for word in words(rationale)):
             count, true = count + 1, true + bool(forms({word}) & told)
-    pairs = [(words(one), words(two)) for one, two in written]
-    stats = {"true": true / max(count, 1), "agree": np.mean([len(a & b) / max(len(a | b), 1) for a, b in pairs])}
+    stats = {"true": true / max(count, 1)}
     if "word" in rows[0]:
         stats["named"] = np.mean([names(rationale, row["word"]) for row, both in zip(rows, written) for rationale in both])
     return {name: float(x) for name, x in stats.items()}
@@ -219,13 +230,14 @@ def headroom(policy, rows, positives, temperature, K=16, queries=64):
 def measure(policy, rows, run, folder, temperature):
     """All that a record has of a policy: scores by way, and what its rationales are like."""
     texts, stats = [row[role] for role in PAIR for row in rows], {"ways": {}}
+    documents = texts[len(rows) :] + [row["negative"] for row in rows if "negative" in row]
     for way, (twice, rationale) in WAYS.items():
         encoder, start = GraceEncoder(policy.reads(twice=twice), rationale=rationale), time.perf_counter()
-        queries, positives = encoder.encode(texts[: len(rows)]), encoder.encode_document(texts[len(rows) :])
+        queries, positives = encoder.encode(texts[: len(rows)]), encoder.encode_document(documents)
         seconds = time.perf_counter() - start
         rank = ranks(queries, positives)
         scores = {"ndcg_at_10": float(np.where(rank <= 10, 1 / np.log2(rank + 1), 0).mean())}
-        scores["text_s"] = seconds / len(set(texts))
+        scores["text_s"] = seconds / len({*texts, *documents})
         if way == "rationale":
             rationales, counts = encoder.rationales(texts), encoder.counts
             stats["finished"] = 1 - counts["unfinished"] / counts["distinct"]
@@ -267,7 +279,6 @@ FIGURES = {  # of rationales and costs: heading, digits, and where a record has 
     "ended": (2, lambda r: r["after"]["finished"]),
     "words": (1, lambda r: r["after"]["words"]),
     "true words": (2, lambda r: r["after"]["true"]),
-    "both agree": (2, lambda r: r["after"]["agree"]),
     "names the word": (3, lambda r: r["after"]["named"]),
     "any of 16 names it": (3, lambda r: r["after"]["any_of_16_names"]),
     "mean of 16": (3, lambda r: r["after"]["mean_of_16"]),
@@ -307,12 +318,6 @@ def tables(rows):
     yield markdown(["", *head], [[label, *score_cells(group)] for label, group in rows.items()])
     lines = [[label, *(figure(group, value, digits) for digits, value in FIGURES.values())] for label, group in rows.items()]
     yield markdown(["", *FIGURES], lines)
-    lines = []
-    for label, group in rows.items():
-        way = best_way(group, sts_mean)
-        values = [[record["after"]["ways"][way]["sts"][task] for record in group] for task in TASKS]
-        lines.append([label, way, *(mean_and_range(x, 3) for x in values)])
-    yield markdown(["similarity by task", "way", *TASKS], lines)
     for label, (record, *_) in rows.items():
         if label == ROWS["grace"][0]:
             lines = [[text.replace("\n", " ").replace("|", "/") for text in one] for one in record["written"]]
@@ -347,7 +352,6 @@ def main(arguments):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", nargs="?", help="a run, or page; any setting of a run may follow, as --NAME VALUE")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--full", action="store_true", help="all pairs of the similarity tasks: hours on a CPU")
     parser.add_argument("--model", default="runs/smollm2", help="folder (train.sh chat makes it) or hub id [runs/smollm2]")
     parser.add_argument("--data-dir", default=os.environ.get("DATA_DIR", "../shared/data"), help="[DATA_DIR, ../shared/data]")
     parser.add_argument("--out", default="runs/real", help="folder for the trained models [runs/real]")
@@ -364,7 +368,7 @@ def main(arguments):
     elif args.name not in RUNS or len(more) % 2:
         parser.error(f"{args.name!r} {' '.join(more)}: give a run's name, and settings as --NAME VALUE")
     else:
-        changes = {"seed": args.seed} | ({"pairs": 10**6} if args.full else {})
+        changes = {"seed": args.seed}
         for flag, value in zip(more[::2], more[1::2]):
             number = re.fullmatch(r"[-\d.e]+|true|false", value)
             changes[flag[2:].replace("-", "_")] = json.loads(value) if number else value

@@ -1,14 +1,13 @@
 """The chat model from a GGUF file, and its rows: the same network, a folder that is whole or absent, plain English."""
 
 import importlib.util
-import json
 import sys
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from worlds.chat import FILE, PACKAGE, main, make_model, sentence, write_english
+from worlds.chat import FILE, PACKAGE, english, main, make_model, sentence
 from worlds.events import CONCEPT
 
 needs_gguf = pytest.mark.skipif(
@@ -113,12 +112,9 @@ def test_a_sentence():
     assert sentence("around dusk , near the inn , it rained : hard .") == "Around dusk, near the inn, it rained: hard."
 
 
-def test_rows_are_the_worlds_as_sentences_and_held_out_events_are_not_trained_on(tmp_path):
-    for folder in ("one", "two"):
-        write_english(str(tmp_path / folder), seed=3, train=200, heldout=40)
-    files = {p.name: p.read_text() for p in (tmp_path / "one").iterdir()}
-    assert files == {p.name: p.read_text() for p in (tmp_path / "two").iterdir()}
-    rows = {name.split(".")[0]: [json.loads(line) for line in text.splitlines()] for name, text in files.items()}
+def test_rows_are_the_worlds_as_sentences_and_held_out_events_are_not_trained_on():
+    rows = english(seed=3, train=200, heldout=40)
+    assert rows == english(seed=3, train=200, heldout=40)
     assert {name: len(part) for name, part in rows.items()} == {"train": 200, "texts": 200, "heldout": 40, "graded": 80}
     texts = [text for part in rows.values() for row in part for text in row.values() if isinstance(text, str)]
     assert all(text[0].isupper() and text[-1] == "." and not set(" .,:") & set(text.split()) for text in texts)

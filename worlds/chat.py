@@ -48,11 +48,11 @@ def sentence(text):
     return text[0].upper() + text[1:]
 
 
-def write_english(folder, seed=0, train=4096, heldout=64):
-    """Write train, texts, heldout and graded.jsonl into a folder: the events world's rows, as sentences."""
-    for name, rows in world_files(EVENTS, random.Random(seed), train, heldout).items():
-        rows = [{k: sentence(v) if isinstance(v, str) else v for k, v in row.items()} for row in rows]
-        write_rows(os.path.join(folder, f"{name}.jsonl"), rows)
+def english(seed=0, train=4096, heldout=64):
+    """The events world's rows as sentences: `{"train", "texts", "heldout" or "graded": rows}`."""
+    files = world_files(EVENTS, random.Random(seed), train, heldout)
+    as_sentences = lambda row: {k: sentence(v) if isinstance(v, str) else v for k, v in row.items()}
+    return {name: [as_sentences(row) for row in rows] for name, rows in files.items()}
 
 
 def main():
@@ -62,7 +62,8 @@ def main():
     parser.add_argument("--seed", type=int, default=0, help="seed of the rows")
     args = parser.parse_args()
     if args.rows:
-        write_english(args.rows, args.seed)
+        for name, rows in english(args.seed).items():
+            write_rows(os.path.join(args.rows, f"{name}.jsonl"), rows)
     if os.path.isdir(args.model):
         return
     package = importlib.util.find_spec(PACKAGE)
