@@ -3,7 +3,6 @@
 `start` is the policy as it was before training, `world` one of worlds/.
 """
 
-import dataclasses
 import os
 import random
 import re
@@ -17,7 +16,6 @@ from evaluation.tasks import evaluate_tasks, evaluate_triplets
 from experiments.baselines import longest
 from plumbing.data import read_triplets
 from plumbing.run import read_metrics
-from policy import Policy
 from rollout import Rollouts, sample, score, uniforms
 from worlds.town import Town
 
@@ -41,11 +39,6 @@ def measure(policy, start, texts, world):
     if hasattr(world, "other_chats"):
         stats |= follow_other(policy, world, len(texts))
     return {name: x if x is None else float(x) for name, x in stats.items()}
-
-
-def reading_otherwise(policy, **reading):
-    """The same network, reading texts with another instruction or other limits."""
-    return Policy(policy.model, policy.tokenizer, dataclasses.replace(policy.reading, **reading), policy.dtype)
 
 
 @torch.no_grad()
@@ -81,7 +74,7 @@ def follow_other(policy, world, n):
     other_loss: nats per token of the right answers, end tokens included; other_right: the share of greedy answers that
     equal them.
     """
-    other, tokenizer = reading_otherwise(policy, instruction=world.other_instruction), policy.tokenizer
+    other, tokenizer = policy.reads(instruction=world.other_instruction), policy.tokenizer
     texts, answers = zip(*world.other_chats(n, random.Random(0)))
     greedy = sample(other, other.template(list(texts)))
     written = [tokenizer.decode(group[0], skip_special_tokens=True).strip() for group in greedy.rationales()]
@@ -94,7 +87,7 @@ def budgets(policy, heldout, limits):
     """Figure 4: held-out retrieval and milliseconds per text, by the longest rationale allowed. 0: none is written."""
     texts, rows = list({row["query"] for row in heldout}), []
     for limit in limits:
-        short = reading_otherwise(policy, max_new_tokens=limit or 1)
+        short = policy.reads(max_new_tokens=limit or 1)
         scores = evaluate_triplets(short, heldout, rationale=limit > 0)
         start = time.perf_counter()
         encode_texts(short, texts, rationale=limit > 0)
