@@ -180,22 +180,22 @@ class PromptTemplate:
             # that straddles a boundary holds some of the text, and counts as text.
             start, end = len(self.prefix), len(self.render(text)) - len(self.suffix)
             once = max(0, (end - start) // 2 - 1) if self.reading.twice else end - start  # characters of one reading
-            before, uncounted = (sum(stop <= at for _, stop in offsets) for at in (start, end - once))
-            read, until = (sum(first < at for first, _ in offsets) for at in (start + once, end))
-            row = self._shorten(ids, uncounted, len(ids) - until)
+            n_instruction, n_uncounted = (sum(stop <= at for _, stop in offsets) for at in (start, end - once))
+            n_read, n_after = sum(first < start + once for first, _ in offsets), sum(first >= end for first, _ in offsets)
+            row = self._shorten(ids, n_uncounted, n_after)
             rows.append(row)
-            marks.append((len(row), before, uncounted, min(read, len(row) - len(ids) + until)))
+            marks.append((len(row), n_instruction, min(n_read, len(row) - n_after), n_uncounted))
             cut.append(len(row) < len(ids))
-        instructions = [row[:before] for row, (_, before, _, _) in zip(rows, marks)]
+        instructions = [row[: mark[1]] for row, mark in zip(rows, marks)]
         shared = os.path.commonprefix(instructions) if share and self.shares_instruction else []
         S, P = len(shared), max(map(len, rows))
         ids = torch.tensor([shared + [0] * (P - len(row)) + row[S:] for row in rows])  # [N, P]
-        lengths, before, uncounted, read = torch.tensor(marks).T[..., None]  # [N, 1] each
+        lengths, instruction, read, uncounted = torch.tensor(marks).T[..., None]  # [N, 1] each, in tokens
         to_end = torch.arange(P, 0, -1)  # every prompt ends at -1, so masks come from the distance to the end
         mask = to_end <= lengths - S
         mask[:, :S] = True
         counted = to_end <= lengths - uncounted
-        text = (to_end <= lengths - before) & (to_end > lengths - read)
+        text = (to_end <= lengths - instruction) & (to_end > lengths - read)
         tensors = ids, mask.long(), counted.long(), text.long(), torch.tensor(cut)
         return Prompts(*(x.to(self.device) for x in tensors), S)
 
