@@ -94,7 +94,7 @@ class Policy:
         if self.adapters and not merged:
             self.adapters.save_pretrained(folder, save_embedding_layers=False)
         else:
-            self.model.save_pretrained(folder, state_dict=lora.merged_state(self.adapters) if self.adapters else None)
+            (lora.merged(self.adapters) if self.adapters else self.model).save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
         with open(os.path.join(folder, SETTINGS), "w") as file:
             json.dump(dataclasses.asdict(self.reading), file, indent=2)

@@ -9,7 +9,7 @@ peft puts adapters into a model, switches them off, merges them, and reads and w
 the model's own layers, in place, so whoever holds the model or its body has the adapters, too.
 """
 
-import contextlib
+import copy
 import os
 import warnings
 
@@ -56,35 +56,16 @@ def load(model, source, **options):
     """
     library, base = peft(), model.name_or_path
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("error", "Found missing adapter keys")  # what a file lacks would stay random
-            return library.PeftModel.from_pretrained(model, source, torch_device="cpu", **options)
-    except (RuntimeError, ValueError, UserWarning) as error:  # other shapes, no such layers, layers without adapters
+        return library.PeftModel.from_pretrained(model, source, torch_device="cpu", **options)
+    except (RuntimeError, ValueError) as error:  # other shapes, no such layers
         raise GraceError(f"{source}: its adapters do not fit {base}: give the model that they were trained on") from error
 
 
-@contextlib.contextmanager
 def off(network):
-    """In here a network is without its adapters."""
-    layers = [layer for layer in network.modules() if isinstance(layer, peft().tuners.lora.LoraLayer)]
-    for layer in layers:
-        layer.enable_adapters(False)
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.enable_adapters(True)
+    """A context in which a network computes without its adapters, to the bit: they are multiplied by 0."""
+    return peft().helpers.rescale_adapter_scale(network, 0)
 
 
-def merged_state(adapters):
-    """What the model's state dict would be with its adapters merged into the weights: that of an ordinary model."""
-    state = adapters.get_base_model().state_dict().items()
-    return {name.replace(".base_layer.", "."): x for name, x in state if ".lora_" not in name} | dict(merged_weights(adapters))
-
-
-@torch.no_grad()
-def merged_weights(adapters):
-    """Yields name and value `[D_out, D_in]` of each adapted weight, its adapter added in; one at a time."""
-    for name, layer in adapters.get_base_model().named_modules():
-        if isinstance(layer, peft().tuners.lora.LoraLayer):
-            yield f"{name}.weight", layer.get_base_layer().weight + layer.get_delta_weight("default")
+def merged(adapters):
+    """A copy of the model with its adapters merged into the weights: an ordinary model."""
+    return copy.deepcopy(adapters).merge_and_unload()
