@@ -5,9 +5,7 @@ a named shape are written once to runs/bench/, and all sides of a comparison loa
 """
 
 import argparse
-import json
 import os
-import platform
 import random
 import statistics
 import sys
@@ -18,7 +16,10 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import torch  # noqa: E402
 import transformers  # noqa: E402
 
+from policy import Policy  # noqa: E402
 from pool import mean_pool  # noqa: E402
+from prompt import Reading  # noqa: E402
+from worlds.make import SPECIAL_TOKENS, build_tokenizer  # noqa: E402
 
 SIZES = "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size"
 SHAPES = {  # of the Qwen2 architecture
@@ -59,23 +60,15 @@ def fill_in(args):
 
 def write_model(shape, folder):
     """Write a checkpoint folder with random weights of a shape, unless it is there. Returns the folder."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    if os.path.isfile(os.path.join(folder, "grace_config.json")):
+    if os.path.isfile(os.path.join(folder, "grace_config.json")):  # it is written last
         return folder
-    sizes, words = dict(zip(SIZES, SHAPES[shape])), ["<unk>", "<end>", *WORDS]
-    words += [f"w{i}" for i in range(sizes["vocab_size"] - len(words))]  # whatever is sampled is a word
-    core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
-    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    names = dict(unk_token="<unk>", pad_token="<end>", eos_token="<end>")
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=core, **names)
+    sizes = dict(zip(SIZES, SHAPES[shape]))
+    more = sizes["vocab_size"] - len(WORDS) - len(SPECIAL_TOKENS)
+    tokenizer = build_tokenizer([*WORDS, *(f"w{i}" for i in range(more))])  # whatever is sampled is a word
     torch.manual_seed(0)
-    end = dict(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.eos_token_id, bos_token_id=None)
-    model = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**sizes, **end, tie_word_embeddings=True))
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    with open(os.path.join(folder, "grace_config.json"), "w") as file:  # last, as the mark of a whole folder
-        json.dump({"instruction": "name what happened", "max_prompt_tokens": 4096}, file)
+    ends = dict(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, bos_token_id=None)
+    model = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**sizes, **ends, tie_word_embeddings=True))
+    Policy(model, tokenizer, Reading("name what happened", max_prompt_tokens=4096)).save(folder)
     return folder
 
 
@@ -146,7 +139,9 @@ def show(times, count, unit):
         print(f"{name:24}{median:10.4f} s{count / median:12.2f} {unit}/s{ratio:8.2f} x")
 
 
-def machine(device):
-    """One line about where a table was measured, and with which versions."""
+def show_machine(device, model=None):
+    """Print where a table was measured, with which versions, and of a model of which size."""
     where = torch.cuda.get_device_name() if str(device).startswith("cuda") else f"{torch.get_num_threads()} CPU threads"
-    return f"{where}, torch {torch.__version__}, transformers {transformers.__version__}, Python {platform.python_version()}"
+    print(f"{where}, torch {torch.__version__}, transformers {transformers.__version__}")
+    if model:
+        print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {model.dtype}")

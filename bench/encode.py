@@ -8,7 +8,7 @@ computing. It would also read equal texts only once; here all texts differ.
 """
 
 import torch
-from common import fill_in, forward, generate, load_library, machine, make_parser, make_texts, show, take_turns
+from common import fill_in, forward, generate, load_library, make_parser, make_texts, show, show_machine, take_turns
 
 from evaluation.encoder import GraceEncoder
 
@@ -31,7 +31,7 @@ def main():
         vectors["library"] = torch.cat(read)
 
     times = take_turns({"encoder": here, "generate() + forward": by_generate_and_forward}, args.device, args.repeats)
-    print(f"{machine(args.device)}; {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {args.dtype}")
+    show_machine(args.device, model)
     print(f"{len(texts)} texts; largest difference of embeddings {(vectors['here'] - vectors['library']).abs().max():.1e}")
     show(times, len(texts), "texts")
 

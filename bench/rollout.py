@@ -8,7 +8,7 @@ so for one text at a time, since the logits of all rationales would not fit into
 """
 
 import torch
-from common import fill_in, forward, generate, load_library, machine, make_parser, make_texts, show, take_turns
+from common import fill_in, forward, generate, load_library, make_parser, make_texts, show, show_machine, take_turns
 
 from policy import Policy
 from rollout import sample, uniforms
@@ -36,7 +36,7 @@ def main():
 
     sides = {"rollout.py": here, "generate()": by_generate, "generate() + forward": by_generate_and_forward}
     times, tokens = take_turns(sides, args.device, args.repeats), int(here().mask.sum())
-    print(f"{machine(args.device)}; {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {args.dtype}")
+    show_machine(args.device, model)
     print(f"{args.batch} prompts, K = {K}, T = {args.max_new_tokens}; {tokens} tokens sampled by rollout.py")
     show(times, tokens, "tokens")
 

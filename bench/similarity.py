@@ -10,7 +10,7 @@ import argparse
 
 import torch
 import torch.nn.functional as F
-from common import machine, show, take_turns
+from common import show, show_machine, take_turns
 
 import similarity
 
@@ -60,7 +60,8 @@ def main():
     times = take_turns(sides, args.device, args.repeats)
     ours, plain = (function() for function in sides.values())
     apart = max(float((a - b).abs().max()) for a, b in zip(ours, plain))
-    print(f"{machine(args.device)}; N = {args.rows}, K = {args.group}, D = {args.dim}")
+    show_machine(args.device)
+    print(f"N = {args.rows}, K = {args.group}, D = {args.dim}")
     print(f"largest difference of gradients, tiles and definition: {apart:.1e}")
     show(times, args.rows, "rows")
     for name, function in sides.items():

@@ -2,10 +2,10 @@
 
     python bench/step.py --model DIR --batch 8 --rollouts 8 --max-new-tokens 48 --train-roles positive --steps 5
     python bench/step.py --shape qwen2.5-0.5b --batch 32 --prompt-tokens 128 --max-new-tokens 256
-    python bench/step.py --train-roles query,positive --peer trl             needs `pip install trl accelerate`
+    python bench/step.py --train-roles query,positive --peer trl             needs `pip install trl`
 
-Runs real steps of grace.py on B rows of made-up texts, or on the first B of --data. The last line is `step_s X`, the
-median step after one to warm up. Every flag of grace.py works here: `--kl 0`, `--recipe paper`, `--lora 8`.
+Runs real steps of grace.py on B rows of made-up texts. The last line is `step_s X`, the median step after one to warm
+up. Every flag of grace.py works here but --data: `--kl 0`, `--recipe paper`, `--lora 8`.
 
 With --peer trl both sides start from the same checkpoint, train on the same prompts in the same compute type, and take
 turns step by step. TRL's reward runs the model over prompt and completion, pools, and takes a cosine. Neither side
@@ -14,16 +14,14 @@ are not trained are read here alone.
 """
 
 import statistics
-import sys
 import tempfile
 
 import torch
 import transformers
-from common import clock, fill_in, forward, machine, make_parser, make_texts, show
+from common import clock, fill_in, forward, make_parser, make_texts, show, show_machine
 
 import grace
 from config import parse
-from plumbing.data import load_rows
 from policy import load_policies
 from rollout import make_batch
 
@@ -33,22 +31,17 @@ def make_trainer(args, rest):
     flags = {name: getattr(args, name) for name in ("model", "batch", "rollouts", "max_new_tokens", "device", "dtype", "steps")}
     config = parse([f"--{name.replace('_', '-')}={value}" for name, value in flags.items()] + rest, __doc__)
     policy, reference = load_policies(config)
-    if config.data:
-        rows = load_rows(config)[0][: config.batch]
-    else:
-        texts = make_texts(3 * config.batch, policy, args.prompt_tokens)
-        rows = [{"query": q, "positive": p, "negative": [n]} for q, p, n in zip(*[iter(texts)] * 3)]
-        rows = rows if config.mode == "supervised" else [{"text": row["query"]} for row in rows]
+    texts = make_texts(3 * config.batch, policy, args.prompt_tokens)
+    rows = [{"query": q, "positive": p, "negative": [n]} for q, p, n in zip(*[iter(texts)] * 3)]
+    rows = rows if config.mode == "supervised" else [{"text": row["query"]} for row in rows]
     return grace.Trainer(policy, reference, rows, config)
 
 
 def against_trl(ours, step, prompt_tokens, steps):
     """Steps of TRL's trainer on the rows of ours, with a call of `step` after each. Returns their seconds."""
-    try:
-        import datasets
-        import trl
-    except ImportError as error:
-        sys.exit(f"--peer trl: {error}; pip install trl datasets")
+    import datasets
+    import trl
+
     config, tokenizer, bfloat16 = ours.config, ours.policy.tokenizer, ours.config.dtype == "bfloat16"
     model = transformers.AutoModelForCausalLM.from_pretrained(config.model, dtype=torch.float32).to(config.device)
     by_role = make_batch(ours.rows).texts
@@ -98,7 +91,7 @@ def main():
     args, rest = parser.parse_known_args()
     no_terms = ["--kl=0", "--text-weight=0"] if args.peer else []
     trainer, rows, theirs = make_trainer(fill_in(args), ["--train-roles=positive", *no_terms, *rest]), [], {}
-    print(f"{machine(args.device)}; {sum(p.numel() for p in trainer.policy.model.parameters()) / 1e6:.1f} M parameters")
+    show_machine(args.device, trainer.policy.network)
 
     def step():
         start = clock(args.device)
