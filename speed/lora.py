@@ -56,8 +56,10 @@ def load(model, source, **options):
     """
     library, base = peft(), model.name_or_path
     try:
-        return library.PeftModel.from_pretrained(model, source, torch_device="cpu", **options)
-    except (RuntimeError, ValueError) as error:  # other shapes, no such layers
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", "Found missing adapter keys")  # what a file lacks would stay random
+            return library.PeftModel.from_pretrained(model, source, torch_device="cpu", **options)
+    except (RuntimeError, ValueError, UserWarning) as error:  # other shapes, no such layers, layers without adapters
         raise GraceError(f"{source}: its adapters do not fit {base}: give the model that they were trained on") from error
 
 

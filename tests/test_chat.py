@@ -1,6 +1,5 @@
 """The chat model from a GGUF file, and its rows: the same network, a folder that is whole or absent, plain English."""
 
-import json
 import random
 import re
 import sys
@@ -12,7 +11,7 @@ import transformers
 from conftest import build
 
 from worlds import EVENTS
-from worlds.chat import main, make_model, sentence, write_english
+from worlds.chat import english, main, make_model, sentence
 from worlds.make import world_files
 
 
@@ -53,12 +52,10 @@ def test_a_sentence():
     assert sentence("around dusk , near the inn , it rained : hard .") == "Around dusk, near the inn, it rained: hard."
 
 
-def test_rows_are_the_world_s_as_sentences(tmp_path):
-    write_english(str(tmp_path), seed=3, train=20, heldout=5)
-    words = lambda text: re.findall("[a-z]+", text.lower())
+def test_rows_are_the_world_s_as_sentences():
+    written, words = english(seed=3, train=20, heldout=5), lambda text: re.findall("[a-z]+", text.lower())
     for name, rows in world_files(EVENTS, random.Random(3), 20, 5).items():
-        written = [json.loads(line) for line in (tmp_path / f"{name}.jsonl").open()]
-        for row, line in zip(rows, written, strict=True):
+        for row, line in zip(rows, written[name], strict=True):
             assert row.keys() == line.keys() and line.get("score") == row.get("score")
             for key in row.keys() - {"score"}:
                 text = line[key]
