@@ -14,7 +14,7 @@ import pytest
 import torch
 import transformers
 from conftest import ROWS, adapted, command, config, rolled, same, weights
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_policy import Evil
 
 import grace
@@ -141,17 +141,22 @@ def test_without_peft(tiny_world, lora_run, tmp_path, monkeypatch):
 
 
 def test_adapters_that_do_not_fit(lora_run, tmp_path, make_policy):
-    """Of another shape, or pickled."""
+    """Of another shape, of some of the layers alone, or pickled."""
     folder = shutil.copytree(lora_run / "adapter", tmp_path / "adapter")
-    settings = folder / "adapter_config.json"
-    given = settings.read_text()
+    settings, file = folder / "adapter_config.json", folder / "adapter_model.safetensors"
+    given, tensors = json.loads(settings.read_text()), load_file(file)
+
+    def refused(message):
+        with pytest.raises(GraceError, match=message):
+            Policy.load(str(folder))
+
     make_policy().save(tmp_path / "other")
-    settings.write_text(json.dumps({**json.loads(given), "base_model_name_or_path": str(tmp_path / "other")}))
-    with pytest.raises(GraceError, match="do not fit .*other:"):
-        Policy.load(str(folder))
-    settings.write_text(given)
-    os.remove(folder / "adapter_model.safetensors")
+    settings.write_text(json.dumps({**given, "base_model_name_or_path": str(tmp_path / "other")}))
+    refused("do not fit .*other:")
+    settings.write_text(json.dumps(given))
+    save_file({name: x for name, x in tensors.items() if ".0.mlp" not in name}, file)
+    refused("do not fit")  # not: the rest stays random
+    os.remove(file)
     torch.save({"x": Evil(str(tmp_path / "was-here"))}, folder / "adapter_model.bin")
-    with pytest.raises(GraceError, match="cannot be loaded"):
-        Policy.load(str(folder))
+    refused("cannot be loaded")
     assert not (tmp_path / "was-here").exists()
