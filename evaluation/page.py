@@ -8,7 +8,6 @@ import argparse
 import difflib
 import os
 
-from evaluation.card import write_card
 from evaluation.render import comparison, curve, document, escape
 from plumbing.run import read_json, write_atomically
 from plumbing.status import evaluations, health, read_run
@@ -53,11 +52,9 @@ def report(arguments):
 
 
 def finish_page(out):
-    """Write the page of a run into its folder and, if it is finished, its card. Raises GraceError as `build_page` does."""
+    """Write the page of a run into its folder. Raises GraceError as `build_page` does."""
     path = os.path.join(out, "report.html")
     write_atomically(path, build_page(out))
-    if os.path.exists(os.path.join(out, "summary.json")):
-        write_card(out)
     print(f"{path} shows this run")
 
 

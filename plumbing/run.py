@@ -125,7 +125,7 @@ def digest(rows):
 # ---------------------------------------------------------------- one run
 
 RESULTS = (  # of an earlier run: what --overwrite deletes, beside the files that the new run replaces at once
-    "summary.json", "*.safetensors*", "adapter", "checkpoints", "checkpoints.tmp", "probe.json", "report.html", "README.md",
+    "summary.json", "*.safetensors*", "adapter", "checkpoints", "checkpoints.tmp", "probe.json", "report.html",
     "not_finite_step_*",
 )  # fmt: skip
 
