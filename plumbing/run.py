@@ -18,7 +18,6 @@ Of several ranks the first writes; the others read the same files.
 import contextlib
 import dataclasses
 import hashlib
-import importlib
 import json
 import os
 import platform
@@ -144,7 +143,6 @@ class Run:
         for name in ("model", "data", "out"):
             if not getattr(config, name):
                 raise GraceError(f"--{name} is missing")
-        self.tracker = tracker(config.log_to) if config.log_to else None
         self.config, self.progress = config, {"before": None, "history": [], "seconds": 0.0}
         out, model, here = config.out, os.path.realpath(config.model), os.path.realpath(config.out)
         if model in (here, os.path.join(here, "adapter")) or os.path.dirname(model) == os.path.join(here, "checkpoints"):
@@ -203,11 +201,6 @@ class Run:
     def _start(self, trainer):
         """Start the clock, which goes on where the checkpoint stopped it, and write run.json for `status` and the page."""
         self.started = time.time() - self.progress["seconds"]
-        self.board = tensorboard(self.config.out, trainer.step_number) if ranks.first() else None
-        self.tracker = self.tracker if ranks.first() else None
-        if self.tracker:
-            name, resume = os.path.basename(os.path.abspath(self.config.out)), "allow" if trainer.step_number else "never"
-            self.tracker.init(project="grace", name=name, config=dataclasses.asdict(self.config), resume=resume)
         about = {"before": self.progress["before"], "config": dataclasses.asdict(self.config)}
         about["max_new_tokens"] = trainer.policy.reading.max_new_tokens
         write_atomically(self.path("run.json"), json.dumps(about, indent=2))
@@ -225,11 +218,6 @@ class Run:
         if ranks.first():
             with _writing(path), open(path, "a") as file:
                 file.write(json.dumps(metrics) + "\n")
-        if self.board:
-            for name, value in metrics.items():
-                self.board.add_scalar(name, value, metrics["step"])
-        if self.tracker:
-            self.tracker.log({name: x for name, x in metrics.items() if name != "step"}, step=metrics["step"])
 
     def save(self, trainer):
         """Write a checkpoint: all that a resumed run needs, whole or not at all. The last two stay."""
@@ -266,8 +254,6 @@ class Run:
         write_atomically(self.path("summary.json"), json.dumps(self.summary, indent=2))
         if ranks.first():
             _delete(self.path("checkpoints"))
-        if self.tracker:
-            self.tracker.finish()
         print("\n" + show_summary(self.summary))
         return self.summary
 
@@ -347,23 +333,3 @@ def show_summary(summary):
             cells = (f"{scores[name]:{width[name]}.3f}" if name in scores else " " * width[name] for name in names)
             lines.append(f"{moment.replace('_', ' '):24}" + "".join(cells))
     return "\n".join(lines)
-
-
-def tensorboard(out, step):
-    """A TensorBoard writer where that is installed, else None: metrics.jsonl has the same figures.
-
-    What a run that was killed later wrote for steps after `step` is dropped.
-    """
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        return None
-    return SummaryWriter(out, purge_step=step + 1)
-
-
-def tracker(name):
-    """trackio or wandb: what is used of them here, `init`, `log` and `finish`, is the same in both."""
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise GraceError(f"--log-to {name}: pip install {name} ({first_line(error)})") from error
