@@ -1,6 +1,6 @@
 """A run's folder: what stands in --out and when, so that a run can be stopped, resumed and judged.
 
-    OUT/run.json                  the configuration and the scores of the start
+    OUT/run.json                  the configuration, the scores of the start, and what the policy made of a few texts
     OUT/metrics.jsonl             a line per step
     OUT/rationales.md             the same texts' rationales along the training
     OUT/checkpoints/00000050/     to resume from: the policy as a model folder; trainer.pt: optimizer, step, progress
@@ -17,7 +17,6 @@ Of several ranks the first writes; the others read the same files.
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 import os
 import platform
@@ -62,12 +61,9 @@ def _replacing(path):
 
 
 def _delete(path):
-    """Delete a file or a folder, if it is there. A folder is renamed first: no kill leaves half of it under its name."""
+    """Delete a file or a folder, if it is there."""
     if os.path.isdir(path):
-        gone = f"{path}.tmp"
-        shutil.rmtree(gone, ignore_errors=True)  # of an earlier kill
-        os.replace(path, gone)
-        shutil.rmtree(gone)
+        shutil.rmtree(path)
     elif os.path.lexists(path):
         os.remove(path)
 
@@ -110,23 +106,16 @@ def read_metrics(path):
 
 
 def checkpoints(out):
-    """The checkpoint folders of a run, oldest first. A folder that is there is whole."""
+    """The checkpoint folders of a run, oldest first. The newest is whole; a kill can leave half of one that was to go."""
     folder = os.path.join(out, "checkpoints")
     names = sorted(n for n in os.listdir(folder) if n.isdigit()) if os.path.isdir(folder) else []
     return [os.path.join(folder, n) for n in names]
 
 
-def digest(rows):
-    """A fingerprint of the training rows: a file can change under its name."""
-    return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()[:16]
-
-
 # ---------------------------------------------------------------- one run
 
-RESULTS = (  # of an earlier run: what --overwrite deletes, beside the files that the new run replaces at once
-    "summary.json", "*.safetensors*", "adapter", "checkpoints", "checkpoints.tmp", "probe.json", "report.html",
-    "not_finite_step_*",
-)  # fmt: skip
+# Of an earlier run: what --overwrite deletes, beside the files that the new run replaces at once.
+RESULTS = "run.json", "summary.json", "*.safetensors*", "adapter", "checkpoints", "report.html", "not_finite_step_*"
 
 
 class Run:
@@ -143,23 +132,20 @@ class Run:
         for name in ("model", "data", "out"):
             if not getattr(config, name):
                 raise GraceError(f"--{name} is missing")
-        self.config, self.progress = config, {"before": None, "history": [], "seconds": 0.0}
-        out, model, here = config.out, os.path.realpath(config.model), os.path.realpath(config.out)
-        if model in (here, os.path.join(here, "adapter")) or os.path.dirname(model) == os.path.join(here, "checkpoints"):
+        self.config, self.progress = config, {"history": []}
+        out, model = config.out, Path(config.model)
+        if model.is_dir() and model.resolve().is_relative_to(Path(out).resolve()):
             raise GraceError(f"--out {out} is where --model is: give another folder")
-        try:
+        with _writing(out):
             os.makedirs(out, exist_ok=True)
-        except OSError as error:
-            raise GraceError(f"--out {out}: cannot be written to ({error.strerror})") from error
         self.checkpoint, self.summary = (checkpoints(out) or [None])[-1], read_json(self.path("summary.json"))
-        weights = any(Path(out).glob("*.safetensors"))
-        holds = "a finished run" if self.summary else "a model" if weights else "the checkpoints of a run"
-        if (self.summary or weights or self.checkpoint) and not (config.resume or config.overwrite):
-            how = "--resume continues it, " if self.checkpoint else ""
-            raise GraceError(f"--out {out} holds {holds}: {how}--overwrite starts anew, or give another folder")
+        run, weights = self.checkpoint or self.summary, any(Path(out).glob("*.safetensors"))
+        if (run or weights) and not (config.resume or config.overwrite):
+            how = "a run: --resume continues it, " if run else "a model: "
+            raise GraceError(f"--out {out} holds {how}--overwrite starts anew, or give another folder")
         if not config.resume:
             self.checkpoint = self.summary = None
-        elif self.checkpoint or self.summary:
+        elif run:
             config.must_match(read_json(self.path("run.json"))["config"])
         elif weights:
             raise GraceError(f"--out {out} holds a model and no checkpoint to resume from: --overwrite starts anew")
@@ -178,14 +164,13 @@ class Run:
                 print(f"no checkpoint under {self.config.out} to resume from: starting at step 0")
             return False
         state = torch.load(os.path.join(self.checkpoint, "trainer.pt"), map_location="cpu", weights_only=True)
-        if state["progress"]["rows"] != digest(trainer.rows):
-            raise GraceError(f"{self.checkpoint} is of a run on other rows than {self.config.data} has now: give those rows")
         trainer.optimizer.load_state_dict(state["optimizer"])
         trainer.step_number, self.progress = state["step"], state["progress"]
+        self.started = time.time() - self.progress["seconds"]  # the clock goes on where the checkpoint stopped it
         kept = [metrics for metrics in read_metrics(self.path("metrics.jsonl")) if metrics["step"] <= state["step"]]
         write_atomically(self.path("metrics.jsonl"), "".join(json.dumps(metrics) + "\n" for metrics in kept))
         print(f"resumed from {self.checkpoint}")
-        self._start(trainer)
+        self._describe()
         return True
 
     def begin(self, trainer, scores):
@@ -195,20 +180,21 @@ class Run:
                 for path in sorted(Path(self.config.out).glob(pattern)):
                     _delete(path)
         write_atomically(self.path("metrics.jsonl"), "")
-        self.progress |= {"before": scores, "rows": digest(trainer.rows)}
-        self._start(trainer)
+        self.progress |= {"before": scores, "max_new_tokens": trainer.policy.reading.max_new_tokens}
+        self.started = time.time()
 
-    def _start(self, trainer):
-        """Start the clock, which goes on where the checkpoint stopped it, and write run.json for `status` and the page."""
-        self.started = time.time() - self.progress["seconds"]
-        about = {"before": self.progress["before"], "config": dataclasses.asdict(self.config)}
-        about["max_new_tokens"] = trainer.policy.reading.max_new_tokens
-        write_atomically(self.path("run.json"), json.dumps(about, indent=2))
+    def _describe(self):
+        """Write run.json, for `status` and the page, and rationales.md."""
+        about = {"config": dataclasses.asdict(self.config), **self.progress}
+        write_atomically(self.path("run.json"), json.dumps(about))
+        write_atomically(self.path("rationales.md"), show_rationales(self.progress["history"]))
 
-    def note(self, step, scores, rationales):
-        """Print the scores `{name: score}`, add the rationales `{text: rationale}` to rationales.md. Returns the scores."""
-        self.progress["history"].append((step, list(rationales.values())))
-        write_atomically(self.path("rationales.md"), show_rationales(self.progress["history"], list(rationales)))
+    def note(self, step, scores, rationales, found):
+        """Print the scores `{name: score}` and write down what `evaluation.probe` tells of the policy. Returns the scores."""
+        progress = self.progress
+        progress["history"].append((step, rationales))
+        progress |= {"found": found, "found_before": progress.get("found_before", found)}
+        self._describe()
         tqdm.write(f"step {step:4d}  " + "  ".join(f"{name} {score:.3f}" for name, score in scores.items()))
         return scores
 
@@ -313,12 +299,12 @@ def versions():
     return {"python": platform.python_version(), **loaded}
 
 
-def show_rationales(history, texts):
-    """rationales.md: what the policy writes about the same texts along the training (Table 6)."""
+def show_rationales(history):
+    """rationales.md: the same texts' rationales along the training (Table 6). history: `[(step, {text: rationale})]`."""
     lines = ["# Rationales along the training\n"]
-    for i, text in enumerate(texts):
+    for text in history[0][1]:
         lines += [f"**{text}**\n", "| step | rationale |", "| ---: | --- |"]
-        cells = ((step, " ".join(rationales[i].replace("|", " ").split())) for step, rationales in history)
+        cells = ((step, " ".join(rationales[text].replace("|", " ").split())) for step, rationales in history)
         lines += [*(f"| {step} | {cell} |" for step, cell in cells), ""]
     return "\n".join(lines)
 
