@@ -393,9 +393,9 @@ def main(arguments, make_trainer=Trainer):
         ranks.start()
         train(parse(arguments, __doc__), make_trainer)
     except GraceError as error:
-        ranks.end(f"grace.py: {error}")
+        sys.exit(f"grace.py: {error}")
     except torch.OutOfMemoryError as error:
-        ranks.end(f"grace.py: out of memory outside the training steps ({first_line(error)})")
+        sys.exit(f"grace.py: out of memory outside the training steps ({first_line(error)})")
     except KeyboardInterrupt:  # before or after the training steps: nothing to save
         sys.exit(130)
 
