@@ -57,7 +57,7 @@ def finish_page(out):
 
 
 def build_page(out):
-    """The page of a run, as HTML. Raises GraceError if the folder holds no run, or a file that cannot be read."""
+    """The page of a run, as HTML. Raises GraceError if the folder holds no run."""
     run, steps = read_run(out)
     state = f"Not finished: {len(steps)} of {run['config']['steps']} steps when this page was written."
     if "after" in run:
@@ -74,8 +74,7 @@ def build_page(out):
         texts=rationales(run["history"]),
         before=run["found_before"],
         found=run["found"],
-        heldout=curves(SCORES, heldout, troubles),
-        training=curves(CURVES, {line["step"]: line for line in steps}, troubles),
+        curves=curves(SCORES, heldout, troubles) + curves(CURVES, {line["step"]: line for line in steps}, troubles),
     )
 
 

@@ -84,14 +84,10 @@ def write_atomically(path, text):
 
 
 def read_json(path):
-    """What a JSON file holds; None where there is no such file. Raises GraceError where it cannot be read."""
-    if not os.path.isfile(path):
-        return None
-    try:
+    """What a JSON file holds; None where there is no such file."""
+    if os.path.isfile(path):
         with open(path) as file:
             return json.load(file)
-    except (OSError, ValueError) as error:
-        raise GraceError(f"{path}: cannot be read ({first_line(error)})") from error
 
 
 def read_metrics(path):
@@ -115,7 +111,7 @@ def checkpoints(out):
 # ---------------------------------------------------------------- one run
 
 # Of an earlier run: what --overwrite deletes, beside the files that the new run replaces at once.
-RESULTS = "run.json", "summary.json", "*.safetensors*", "adapter", "checkpoints", "report.html", "not_finite_step_*"
+RESULTS = "checkpoints", "summary.json", "*.safetensors*", "adapter", "report.html", "not_finite_step_*", "run.json"
 
 
 class Run:
@@ -136,7 +132,7 @@ class Run:
         out, model = config.out, Path(config.model)
         if model.is_dir() and model.resolve().is_relative_to(Path(out).resolve()):
             raise GraceError(f"--out {out} is where --model is: give another folder")
-        with _writing(out):
+        with _writing(f"--out {out}"):
             os.makedirs(out, exist_ok=True)
         self.checkpoint, self.summary = (checkpoints(out) or [None])[-1], read_json(self.path("summary.json"))
         run, weights = self.checkpoint or self.summary, any(Path(out).glob("*.safetensors"))
@@ -294,7 +290,7 @@ def peak_memory_gb(device):
 
 def versions():
     """What a result depends on besides the code: `{name: version}` of Python and of the libraries in use."""
-    names = "torch", "transformers", "datasets", "numpy", "sklearn"  # sklearn defines two of the evaluation's scores
+    names = "torch", "transformers", "datasets", "numpy", "sklearn"  # sklearn defines some of the evaluation's scores
     loaded = {name: sys.modules[name].__version__ for name in names if name in sys.modules}
     return {"python": platform.python_version(), **loaded}
 

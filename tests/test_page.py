@@ -14,7 +14,7 @@ from evaluation.page import build_page, changes, curve, curves
 from evaluation.probe import probe
 from plumbing.data import read_triplets
 
-HEADINGS = ["What it learned", "What it writes", "What queries find, and why", "Held-out scores", "Training"]
+HEADINGS = ["What it learned", "What it writes", "What queries find, and why", "Along the training"]
 UNLABELLED = [{"text": text} for text in ("the doctor bought the lamp", "somebody sold the boat", "the child found the sofa")]
 
 
@@ -91,7 +91,7 @@ def test_in_training(folder):
     lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
     (folder / "metrics.jsonl").write_text("".join(lines[:2]) + lines[2][:30])
     page = build_page(folder)
-    assert "Not finished: 2 of 4 steps" in page and headings(page) == [h for h in HEADINGS if h != "Held-out scores"]
+    assert "Not finished: 2 of 4 steps" in page and headings(page) == HEADINGS
     (folder / "metrics.jsonl").unlink()
     assert headings(build_page(folder)) == HEADINGS[:3]
 
