@@ -26,7 +26,6 @@ from evaluation.encoder import GraceEncoder
 from evaluation.tasks import FAMILIES, SUBSET, TASKS, choose_tasks, evaluate_tasks
 from plumbing.errors import GraceError
 from plumbing.run import versions, write_atomically
-from pool import POOLS
 
 ALL = "all 16 tasks"
 
@@ -86,14 +85,13 @@ def main(arguments):
     add("--instruction", help="the system message")
     add("--max-prompt-tokens", type=int, help="longer texts lose their end")
     add("--max-new-tokens", type=int, help="the longest rationale")
-    add("--pooling", choices=POOLS, help="what becomes the embedding, Sec. 5.4")
     add("--tokens-per-batch", type=int, default=8192, help="token budget of a batch; more on a large GPU [8192]")
     add("--dtype", choices=("float32", "bfloat16"), help="compute type [bfloat16 where that is faster, else float32]")
     add("--device", help="default: cuda, mps or cpu, the first that there is")
     args = parser.parse_args(arguments)
     try:
         evaluate(args)
-    except GraceError as error:
+    except (GraceError, OSError) as error:
         sys.exit(f"eval_mteb_subset.py: {error}")
     except torch.OutOfMemoryError:
         sys.exit("eval_mteb_subset.py: out of memory: the same command with a lower --tokens-per-batch goes on from here")
@@ -101,24 +99,18 @@ def main(arguments):
         sys.exit(f"eval_mteb_subset.py: --cache {args.cache} cannot be used ({error}): delete it, or give another folder")
     except ModuleNotFoundError as error:  # some scores are defined by scikit-learn and scipy
         sys.exit(f"eval_mteb_subset.py: {error}: pip install scikit-learn")
-    except KeyboardInterrupt:
-        print("\nstopped; the vectors read so far are in --cache, and the same command goes on from there", file=sys.stderr)
-        sys.exit(130)
 
 
 def evaluate(args):
     """Run the chosen tasks, print them as they come, write `--out`."""
     chosen, start, results = choose_tasks(",".join(args.tasks)), time.time(), {}
     if args.out:  # what cannot be written is noticed now, not after hours
-        try:
-            os.makedirs(os.path.dirname(args.out) or ".", exist_ok=True)
-            open(args.out, "a").close()
-        except OSError as error:
-            raise GraceError(f"--out {args.out}: cannot be written ({error.strerror})") from error
+        os.makedirs(os.path.dirname(args.out) or ".", exist_ok=True)
+        open(args.out, "a").close()
     encoder = GraceEncoder(
         args.model, args.cache or None, args.temperature, args.seed, not args.no_rationale, device=args.device,
         dtype=args.dtype, tokens_per_batch=args.tokens_per_batch, progress=True, instruction=args.instruction,
-        max_prompt_tokens=args.max_prompt_tokens, max_new_tokens=args.max_new_tokens, pooling=args.pooling,
+        max_prompt_tokens=args.max_prompt_tokens, max_new_tokens=args.max_new_tokens,
     )  # fmt: skip
     for name in chosen:
         results |= evaluate_tasks(encoder.encode, [name], args.data_dir, encoder.encode_document)

@@ -70,10 +70,11 @@ import torch
 from tqdm import tqdm
 
 from config import parse
-from evaluation.encoder import GraceEncoder, encode_texts, text_loss  # noqa: F401 (`from grace import GraceEncoder`)
+from evaluation.encoder import GraceEncoder, text_loss  # noqa: F401 (`from grace import GraceEncoder`)
 from evaluation.explain import explain
 from evaluation.page import finish_page, report
-from evaluation.probe import record
+from evaluation.probe import probe
+from evaluation.sentence_transformer import share
 from evaluation.signs import batch_metrics, update_means, update_metrics
 from evaluation.tasks import evaluate_heldout
 from plumbing import ranks
@@ -308,7 +309,6 @@ def train(config, make_trainer=Trainer):
     config.check_groups(len(rows[0].get("negative", [])))
     policy, reference = load_policies(config, run.checkpoint)
     trainer = make_trainer(policy, reference, rows, config)
-    shown = [row.get("query") or row["text"] for row in (heldout or rows)[:6]]
     print(
         f"{len(rows)} training rows ({len(rows[0].get('negative', []))} negatives each), {len(heldout)} held-out, "
         f"{sum(p.numel() for p in policy.model.parameters()) / 1e6:.2f} M parameters on {policy.device}, {policy.dtype}"
@@ -317,13 +317,12 @@ def train(config, make_trainer=Trainer):
     def evaluate(rationale=True):
         """Scores on held-out rows, `{name: score}`."""
         if not heldout:  # fewer than ten rows of data
-            return {"text_loss": text_loss(policy, shown)}
+            return {"text_loss": text_loss(policy, [row.get("query") or row["text"] for row in rows[:6]])}
         return evaluate_heldout(policy, heldout, graded, rationale, config.temperature)
 
     def note(scores):
         """Put the scores, and what the policy writes and finds now, into --out. Returns the scores."""
-        record(config.out, trainer.step_number, policy, heldout)
-        return run.note(trainer.step_number, scores, dict(zip(shown, encode_texts(policy, shown).rationales)))
+        return run.note(trainer.step_number, scores, *probe(policy, heldout or rows))
 
     if not run.restore(trainer):
         run.begin(trainer, before := evaluate())  # evaluated first: what cannot work fails before anything is deleted
@@ -347,6 +346,8 @@ def train(config, make_trainer=Trainer):
                 print(f"stopped after step {trainer.step_number}, with a checkpoint: the same command with --resume continues")
                 sys.exit(128 + stop)
     run.save_model(policy)  # first: the evaluation can take long, and be stopped
+    if ranks.first():
+        share(config.out)
     summary = run.finish(trainer, note(evaluate()), evaluate(rationale=False))
     finish_page(config.out)
     return summary
@@ -392,9 +393,9 @@ def main(arguments, make_trainer=Trainer):
         ranks.start()
         train(parse(arguments, __doc__), make_trainer)
     except GraceError as error:
-        ranks.end(f"grace.py: {error}")
+        sys.exit(f"grace.py: {error}")
     except torch.OutOfMemoryError as error:
-        ranks.end(f"grace.py: out of memory outside the training steps ({first_line(error)})")
+        sys.exit(f"grace.py: out of memory outside the training steps ({first_line(error)})")
     except KeyboardInterrupt:  # before or after the training steps: nothing to save
         sys.exit(130)
 

@@ -149,12 +149,9 @@ def explain(arguments):
     parser.add_argument("--model", required=True, help="checkpoint folder or hub id")
     parser.add_argument("texts", nargs=2, metavar="TEXT")
     parser.add_argument("--json", action="store_true", help="the shares as JSON: cosine, a, b")
-    parser.add_argument("--instruction", help="the system message")
-    parser.add_argument("--max-new-tokens", type=int, help="the longest rationale")
     parser.add_argument("--device", help="default: cuda, mps or cpu, the first that there is")
     args = parser.parse_args(arguments)
-    policy = Policy.load(args.model, pick_device(args.device), instruction=args.instruction, max_new_tokens=args.max_new_tokens)
-    compared = compare(*split(policy, args.texts))
+    compared = compare(*split(Policy.load(args.model, pick_device(args.device)), args.texts))
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     print(json.dumps(compared, indent=1) if args.json else show(compared, colour))
 

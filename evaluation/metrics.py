@@ -1,7 +1,7 @@
 """The scores of retrieval and similarity, on plain numpy arrays: what mteb's v1 tasks compute.
 
 Each function is short, pure and says which library it agrees with; the tests hold it against that one. What a task
-takes from a library as it is (v-measure, k-means, logistic regression, a p-value) is in tasks.py.
+takes from a library as it is (average precision, v-measure, k-means, logistic regression, a p-value) is in tasks.py.
 """
 
 import numpy as np
@@ -76,13 +76,3 @@ def ranked_average_precision(ranked_relevant, number_relevant):
     hits = np.asarray(ranked_relevant, dtype=np.float64)
     precision = hits.cumsum() / np.arange(1, len(hits) + 1)
     return float(precision @ hits / number_relevant) if number_relevant else 0.0
-
-
-def average_precision(labels, scores):
-    """sum of (R_i - R_{i-1}) P_i over distinct scores, highest first (sklearn's average_precision_score)."""
-    scores, labels = np.asarray(scores), np.asarray(labels, dtype=np.float64)
-    order = np.argsort(-scores, kind="stable")
-    scores, hits = scores[order], labels[order].cumsum()
-    last = np.append(scores[1:] != scores[:-1], True)  # the last place of each distinct score
-    precision, recall = hits[last] / (np.flatnonzero(last) + 1), hits[last] / hits[-1]
-    return float(np.diff(recall, prepend=0) @ precision)

@@ -1,16 +1,18 @@
 """The command `report DIR`: a run as one page of HTML that opens without a network.
 
 The page is made from what is in the folder, and no model is loaded. A run that has not finished gives a page of what is
-there so far.
+there so far. How it looks is in page.html, a template that shows whatever a text, a setting or a model holds and obeys none.
 """
 
 import argparse
 import difflib
+import math
 import os
 
-from evaluation.card import write_card
-from evaluation.render import comparison, curve, document, escape
-from plumbing.run import read_json, write_atomically
+import jinja2
+import numpy as np
+
+from plumbing.run import write_atomically
 from plumbing.status import evaluations, health, read_run
 
 SCORES = {  # score: its name, what it is, and 1 where more is better, -1 where less is
@@ -37,12 +39,7 @@ CURVES = {  # metric: its name, and what it says
     "grad_norm": ("gradient norm", "Before clipping."),
 }
 FACTS = "model", "data", "recipe", "mode", "reward", "pathwise", "kl", "batch", "rollouts", "steps", "lr", "seed", "device"
-SIDES = "the query", "what it found"
-SHADES = (
-    "The stronger the shade of a word, the larger its share of the cosine; a dotted line marks a negative share. "
-    "The shares of each side sum to the cosine exactly."
-)
-RATIONALES, QUERIES = 8, 6  # rationales shown per text, evenly spaced over the training; queries shown
+RATIONALES = 8  # per text, evenly spaced over the training
 
 
 def report(arguments):
@@ -53,133 +50,88 @@ def report(arguments):
 
 
 def finish_page(out):
-    """Write the page of a run into its folder and, if it is finished, its card. Raises GraceError as `build_page` does."""
+    """Write the page of a run into its folder. Raises GraceError as `build_page` does."""
     path = os.path.join(out, "report.html")
     write_atomically(path, build_page(out))
-    if os.path.exists(os.path.join(out, "summary.json")):
-        write_card(out)
     print(f"{path} shows this run")
 
 
 def build_page(out):
-    """The page of a run, as HTML. Raises GraceError if the folder holds no run, or a file that cannot be read."""
-    (run, steps), recorded = read_run(out), read_json(os.path.join(out, "probe.json")) or {}
-    body = about(run, steps), scores(run, steps), rationales(recorded), queries(recorded), curves(run, steps)
-    return document(os.path.basename(os.path.abspath(out)), "".join(body))
-
-
-# ---------------------------------------------------------------- sections, each of them HTML, empty where there is nothing
-
-
-def section(title, lead, body):
-    """A heading, a remark, and the body; nothing where there is no body. All HTML."""
-    return f'<h2>{title}</h2>\n<p class="lead">{lead}</p>\n{body}\n' if body else ""
-
-
-def table(head, rows):
-    """Rows of cells, all HTML; the first cell of a row is its heading."""
-    head = "".join(f"<th>{cell}</th>" for cell in head)
-    lines = (f"<tr><th>{first}</th>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>\n" for first, *cells in rows)
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
-
-
-def about(run, steps):
-    """How far the run is, and its main settings."""
-    config = run["config"]
-    state = f"Not finished: {len(steps)} of {config['steps']} steps when this page was written."
+    """The page of a run, as HTML. Raises GraceError if the folder holds no run."""
+    run, steps = read_run(out)
+    state = f"Not finished: {len(steps)} of {run['config']['steps']} steps when this page was written."
     if "after" in run:
         state = f"Finished after {len(steps)} steps, in {run['seconds'] / 60:.1f} minutes."
-    facts = " ".join(f"<span>{name} <b>{escape(str(config[name]))}</b></span>" for name in FACTS if name in config)
-    return f'<p class="lead">{state}</p>\n<p class="facts">{facts}</p>\n'
+    heldout, troubles = evaluations(run, steps), {metric: trouble for _, metric, _, _, trouble in health(run, steps)}
+    folder = jinja2.FileSystemLoader(os.path.dirname(__file__))
+    template = jinja2.Environment(loader=folder, autoescape=True, trim_blocks=True).get_template("page.html")
+    return template.render(
+        name=os.path.basename(os.path.abspath(out)),
+        state=state,
+        facts=FACTS,
+        config=run["config"],
+        scores=scores(run, list(heldout.values())),
+        texts=rationales(run["history"]),
+        before=run["found_before"],
+        found=run["found"],
+        curves=curves(SCORES, heldout, troubles) + curves(CURVES, {line["step"]: line for line in steps}, troubles),
+    )
 
 
-def scores(run, steps):
-    """Before, after (in training: as of the last evaluation), and after without a rationale."""
-    before, *later = evaluations(run, steps).values()
-    now, without, rows = later[-1] if later else {}, run.get("after_without_rationale", {}), []
+# ---------------------------------------------------------------- what the template shows
+
+
+def scores(run, heldout):
+    """`(title, meaning, cells, whether it is better than before)` per score: at the start, last, without a rationale."""
+    before, now, rows = heldout[0], heldout[-1], []
     for name, (title, meaning, sense) in SCORES.items():
         if name in before:
-            digits = 1 if name == "words" else 3
-            cells = [f"{x[name]:.{digits}f}" if name in x else "–" for x in (before, now, without)]
-            if name in now and sense * (now[name] - before[name]) > 0:
-                cells[1] = f'<b class="good">{cells[1]}</b>'
-            rows.append([f'{title}<span class="what">{meaning}</span>', *cells])
-    head = "score", "before", "after" if "after" in run else "so far", "without rationale"
-    lead = "Scores on held-out rows. Without a rationale, the trained policy embeds the prompt alone."
-    return section("What it learned", lead, f'<div class="card numbers">{table(head, rows)}</div>')
+            moments = before, now if len(heldout) > 1 else {}, run.get("after_without_rationale", {})
+            cells = [f"{x[name]:.{1 if name == 'words' else 3}f}" if name in x else "–" for x in moments]
+            rows.append((title, meaning, cells, sense * (now[name] - before[name]) > 0))
+    return rows
 
 
-def rationales(recorded):
-    """The same texts' rationales along the training, up to `RATIONALES` of each, evenly spaced."""
-    history, cards = recorded.get("history", []), []
+def rationales(history):
+    """`(text, [(step, changes)])`: the same texts along the training, up to `RATIONALES` of each, evenly spaced."""
     keep = sorted({round(i * (len(history) - 1) / (RATIONALES - 1)) for i in range(RATIONALES)})
-    for i, text in enumerate(recorded.get("texts", [])):
-        shown = [(history[k][0], history[k][1][i]) for k in keep]
-        rows = [(step, changes(old, new)) for (step, new), (_, old) in zip(shown, [shown[0], *shown])]
-        cards.append(f'<section class="card steps"><h3>{escape(text)}</h3>{table(("step", "rationale"), rows)}</section>')
-    lead = "The same held-out texts along the training. Words that differ from the row above are <mark>marked</mark>."
-    return section("What it writes", lead, cards and f'<div class="two">{"".join(cards)}</div>')
+    shown = [history[i] for i in keep]
+    pairs = list(zip(shown, [shown[0], *shown]))  # each with the one before it
+    return [(text, [(step, changes(old[text], new[text])) for (step, new), (_, old) in pairs]) for text in shown[0][1]]
 
 
 def changes(old, new):
-    """A rationale as HTML; words that the one before it does not have in that place are marked."""
+    """The words of a rationale, each with whether the one before it does not have it in that place."""
     words = new.split()
     blocks = difflib.SequenceMatcher(None, old.split(), words, autojunk=False).get_matching_blocks()
     same = {block.b + i for block in blocks for i in range(block.size)}
-    marked = (escape(word) if i in same else f"<mark>{escape(word)}</mark>" for i, word in enumerate(words))
-    return " ".join(marked) or "(nothing)"
+    return [(word, i not in same) for i, word in enumerate(words)]
 
 
-def queries(recorded):
-    """A few held-out queries with what they find, before training and now."""
-    if not recorded:
-        return ""
-    first, last = (moment["queries"] for moment in (recorded["before"], recorded.get("after", recorded["before"])))
-    cards = (
-        f'<article class="card"><p>{outcome(now)}</p>{comparison(now, SIDES)}'
-        f"<details><summary>before training: {outcome(then)}</summary>{comparison(then, SIDES)}</details></article>\n"
-        for then, now in list(zip(first, last))[:QUERIES]
-    )
-    lead = f"{len(last)} held-out queries search {recorded['before']['documents']} texts. "
-    if last[0]["right"] is not None:
-        then, now = (sum(query["right"] for query in queries) for queries in (first, last))
-        lead += f"{then} found the right one first before training, {now} do now. "
-    return section("What queries find, and why", lead + SHADES, "".join(cards))
-
-
-def outcome(query):
-    """Whether a query finds its positive, in words."""
-    cosine = f"cosine {query['cosine']:.3f}"
-    if query["right"] is None:
-        return f"nearest text, {cosine}"
-    if query["right"]:
-        return f'<b class="good">right</b>, {cosine}'
-    return f"<b>wrong</b>, {cosine}; its positive is number {query['rank']}"
-
-
-def curves(run, steps):
-    """Held-out scores at each evaluation, then a few metrics at each step, with the sign of trouble where one has it."""
-    troubles = {metric: trouble for _, metric, _, _, trouble in health(run, steps)}
-    heldout = grid(SCORES, evaluations(run, steps), troubles)
-    training = grid(CURVES, {line["step"]: line for line in steps}, troubles)
-    judge, pale = "The one judge that does not trust the reward.", "One value per step in pale, and their running mean."
-    return section("Held-out scores", judge, heldout) + section("Training", pale, training)
-
-
-def grid(metrics, lines, troubles):
-    """A curve per metric that has two points or more, with what it means and the verdict of the command `status`.
+def curves(metrics, lines, troubles):
+    """A curve per metric that has two points or more, with what it means and what the command `status` says is wrong.
 
     metrics: `SCORES` or `CURVES`; lines: `{step: {metric: value}}`; troubles: `{metric: what is wrong, or None}`.
     """
-    cards = []
+    drawn = []
     for name, (title, meaning, *_) in metrics.items():
-        points = {step: line[name] for step, line in lines.items() if name in line}
+        points = [(step, line[name]) for step, line in lines.items() if math.isfinite(line.get(name, math.nan))]
         if len(points) > 1:
-            mark = trouble = ""
-            if name in troubles:
-                mark = f'<span class="label">{"<b>look here</b>" if troubles[name] else "ok"}</span>'
-                trouble = f" <b>Now: {escape(troubles[name])}.</b>" if troubles[name] else ""
-            picture = curve(list(points), list(points.values()), title)
-            caption = f"<figcaption>{meaning}{trouble}</figcaption>"
-            cards.append(f'<figure class="card"><h3>{title}{mark}</h3>{picture}{caption}</figure>\n')
-    return cards and f'<div class="grid">{"".join(cards)}</div>'
+            drawn.append({"title": title, "meaning": meaning, "trouble": troubles.get(name), **curve(points)})
+    return drawn
+
+
+def curve(points):
+    """The `(step, value)` along a training as an SVG's lines: as they were measured, and their running mean."""
+    first, last = points[0][0], points[-1][0]
+    points = np.array([part.mean(0) for part in np.array_split(np.array(points, float), min(len(points), 300))])  # a small file
+    x, y = points.T
+    low, high = y.min(), y.max()
+    if high - low < 1e-6 * max(abs(high), 1e-6):  # a constant, and what rounding makes of it
+        low, high = low - 0.5, high + 0.5
+    width = len(points) // 20
+    means = [y[max(0, i - width) : i + width + 1].mean() for i in range(len(y))]
+    x = 44 + 270 * (x - x[0]) / (x[-1] - x[0])
+    line = lambda values: " ".join(f"{a:.1f},{118 - 108 * (b - low) / (high - low):.1f}" for a, b in zip(x, values))
+    axis = [(10, high), (64, (low + high) / 2), (118, low)]
+    return {"first": first, "last": last, "axis": axis, "raw": line(y), "smooth": line(means)}

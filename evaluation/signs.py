@@ -18,15 +18,9 @@ def effective_rank(embeddings):
 def batch_metrics(rollouts, R, components):
     """What a batch of rollouts looks like: rewards and their spread, and the signs of a collapse.
 
-    Four figures count what can teach little or nothing, as shares of the groups (`empty`: of the rollouts):
-
-    no_spread      every rollout got the same reward: its advantages are 0. Only the other terms move it.
-    all_identical  every rollout is the same: any small advantages that rounding leaves sum to 0 and weight the
-                   same gradient, so the score-function term is 0 here too.
-    all_truncated  no rollout reached an end token. If gamma is subtracted, all lose the same, and the group
-                   learns from the rest of its rewards; if -gamma replaces them (Eq. 28), it has no spread.
-    empty          the end token and nothing before it: a rollout like any other, whose embedding is that of
-                   the text and the end token.
+    Two figures count what can teach little or nothing. `no_spread` is the share of groups in which every rollout got the same
+    reward: the advantages are 0, and only the other terms move it. `empty` is the share of rollouts with the end token and
+    nothing before it: the embedding is that of the text and the end token.
     """
     wrote = rollouts.mask.any(-1).all(-1)  # not documents whose prompt is all that is read
     rollouts, R, components = rollouts[wrote], R[wrote], {name: x[wrote] for name, x in components.items()}
@@ -45,8 +39,6 @@ def batch_metrics(rollouts, R, components):
         "cosine": ((first @ first.T).sum() - N) / max(N * (N - 1), 1),  # between different texts
         "prompts_cut": rollouts.cut.sum(),
         "no_spread": (R.amax(1) - R.amin(1) < 1e-6).float().mean(),
-        "all_identical": (rollouts.ids == rollouts.ids[:, :1]).all(2).all(1).float().mean(),
-        "all_truncated": (~rollouts.finished).all(1).float().mean(),
         "empty": ((lengths == 1) & rollouts.finished).float().mean(),
     }
     return {name: float(x) for name, x in stats.items()}

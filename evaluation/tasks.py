@@ -1,8 +1,8 @@
 """The 16 tasks of the paper's MTEB subset: where their data is and by which protocol they are scored.
 
 Scores are those of mteb's v1 tasks for the same vectors, ties, rounding and quirks included. Where a score is
-*defined* by a library's function (scikit-learn's MiniBatchKMeans, v-measure and LogisticRegression, scipy's p-value),
-that function is used.
+*defined* by a library's function (scikit-learn's average precision, MiniBatchKMeans, v-measure and LogisticRegression,
+scipy's p-value), that function is used.
 `evaluate_tasks` takes any function from texts to vectors.
 """
 
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from datasets import get_dataset_config_names, load_dataset
 
 from evaluation.encoder import encode_texts, text_loss
-from evaluation.metrics import average_precision, cosine, ndcg, ranked_average_precision, ranking, row_norms, spearman
+from evaluation.metrics import cosine, ndcg, ranked_average_precision, ranking, row_norms, spearman
 from plumbing.data import load_folder
 from plumbing.errors import GraceError, first_line
 
@@ -204,6 +204,8 @@ def pair(encode, name, data_dir):
 
     mteb takes the cosine in two ways (from a distance, and from a product), which differ where similarities tie.
     """
+    from sklearn.metrics import average_precision_score
+
     rows = load(name, data_dir)
     (one,), (two,), (labels,) = columns(rows, name, "sentence1|sent1", "sentence2|sent2", "labels")  # one row of lists
     texts = list(dict.fromkeys(one + two))
@@ -216,8 +218,8 @@ def pair(encode, name, data_dir):
         scores["dot"].append(np.array([x @ y for x, y in zip(a, b)]))
         scores["euclidean"].append(-row_norms(a - b))
         scores["manhattan"].append(-np.abs(a - b).sum(1))
-    precision = {f"{kind}_ap": average_precision(labels, np.concatenate(parts)) for kind, parts in scores.items()}
-    return {"main_score": max(precision.values()), **precision}
+    scores = {f"{kind}_ap": float(average_precision_score(labels, np.concatenate(x))) for kind, x in scores.items()}
+    return {"main_score": max(scores.values()), **scores}
 
 
 def clustering(encode, name, data_dir):

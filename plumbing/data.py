@@ -4,9 +4,8 @@ A source is a .jsonl, .json, .csv, .txt or .parquet file, a folder that `dataset
 `id:config`). Supervised rows hold a query, a positive and, optionally, negatives (a string or a list); unsupervised rows hold
 a text; graded pairs hold two sentences and a score. `COLUMNS` has the names that public data sets use for these.
 
-jsonl, csv and txt are read here, so that a wrong row is named by its line. (The csv reader of `datasets` also turns digits
-into numbers, and where a file has one column and all rows a comma, it takes the words before the comma for row names.) All
-else is read by `datasets`. Files are UTF-8, with or without a byte order mark; lines end in LF or CRLF. A row that occurs
+jsonl, csv and txt are read here, so that a wrong row is named by its line, and a csv field is a text whatever it looks like.
+All else is read by `datasets`. Files are UTF-8, with or without a byte order mark; lines end in LF or CRLF. A row that occurs
 twice stays there twice, since instances that share a text are never negatives of each other.
 """
 
@@ -33,7 +32,6 @@ COLUMNS = {  # what a file may call it. Of the negatives all such columns are re
     "sentence2": "sentence2",
     "score": "score",
 }
-FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
 
 
 # ---------------------------------------------------------------- what `datasets` reads
@@ -49,22 +47,19 @@ def load_folder(path, config=None, **options):
         return load_dataset(path, config, cache_dir=cache, keep_in_memory=True, **options)
 
 
-def open_dataset(source, split="train"):
-    """Any source as a `datasets.Dataset`. Raises GraceError if it does not exist or cannot be read."""
-    source = str(source)
-    suffix = os.path.splitext(source)[1].lower()
-    if os.path.isfile(source) and suffix not in FORMATS:
-        raise GraceError(f"{source}: unknown format {suffix!r}; use one of {', '.join(FORMATS)}")
-    if not os.path.exists(source) and (suffix in FORMATS or source.startswith((".", "/"))):
+def _open_dataset(source, suffix):
+    """A .json or .parquet file, a folder, or a hub id as a `datasets.Dataset`. Raises GraceError if it cannot be read."""
+    if os.path.isfile(source) and suffix not in (".json", ".parquet"):
+        raise GraceError(f"{source}: unknown format {suffix!r}; use one of .json, .parquet, {', '.join(READERS)}")
+    if not os.path.exists(source) and (suffix in READERS or source.startswith((".", "/"))):
         raise GraceError(f"{source}: no such file or folder")
     try:
         if os.path.isfile(source):
-            options = {"keep_default_na": False} if suffix == ".csv" else {}  # "NA" and "None" are texts
-            return load_dataset(FORMATS[suffix], data_files=source, split="train", **options)
+            return load_dataset(suffix[1:], data_files=source, split="train")
         if os.path.isdir(source):
-            return load_folder(source, split=split)
+            return load_folder(source, split="train")
         name, _, config = source.partition(":")
-        return load_dataset(name, config or None, split=split)
+        return load_dataset(name, config or None, split="train")
     except Exception as error:  # pyarrow and datasets each have their own for a broken file; to a user they mean the same
         raise GraceError(
             f"{source}: cannot be read as a dataset ({first_line(error.__cause__ or error)}). "
@@ -127,12 +122,12 @@ def _read(source, roles):
     where: the file and the line, for messages.
     """
     source = str(source)
-    reader = READERS.get(os.path.splitext(source)[1].lower())
-    if reader and os.path.isfile(source):
-        rows = list(reader(source))
+    suffix = os.path.splitext(source)[1].lower()
+    if suffix in READERS and os.path.isfile(source):
+        rows = list(READERS[suffix](source))
         names = list(dict.fromkeys(name for _, row in rows for name in row))
     else:
-        dataset = open_dataset(source)
+        dataset = _open_dataset(source, suffix)
         rows = ((f"{source}, row {number}", row) for number, row in enumerate(dataset, 1))
         names = dataset.column_names if len(dataset) else []
     if not names:

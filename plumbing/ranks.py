@@ -14,7 +14,6 @@ import atexit
 import io
 import os
 import sys
-import time
 import warnings
 
 import torch
@@ -44,13 +43,6 @@ def first():
 def mine(n):
     """This rank's share of n items, as a slice; at least one item where there are as many as ranks."""
     return slice(n * rank // size, n * (rank + 1) // size)
-
-
-def end(message):
-    """End this rank with a message. Where all fail alike, the first says so, and torchrun ends the others before they do."""
-    if not first():
-        time.sleep(5)
-    sys.exit(message)
 
 
 def gather(x):

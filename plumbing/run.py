@@ -1,6 +1,6 @@
 """A run's folder: what stands in --out and when, so that a run can be stopped, resumed and judged.
 
-    OUT/run.json                  the configuration and the scores of the start
+    OUT/run.json                  the configuration, the scores of the start, and what the policy made of a few texts
     OUT/metrics.jsonl             a line per step
     OUT/rationales.md             the same texts' rationales along the training
     OUT/checkpoints/00000050/     to resume from: the policy as a model folder; trainer.pt: optimizer, step, progress
@@ -17,8 +17,6 @@ Of several ranks the first writes; the others read the same files.
 
 import contextlib
 import dataclasses
-import hashlib
-import importlib
 import json
 import os
 import platform
@@ -63,12 +61,9 @@ def _replacing(path):
 
 
 def _delete(path):
-    """Delete a file or a folder, if it is there. A folder is renamed first: no kill leaves half of it under its name."""
+    """Delete a file or a folder, if it is there."""
     if os.path.isdir(path):
-        gone = f"{path}.tmp"
-        shutil.rmtree(gone, ignore_errors=True)  # of an earlier kill
-        os.replace(path, gone)
-        shutil.rmtree(gone)
+        shutil.rmtree(path)
     elif os.path.lexists(path):
         os.remove(path)
 
@@ -89,14 +84,10 @@ def write_atomically(path, text):
 
 
 def read_json(path):
-    """What a JSON file holds; None where there is no such file. Raises GraceError where it cannot be read."""
-    if not os.path.isfile(path):
-        return None
-    try:
+    """What a JSON file holds; None where there is no such file."""
+    if os.path.isfile(path):
         with open(path) as file:
             return json.load(file)
-    except (OSError, ValueError) as error:
-        raise GraceError(f"{path}: cannot be read ({first_line(error)})") from error
 
 
 def read_metrics(path):
@@ -111,23 +102,16 @@ def read_metrics(path):
 
 
 def checkpoints(out):
-    """The checkpoint folders of a run, oldest first. A folder that is there is whole."""
+    """The checkpoint folders of a run, oldest first. The newest is whole; a kill can leave half of one that was to go."""
     folder = os.path.join(out, "checkpoints")
     names = sorted(n for n in os.listdir(folder) if n.isdigit()) if os.path.isdir(folder) else []
     return [os.path.join(folder, n) for n in names]
 
 
-def digest(rows):
-    """A fingerprint of the training rows: a file can change under its name."""
-    return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()[:16]
-
-
 # ---------------------------------------------------------------- one run
 
-RESULTS = (  # of an earlier run: what --overwrite deletes, beside the files that the new run replaces at once
-    "summary.json", "*.safetensors*", "adapter", "checkpoints", "checkpoints.tmp", "probe.json", "report.html", "README.md",
-    "not_finite_step_*",
-)  # fmt: skip
+# Of an earlier run: what --overwrite deletes, beside the files that the new run replaces at once.
+RESULTS = "checkpoints", "summary.json", "*.safetensors*", "adapter", "report.html", "not_finite_step_*", "run.json"
 
 
 class Run:
@@ -144,24 +128,20 @@ class Run:
         for name in ("model", "data", "out"):
             if not getattr(config, name):
                 raise GraceError(f"--{name} is missing")
-        self.tracker = tracker(config.log_to) if config.log_to else None
-        self.config, self.progress = config, {"before": None, "history": [], "seconds": 0.0}
-        out, model, here = config.out, os.path.realpath(config.model), os.path.realpath(config.out)
-        if model in (here, os.path.join(here, "adapter")) or os.path.dirname(model) == os.path.join(here, "checkpoints"):
+        self.config, self.progress = config, {"history": []}
+        out, model = config.out, Path(config.model)
+        if model.is_dir() and model.resolve().is_relative_to(Path(out).resolve()):
             raise GraceError(f"--out {out} is where --model is: give another folder")
-        try:
+        with _writing(f"--out {out}"):
             os.makedirs(out, exist_ok=True)
-        except OSError as error:
-            raise GraceError(f"--out {out}: cannot be written to ({error.strerror})") from error
         self.checkpoint, self.summary = (checkpoints(out) or [None])[-1], read_json(self.path("summary.json"))
-        weights = any(Path(out).glob("*.safetensors"))
-        holds = "a finished run" if self.summary else "a model" if weights else "the checkpoints of a run"
-        if (self.summary or weights or self.checkpoint) and not (config.resume or config.overwrite):
-            how = "--resume continues it, " if self.checkpoint else ""
-            raise GraceError(f"--out {out} holds {holds}: {how}--overwrite starts anew, or give another folder")
+        run, weights = self.checkpoint or self.summary, any(Path(out).glob("*.safetensors"))
+        if (run or weights) and not (config.resume or config.overwrite):
+            how = "a run: --resume continues it, " if run else "a model: "
+            raise GraceError(f"--out {out} holds {how}--overwrite starts anew, or give another folder")
         if not config.resume:
             self.checkpoint = self.summary = None
-        elif self.checkpoint or self.summary:
+        elif run:
             config.must_match(read_json(self.path("run.json"))["config"])
         elif weights:
             raise GraceError(f"--out {out} holds a model and no checkpoint to resume from: --overwrite starts anew")
@@ -180,14 +160,13 @@ class Run:
                 print(f"no checkpoint under {self.config.out} to resume from: starting at step 0")
             return False
         state = torch.load(os.path.join(self.checkpoint, "trainer.pt"), map_location="cpu", weights_only=True)
-        if state["progress"]["rows"] != digest(trainer.rows):
-            raise GraceError(f"{self.checkpoint} is of a run on other rows than {self.config.data} has now: give those rows")
         trainer.optimizer.load_state_dict(state["optimizer"])
         trainer.step_number, self.progress = state["step"], state["progress"]
+        self.started = time.time() - self.progress["seconds"]  # the clock goes on where the checkpoint stopped it
         kept = [metrics for metrics in read_metrics(self.path("metrics.jsonl")) if metrics["step"] <= state["step"]]
         write_atomically(self.path("metrics.jsonl"), "".join(json.dumps(metrics) + "\n" for metrics in kept))
         print(f"resumed from {self.checkpoint}")
-        self._start(trainer)
+        self._describe()
         return True
 
     def begin(self, trainer, scores):
@@ -197,25 +176,21 @@ class Run:
                 for path in sorted(Path(self.config.out).glob(pattern)):
                     _delete(path)
         write_atomically(self.path("metrics.jsonl"), "")
-        self.progress |= {"before": scores, "rows": digest(trainer.rows)}
-        self._start(trainer)
+        self.progress |= {"before": scores, "max_new_tokens": trainer.policy.reading.max_new_tokens}
+        self.started = time.time()
 
-    def _start(self, trainer):
-        """Start the clock, which goes on where the checkpoint stopped it, and write run.json for `status` and the page."""
-        self.started = time.time() - self.progress["seconds"]
-        self.board = tensorboard(self.config.out, trainer.step_number) if ranks.first() else None
-        self.tracker = self.tracker if ranks.first() else None
-        if self.tracker:
-            name, resume = os.path.basename(os.path.abspath(self.config.out)), "allow" if trainer.step_number else "never"
-            self.tracker.init(project="grace", name=name, config=dataclasses.asdict(self.config), resume=resume)
-        about = {"before": self.progress["before"], "config": dataclasses.asdict(self.config)}
-        about["max_new_tokens"] = trainer.policy.reading.max_new_tokens
-        write_atomically(self.path("run.json"), json.dumps(about, indent=2))
+    def _describe(self):
+        """Write run.json, for `status` and the page, and rationales.md."""
+        about = {"config": dataclasses.asdict(self.config), **self.progress}
+        write_atomically(self.path("run.json"), json.dumps(about))
+        write_atomically(self.path("rationales.md"), show_rationales(self.progress["history"]))
 
-    def note(self, step, scores, rationales):
-        """Print the scores `{name: score}`, add the rationales `{text: rationale}` to rationales.md. Returns the scores."""
-        self.progress["history"].append((step, list(rationales.values())))
-        write_atomically(self.path("rationales.md"), show_rationales(self.progress["history"], list(rationales)))
+    def note(self, step, scores, rationales, found):
+        """Print the scores `{name: score}` and write down what `evaluation.probe` tells of the policy. Returns the scores."""
+        progress = self.progress
+        progress["history"].append((step, rationales))
+        progress |= {"found": found, "found_before": progress.get("found_before", found)}
+        self._describe()
         tqdm.write(f"step {step:4d}  " + "  ".join(f"{name} {score:.3f}" for name, score in scores.items()))
         return scores
 
@@ -225,11 +200,6 @@ class Run:
         if ranks.first():
             with _writing(path), open(path, "a") as file:
                 file.write(json.dumps(metrics) + "\n")
-        if self.board:
-            for name, value in metrics.items():
-                self.board.add_scalar(name, value, metrics["step"])
-        if self.tracker:
-            self.tracker.log({name: x for name, x in metrics.items() if name != "step"}, step=metrics["step"])
 
     def save(self, trainer):
         """Write a checkpoint: all that a resumed run needs, whole or not at all. The last two stay."""
@@ -266,8 +236,6 @@ class Run:
         write_atomically(self.path("summary.json"), json.dumps(self.summary, indent=2))
         if ranks.first():
             _delete(self.path("checkpoints"))
-        if self.tracker:
-            self.tracker.finish()
         print("\n" + show_summary(self.summary))
         return self.summary
 
@@ -322,17 +290,17 @@ def peak_memory_gb(device):
 
 def versions():
     """What a result depends on besides the code: `{name: version}` of Python and of the libraries in use."""
-    names = "torch", "transformers", "datasets", "numpy", "sklearn"  # sklearn defines two of the evaluation's scores
+    names = "torch", "transformers", "datasets", "numpy", "sklearn"  # sklearn defines some of the evaluation's scores
     loaded = {name: sys.modules[name].__version__ for name in names if name in sys.modules}
     return {"python": platform.python_version(), **loaded}
 
 
-def show_rationales(history, texts):
-    """rationales.md: what the policy writes about the same texts along the training (Table 6)."""
+def show_rationales(history):
+    """rationales.md: the same texts' rationales along the training (Table 6). history: `[(step, {text: rationale})]`."""
     lines = ["# Rationales along the training\n"]
-    for i, text in enumerate(texts):
+    for text in history[0][1]:
         lines += [f"**{text}**\n", "| step | rationale |", "| ---: | --- |"]
-        cells = ((step, " ".join(rationales[i].replace("|", " ").split())) for step, rationales in history)
+        cells = ((step, " ".join(rationales[text].replace("|", " ").split())) for step, rationales in history)
         lines += [*(f"| {step} | {cell} |" for step, cell in cells), ""]
     return "\n".join(lines)
 
@@ -347,23 +315,3 @@ def show_summary(summary):
             cells = (f"{scores[name]:{width[name]}.3f}" if name in scores else " " * width[name] for name in names)
             lines.append(f"{moment.replace('_', ' '):24}" + "".join(cells))
     return "\n".join(lines)
-
-
-def tensorboard(out, step):
-    """A TensorBoard writer where that is installed, else None: metrics.jsonl has the same figures.
-
-    What a run that was killed later wrote for steps after `step` is dropped.
-    """
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        return None
-    return SummaryWriter(out, purge_step=step + 1)
-
-
-def tracker(name):
-    """trackio or wandb: what is used of them here, `init`, `log` and `finish`, is the same in both."""
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise GraceError(f"--log-to {name}: pip install {name} ({first_line(error)})") from error

@@ -84,7 +84,7 @@ def status(arguments):
 def read_run(out):
     """What a run has written so far: run.json, with summary.json where it is finished, and the steps' metrics.
 
-    Raises GraceError if no run is in this folder, or if a file cannot be read.
+    Raises GraceError if no run is in this folder.
     """
     run = read_json(os.path.join(out, "run.json"))
     if run is None:

@@ -34,7 +34,7 @@ without_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a 
         ("--batch 100", "fewer than --batch 100"),
         ("--model no/such/model", "no/such/model: no such folder"),
         ("--data no-such-file.jsonl", "no-such-file.jsonl: no such file"),
-        ("--out /dev/null/x", "--out /dev/null/x: cannot be written to"),
+        ("--out /dev/null/x", "--out /dev/null/x: cannot be written"),
     ],
 )
 def test_bad_settings(tiny_world, tmp_path, flags, message):

@@ -7,7 +7,7 @@ import pandas
 import pytest
 from conftest import config
 
-from plumbing.data import load_rows, open_dataset, read_pairs, read_texts, read_triplets
+from plumbing.data import load_rows, read_pairs, read_texts, read_triplets
 from plumbing.errors import GraceError
 
 GOOD = [{"query": "a", "positive": "b", "negative": "c"}, {"query": "d", "positive": "e", "negative": "f"}]
@@ -198,4 +198,4 @@ def test_a_damaged_parquet_file(tmp_path):
         read_triplets(path)
     path.write_bytes(path.read_bytes()[:-9])
     with pytest.raises(GraceError, match="x.parquet: cannot be read"):
-        open_dataset(path)
+        read_triplets(path)

@@ -136,13 +136,6 @@ def test_a_signal_to_one_rank(run, tmp_path):
     assert near(out)
 
 
-def test_an_error_of_all_ranks_is_told_once(run, tmp_path):
-    arguments, _ = run
-    (first, one), (second, two) = fork_ranks(lambda: grace.main(arguments(tmp_path / "out", "--minibatches 11")), tmp_path)
-    assert (first, second) == (1, -signal.SIGTERM) and two == ""
-    assert one.count("grace.py: ") == one.count("cannot be shared out to --minibatches 11 and 2 ranks") == 1
-
-
 def test_torchrun(run, tmp_path):
     """It is stopped by a signal after its first steps; one process continues."""
     arguments, near = run
