@@ -28,7 +28,7 @@ RECIPES = {  # a recipe only sets defaults: any of them can be given on the comm
     ),
 }  # fmt: skip
 HOW_LONG_AND_WHERE = {  # settings that a resumed run may change: none affects its gradients
-    "steps", "out", "resume", "overwrite", "save_every", "eval_every", "tokens_per_batch",
+    "steps", "out", "resume", "overwrite", "save_every", "eval_every", "tokens_per_batch", "log_to",
 }  # fmt: skip
 
 
@@ -86,6 +86,7 @@ class Config:
     graded: str = setting(None, "sentence pairs with scores, for a Spearman correlation")
     eval_every: int = setting(50, "evaluate, and add to rationales.md, every N steps; 0: only before and after", least=0)
     save_every: int = setting(50, "write a checkpoint to resume from every N steps; 0: only at the end", least=0)
+    log_to: str = setting(None, "also send each step's metrics there; the package of that name does it", ("trackio", "wandb"))
     resume: bool = setting(False, "continue from the newest checkpoint under --out")
     overwrite: bool = setting(False, "start afresh in an --out that holds a model or checkpoints; they are deleted")
     tokens_per_batch: int = setting(

@@ -17,6 +17,8 @@ Of several ranks the first writes; the others read the same files.
 
 import contextlib
 import dataclasses
+import hashlib
+import importlib
 import json
 import os
 import platform
@@ -108,6 +110,11 @@ def checkpoints(out):
     return [os.path.join(folder, n) for n in names]
 
 
+def digest(rows):
+    """A fingerprint of the training rows: a file can change under its name."""
+    return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()[:16]
+
+
 # ---------------------------------------------------------------- one run
 
 # Of an earlier run: what --overwrite deletes, beside the files that the new run replaces at once.
@@ -128,6 +135,7 @@ class Run:
         for name in ("model", "data", "out"):
             if not getattr(config, name):
                 raise GraceError(f"--{name} is missing")
+        self.tracker = tracker(config.log_to) if config.log_to else None
         self.config, self.progress = config, {"history": []}
         out, model = config.out, Path(config.model)
         if model.is_dir() and model.resolve().is_relative_to(Path(out).resolve()):
@@ -160,9 +168,11 @@ class Run:
                 print(f"no checkpoint under {self.config.out} to resume from: starting at step 0")
             return False
         state = torch.load(os.path.join(self.checkpoint, "trainer.pt"), map_location="cpu", weights_only=True)
+        if state["progress"]["rows"] != digest(trainer.rows):
+            raise GraceError(f"{self.checkpoint} is of a run on other rows than {self.config.data} has now: give those rows")
         trainer.optimizer.load_state_dict(state["optimizer"])
         trainer.step_number, self.progress = state["step"], state["progress"]
-        self.started = time.time() - self.progress["seconds"]  # the clock goes on where the checkpoint stopped it
+        self._start(trainer)
         kept = [metrics for metrics in read_metrics(self.path("metrics.jsonl")) if metrics["step"] <= state["step"]]
         write_atomically(self.path("metrics.jsonl"), "".join(json.dumps(metrics) + "\n" for metrics in kept))
         print(f"resumed from {self.checkpoint}")
@@ -177,7 +187,17 @@ class Run:
                     _delete(path)
         write_atomically(self.path("metrics.jsonl"), "")
         self.progress |= {"before": scores, "max_new_tokens": trainer.policy.reading.max_new_tokens}
-        self.started = time.time()
+        self.progress["rows"] = digest(trainer.rows)
+        self._start(trainer)
+
+    def _start(self, trainer):
+        """Start the clock, which goes on where the checkpoint stopped it, and what else shows the steps."""
+        self.started = time.time() - self.progress.get("seconds", 0)
+        self.board = tensorboard(self.config.out, trainer.step_number) if ranks.first() else None
+        self.tracker = self.tracker if ranks.first() else None
+        if self.tracker:
+            name, resume = os.path.basename(os.path.abspath(self.config.out)), "allow" if trainer.step_number else "never"
+            self.tracker.init(project="grace", name=name, config=dataclasses.asdict(self.config), resume=resume)
 
     def _describe(self):
         """Write run.json, for `status` and the page, and rationales.md."""
@@ -200,6 +220,11 @@ class Run:
         if ranks.first():
             with _writing(path), open(path, "a") as file:
                 file.write(json.dumps(metrics) + "\n")
+        if self.board:
+            for name, value in metrics.items():
+                self.board.add_scalar(name, value, metrics["step"])
+        if self.tracker:
+            self.tracker.log({name: x for name, x in metrics.items() if name != "step"}, step=metrics["step"])
 
     def save(self, trainer):
         """Write a checkpoint: all that a resumed run needs, whole or not at all. The last two stay."""
@@ -236,6 +261,8 @@ class Run:
         write_atomically(self.path("summary.json"), json.dumps(self.summary, indent=2))
         if ranks.first():
             _delete(self.path("checkpoints"))
+        if self.tracker:
+            self.tracker.finish()
         print("\n" + show_summary(self.summary))
         return self.summary
 
@@ -315,3 +342,23 @@ def show_summary(summary):
             cells = (f"{scores[name]:{width[name]}.3f}" if name in scores else " " * width[name] for name in names)
             lines.append(f"{moment.replace('_', ' '):24}" + "".join(cells))
     return "\n".join(lines)
+
+
+def tensorboard(out, step):
+    """A TensorBoard writer where that is installed, else None: metrics.jsonl has the same figures.
+
+    What a run that was killed later wrote for steps after `step` is dropped.
+    """
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(out, purge_step=step + 1)
+
+
+def tracker(name):
+    """trackio or wandb: what is used of them here, `init`, `log` and `finish`, is the same in both."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise GraceError(f"--log-to {name}: pip install {name} ({first_line(error)})") from error

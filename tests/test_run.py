@@ -8,7 +8,9 @@ import pickle
 import random
 import shutil
 import signal
+import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -40,8 +42,8 @@ def saved(out):
 
 
 def names(folder):
-    """What a folder holds."""
-    return set(os.listdir(folder))
+    """What a folder holds, TensorBoard's files aside."""
+    return {name for name in os.listdir(folder) if not name.startswith("events.")}
 
 
 def nth(n):
@@ -118,6 +120,27 @@ def test_a_finished_run_is_recognised(tiny_world, finished_run, capsys):
     for steps in (3, 4):
         grace.main(command(tiny_world, finished_run, f"--steps {steps} --resume"))
         assert f"{finished_run}: finished, after 4 steps" in capsys.readouterr().out
+
+
+def test_each_step_goes_to_a_tracker(tiny_world, finished_run, tmp_path, monkeypatch):
+    """What metrics.jsonl has, and only if it is asked for; a resumed run continues there."""
+    told, note = [], lambda call: lambda *args, **more: told.append((call, args, more))
+    stub = SimpleNamespace(init=note("init"), log=note("log"), finish=note("finish"))
+    monkeypatch.setitem(sys.modules, "trackio", stub)
+    arguments = command(tiny_world, tmp_path / "mine", "--steps 4 --log-to trackio")
+    with monkeypatch.context() as patched, pytest.raises(SystemExit):
+        patched.setattr(grace.Trainer, "update", before(grace.Trainer.update, nth(2), lambda: send(signal.SIGINT)))
+        grace.main(arguments)
+    grace.main([*arguments, "--resume"])
+    same(finished_run, tmp_path / "mine")
+    assert [name for name, *_ in told] == ["init", "log", "log", "init", "log", "log", "finish"]
+    assert [told[i][2]["resume"] for i in (0, 3)] == ["never", "allow"]
+    assert {told[i][2]["name"] for i in (0, 3)} == {"mine"} and told[0][2]["config"]["steps"] == 4
+    lines = [json.loads(line) for line in (tmp_path / "mine" / "metrics.jsonl").open()]
+    assert [{**more, **args[0]} for name, args, more in told if name == "log"] == lines
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(SystemExit, match="--log-to wandb: pip install wandb"):
+        grace.main(command(tiny_world, tmp_path / "other", "--log-to wandb"))
 
 
 # ---------------------------------------------------------------- stopped and resumed
