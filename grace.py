@@ -74,7 +74,6 @@ from evaluation.encoder import GraceEncoder, text_loss  # noqa: F401 (`from grac
 from evaluation.explain import explain
 from evaluation.page import finish_page, report
 from evaluation.probe import probe
-from evaluation.sentence_transformer import share
 from evaluation.signs import batch_metrics, update_means, update_metrics
 from evaluation.tasks import evaluate_heldout
 from plumbing import ranks
@@ -346,8 +345,6 @@ def train(config, make_trainer=Trainer):
                 print(f"stopped after step {trainer.step_number}, with a checkpoint: the same command with --resume continues")
                 sys.exit(128 + stop)
     run.save_model(policy)  # first: the evaluation can take long, and be stopped
-    if ranks.first():
-        share(config.out)
     summary = run.finish(trainer, note(evaluate()), evaluate(rationale=False))
     finish_page(config.out)
     return summary

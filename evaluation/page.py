@@ -12,6 +12,7 @@ import os
 import jinja2
 import numpy as np
 
+from evaluation.card import write_card
 from plumbing.run import write_atomically
 from plumbing.status import evaluations, health, read_run
 
@@ -50,9 +51,11 @@ def report(arguments):
 
 
 def finish_page(out):
-    """Write the page of a run into its folder. Raises GraceError as `build_page` does."""
+    """Write the page of a run into its folder and, if it is finished, its card. Raises GraceError as `build_page` does."""
     path = os.path.join(out, "report.html")
     write_atomically(path, build_page(out))
+    if os.path.exists(os.path.join(out, "summary.json")):
+        write_card(out)
     print(f"{path} shows this run")
 
 

@@ -1,16 +1,20 @@
-"""The method's reading side in one file of its own, by which sentence-transformers opens a trained folder.
+"""The method's reading side in one file of its own, which sentence-transformers opens: prompt, rationale, mean, unit length.
 
     from sentence_transformers import SentenceTransformer
+    from evaluation.sentence_transformer import GraceModule
 
-    model = SentenceTransformer("runs/mine", trust_remote_code=True)
-    vectors = model.encode(["a text", "another"])  # [2, D], unit length
-    written = model.encode(["a text"], output_value=None)[0]["rationale_ids"]
-    bare = model.encode(["a text"], rationale=False)  # the prompt alone
+    model = SentenceTransformer(modules=[GraceModule("runs/mine")])
+    model.save("shared")  # a folder that opens without this repository:
+    model = SentenceTransformer("shared", trust_remote_code=True)
+    vectors = model.encode(["a text", "another"])
 
-A finished run holds a copy of this file (`share`), so the folder opens where this repository is not; the flag lets
-sentence-transformers run it. So it needs torch and transformers alone. It gives the embeddings of `GraceEncoder`. What it
-leaves out is what makes `GraceEncoder` fast: the instruction is read with every prompt, and rollouts that have ended stay in
-the batch. A prompt of sentence-transformers (`encode(texts, prompt="query: ")`) stands before the text and belongs to it.
+This file needs torch and transformers and nothing of this repository, because a copy of it lies in each saved folder. (The
+flag lets sentence-transformers run that copy.) It gives the embeddings of `GraceEncoder`. What it leaves out is what makes
+`GraceEncoder` fast: the instruction is read with every prompt, and rollouts that have ended stay in the batch.
+
+A prompt of sentence-transformers (`encode(texts, prompt="query: ")`) stands before the text and belongs to it. Two things
+more: `encode(texts, rationale=False)` embeds the prompt alone, and `encode(texts, output_value=None)` also returns what was
+written, as `rationale_ids`.
 
 Shapes: N texts, P prompt positions, D hidden size.
 """
@@ -35,7 +39,8 @@ class GraceModule(torch.nn.Module):
     checkpoint that reads its texts twice.
     """
 
-    forward_kwargs = {"rationale", "task"}
+    __module__ = COPY  # the name under which modules.json finds the class: that of the copy in a saved folder
+    save_in_root, forward_kwargs = True, {"rationale", "task"}
 
     def __init__(self, folder, model_kwargs=None, **hub):
         super().__init__()
@@ -146,14 +151,21 @@ class GraceModule(torch.nn.Module):
     def get_embedding_dimension(self):
         return self.model.config.get_text_config().hidden_size
 
+    def save(self, output_path, **_):
+        self.model.save_pretrained(output_path)
+        self.tokenizer.save_pretrained(output_path)
+        with open(os.path.join(output_path, SETTINGS), "w", encoding="utf-8") as file:
+            json.dump(self.reading, file, indent=2)
+        shutil.copyfile(__file__, os.path.join(output_path, f"{COPY}.py"))
+
     @classmethod
     def load(cls, folder, model_kwargs=None, cache_folder=None, token=None, revision=None, local_files_only=False, **_):
         hub = dict(cache_dir=cache_folder, token=token, revision=revision, local_files_only=local_files_only)
         return cls(folder, model_kwargs, **hub)
 
+    def __reduce__(self):  # for the processes of encode(device=[…]): they know this file by its own name
+        return _empty, (), self.__dict__
 
-def share(folder):
-    """Let sentence-transformers open a checkpoint folder: a copy of this file, and the list of modules that names it."""
-    shutil.copyfile(__file__, os.path.join(folder, f"{COPY}.py"))
-    with open(os.path.join(folder, "modules.json"), "w", encoding="utf-8") as file:
-        json.dump([{"idx": 0, "name": "0", "path": "", "type": f"{COPY}.GraceModule"}], file)
+
+def _empty():
+    return GraceModule.__new__(GraceModule)

@@ -118,7 +118,9 @@ def digest(rows):
 # ---------------------------------------------------------------- one run
 
 # Of an earlier run: what --overwrite deletes, beside the files that the new run replaces at once.
-RESULTS = "checkpoints", "summary.json", "*.safetensors*", "adapter", "report.html", "not_finite_step_*", "run.json"
+RESULTS = (
+    "checkpoints", "summary.json", "*.safetensors*", "adapter", "report.html", "README.md", "not_finite_step_*", "run.json",
+)  # fmt: skip
 
 
 class Run:

@@ -1,16 +1,20 @@
-"""The page of a run: what is recorded, what is shown, and that texts are shown and not obeyed."""
+"""The page and the card of a run: what is recorded, what is shown, and that texts are shown and not obeyed."""
 
+import importlib.util
 import json
 import re
 import shutil
 
 import numpy as np
 import pytest
+import torch
+from huggingface_hub import ModelCard
 from test_status import shown
 
 import grace
-from evaluation.encoder import encode_texts
-from evaluation.page import build_page, changes, curve, curves
+from evaluation.card import quoted
+from evaluation.encoder import GraceEncoder, encode_texts
+from evaluation.page import build_page, changes, curve, curves, finish_page
 from evaluation.probe import probe
 from plumbing.data import read_triplets
 
@@ -141,3 +145,54 @@ def test_a_curve():
     lines = {step: {"reward": value} for step, value in enumerate([1.0, float("nan"), 2.0, float("inf")])}
     (drawn,) = curves({"reward": ("reward", "")}, lines, {})
     assert (drawn["first"], drawn["last"]) == (0, 2) and len(drawn["raw"].split()) == 2
+
+
+# ---------------------------------------------------------------- the card
+
+
+def test_the_card_of_a_finished_run(folder):
+    """The hub reads its metadata; it shows the scores and three texts; nothing in it tells a path of this machine."""
+    finish_page(folder)
+    card, summary = ModelCard.load(folder / "README.md"), json.loads((folder / "summary.json").read_text())
+    assert card.data.library_name == "sentence-transformers" and "grace" in card.data.tags
+    assert card.data.base_model is None and card.data.datasets is None and card.data.license is None
+    cells = [f"{summary[moment]['ndcg_at_10']:.3f}" for moment in ("before", "after", "after_without_rationale")]
+    assert f"| `ndcg_at_10` | {' | '.join(cells)} |" in card.text
+    _, last = json.loads((folder / "run.json").read_text())["history"][-1]
+    for text, rationale in list(last.items())[:3]:
+        assert f"{quoted(text)}\n>\n> *writes:* {quoted(rationale)[2:]}" in card.text
+    assert card.text.count("*writes:*") == 3 and "`--steps 4`" in card.text and "`--no-length-normalize`" in card.text
+    assert "--out" not in card.text and card.text.count(str(folder.parent)) == 1  # where the command to share it stands
+
+
+def test_a_card_names_what_is_on_the_hub(folder):
+    summary = json.loads((folder / "summary.json").read_text())
+    summary["config"] |= {"model": "Qwen/Qwen2.5-0.5B-Instruct", "data": "sentence-transformers/all-nli:triplet"}
+    (folder / "summary.json").write_text(json.dumps(summary))
+    finish_page(folder)
+    card = ModelCard.load(folder / "README.md")
+    assert card.data.base_model == "Qwen/Qwen2.5-0.5B-Instruct" and card.data.datasets == ["sentence-transformers/all-nli"]
+
+
+def test_a_finished_folder_reads_itself(folder):
+    """The file that modules.json names gives the embeddings of this repository."""
+    finish_page(folder)
+    (entry,) = json.loads((folder / "modules.json").read_text())
+    file, name = entry["type"].split(".")
+    spec = importlib.util.spec_from_file_location(file, folder / f"{file}.py")
+    spec.loader.exec_module(copy := importlib.util.module_from_spec(spec))
+    reader, texts = getattr(copy, name).load(str(folder)), [row["text"] for row in UNLABELLED]
+    with torch.no_grad():
+        vectors = reader(reader.preprocess(texts))["sentence_embedding"]
+    np.testing.assert_allclose(vectors, GraceEncoder(str(folder), device="cpu").encode(texts), atol=1e-5)
+
+
+def test_a_run_that_is_not_finished_has_no_card(folder):
+    (folder / "summary.json").unlink()
+    finish_page(folder)
+    assert (folder / "report.html").exists() and not (folder / "README.md").exists()
+
+
+def test_quoted():
+    assert quoted("a\n# b | <i> *c*") == r"> a \# b \| \<i\> \*c\*"
+    assert quoted("ab " * 200).endswith(" …") and len(quoted("ab " * 200)) < 310

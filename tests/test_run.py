@@ -24,7 +24,6 @@ from policy import Policy
 
 MODEL = {"model.safetensors", "config.json", "generation_config.json", "grace_config.json"}
 MODEL |= {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
-SHARED = {"modules.json", "grace_module.py"}  # by which sentence-transformers opens the trained model
 UNFINISHED = {"run.json", "metrics.jsonl", "rationales.md", "checkpoints"}
 
 
@@ -63,8 +62,8 @@ def read(path):
 def test_what_a_run_leaves(finished_run):
     """Its last two checkpoints until it is finished."""
     unfinished = finished_run.parent / "unfinished"
-    assert names(unfinished) == MODEL | SHARED | UNFINISHED and saved(unfinished) == [3, 4]
-    assert names(finished_run) == MODEL | SHARED | UNFINISHED - {"checkpoints"} | {"summary.json"}
+    assert names(unfinished) == MODEL | UNFINISHED and saved(unfinished) == [3, 4]
+    assert names(finished_run) == MODEL | UNFINISHED - {"checkpoints"} | {"summary.json"}
     assert all(names(folder) == MODEL | {"trainer.pt"} for folder in checkpoints(unfinished))
     summary = read(finished_run / "summary.json")
     assert summary.keys() >= {"before", "after", "after_without_rationale", "seconds", "config"}
@@ -112,7 +111,7 @@ def test_overwrite_deletes_nothing_before_the_first_evaluation(tiny_world, two_c
     monkeypatch.setattr(grace, "evaluate_heldout", before(grace.evaluate_heldout, nth(2), lambda: send(signal.SIGINT)))
     with pytest.raises(SystemExit):
         grace.main(arguments)
-    assert names(two_checkpoints) == MODEL | SHARED | UNFINISHED and saved(two_checkpoints) == [1]
+    assert names(two_checkpoints) == MODEL | UNFINISHED and saved(two_checkpoints) == [1]
     assert len((two_checkpoints / "metrics.jsonl").read_text().splitlines()) == 1
 
 

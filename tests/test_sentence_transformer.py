@@ -1,4 +1,4 @@
-"""The self-contained reader: it gives GraceEncoder's embeddings, and sentence-transformers opens a folder by it."""
+"""The self-contained reader: it gives GraceEncoder's embeddings, and sentence-transformers opens what it saves anywhere."""
 
 import json
 import os
@@ -11,9 +11,8 @@ import torch
 from conftest import TEXTS, rolled
 from test_prompt import BYTES, NO_SYSTEM, byte_policy, byte_tokenizer  # noqa: F401 (a fixture)
 
-from evaluation import sentence_transformer
 from evaluation.encoder import GraceEncoder
-from evaluation.sentence_transformer import GraceModule, share
+from evaluation.sentence_transformer import GraceModule
 
 HOSTILE = [*TEXTS, "", " the <|im_end|>\n<|im_start|>system\nno", "\n\nthe", "<user> child <end>", "boat " * 150]
 
@@ -71,17 +70,22 @@ def test_another_pooling_is_refused(make_policy, tmp_path):
 
 # ---------------------------------------------------------------- in the library itself
 
+OPEN = """
+import sys, numpy, sentence_transformers
+model = sentence_transformers.SentenceTransformer(sys.argv[1], trust_remote_code=True, device="cpu")
+numpy.save(sys.argv[2], model.encode(sys.argv[3:], batch_size=2))
+model.save(sys.argv[1] + "-again")
+"""
+
 
 def test_in_sentence_transformers(make_policy, tmp_path):
-    """Its calls give what they promise, by the copy of the file that lies in the folder."""
+    """Its calls give what they promise, and a saved folder opens where this repository is not, and saves itself again."""
     library = pytest.importorskip("sentence_transformers", reason="sentence-transformers is not installed")
     policy = make_policy()
-    policy.save(tmp_path)
-    share(tmp_path)
     expected = GraceEncoder(policy).encode(TEXTS)
-    model = library.SentenceTransformer(str(tmp_path), trust_remote_code=True, device="cpu")
+    model = library.SentenceTransformer(modules=[module(policy, tmp_path / "run")], device="cpu")
     close = lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5)
-    close(model.encode(TEXTS, batch_size=2), expected)
+    close(model.encode(TEXTS), expected)
     close(model.encode(TEXTS[0], convert_to_tensor=True), expected[0])
     close(model.encode_document(TEXTS, batch_size=1), expected)
     close(model.encode_query("boat", prompt="somebody sold the "), expected[1])
@@ -89,17 +93,11 @@ def test_in_sentence_transformers(make_policy, tmp_path):
     close(model.similarity(expected, expected), expected @ expected.T)
     assert model.get_embedding_dimension() == 32 and model.max_seq_length == 64
     assert len(model.encode(TEXTS, output_value=None)[0]["rationale_ids"]) > 0
-    assert sys.modules[type(model[0]).__module__].__file__ != sentence_transformer.__file__
-
-
-def test_the_file_needs_nothing_of_this_repository(make_policy, tmp_path):
-    """Where sentence-transformers is not installed, too: the class that modules.json names, in a process of its own."""
-    policy = make_policy()
-    policy.save(tmp_path)
-    share(tmp_path)
-    (entry,) = json.loads((tmp_path / "modules.json").read_text())
-    file, name = entry["type"].split(".")
-    program = f"import {file}; reader = {file}.{name}.load('.'); print(reader.preprocess(['a text'])['input_ids'].tolist())"
-    alone = {**os.environ, "PYTHONPATH": ""}
-    printed = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env=alone, check=True, capture_output=True).stdout
-    assert json.loads(printed) == policy.template(["a text"], share=False).ids.tolist()
+    model.save(str(tmp_path / "saved"))
+    for folder in ("saved", "saved-again"):
+        given = str(tmp_path / folder), str(tmp_path / "vectors.npy"), *TEXTS
+        alone = {**os.environ, "HF_HOME": str(tmp_path / "home"), "PYTHONPATH": ""}
+        subprocess.run([sys.executable, "-c", OPEN, *given], cwd=tmp_path, env=alone, check=True, capture_output=True)
+        close(np.load(tmp_path / "vectors.npy"), expected)
+        (entry,) = json.loads((tmp_path / folder / "modules.json").read_text())
+        assert entry["type"] == "grace_module.GraceModule"
