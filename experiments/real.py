@@ -61,6 +61,7 @@ ROWS = {  # a row's name on the command line: its name on the page, and its sett
     "paper": ("GRACE, the paper's recipe", dict(trainer="GRACE", recipe="paper", rollouts=4, steps=40)),
     "grace": ("GRACE, full", FULL),
     "grace-twice": ("GRACE, full, over texts read twice", FULL | dict(twice=True)),
+    "grace-both": ("the same with the prompt term", FULL | dict(twice=True, prompt_weight=1.0)),
     "no-grpo": ("the same without GRPO", FULL | dict(trainer="pathwise")),
     "queries": ("GRACE, only queries write", FULL | dict(documents="prompt")),
     "reward": ("by reward alone", FULL | REWARD),
@@ -71,7 +72,7 @@ ROWS = {  # a row's name on the command line: its name on the page, and its sett
 CHOSEN = {f"words-{row}": dict(lr=1e-4) for row in ROWS if row != "untrained"}
 LONGER = dict(steps=60, text_weight=1.0)
 CHOSEN |= {f"events-{row}": LONGER for row in ("loss", "loss-twice")}
-CHOSEN |= {f"events-{row}": LONGER | dict(kl=0.0, infonce_temperature=0.1) for row in ("grace", "grace-twice")}
+CHOSEN |= {f"events-{row}": LONGER | dict(kl=0.0, infonce_temperature=0.1) for row in ("grace", "grace-twice", "grace-both")}
 RUNS = {
     f"{data}-{row}": SHARED | DATA[data] | settings | CHOSEN.get(f"{data}-{row}", {})
     for data in DATA

@@ -49,10 +49,12 @@ def picture():
     below = {}
     for room in graphlib.TopologicalSorter(graph).static_order():
         below[room] = graph[room].union(*(below[other] for other in graph[room]))
-    arrows = ((room, other) for room in graph for other in sorted(graph[room]))
-    needed = [(a, b) for a, b in arrows if not any(b in below[other] for other in graph[a])]
-    name = lambda room: f"{room}/" if room in FOLDERS else f"{room}.py"
-    return "\n".join(["```mermaid", "graph TD", *(f'  {a}["{name(a)}"] --> {b}["{name(b)}"]' for a, b in needed), "```"])
+    box = lambda room: f'{room}["{room}/"]' if room in FOLDERS else f'{room}["{room}.py"]'
+    lines = ["```mermaid", "graph TD"]
+    for room, others in graph.items():
+        if needed := [box(b) for b in sorted(others) if not any(b in below[other] for other in others)]:
+            lines.append(f"  {box(room)} --> {' & '.join(needed)}")
+    return "\n".join([*lines, "```"])
 
 
 def test_readme_shows_it():
