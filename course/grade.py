@@ -21,19 +21,21 @@ from make_starter import TASKS, build
 
 
 def graded(task, file, seed=0, limit=120.0):
-    """A student's file of one task. Returns its points, and a line per test that failed."""
+    """A student's file of one task. Returns its points, and lines about what failed."""
     with tempfile.TemporaryDirectory() as folder:
         build(folder)
         if os.path.exists(file):
             shutil.copy(file, os.path.join(folder, TASKS[task][1]))
-        command = [sys.executable, "-m", "pytest", "--tb=no", f"--hidden-seed={seed}", f"tests/test_{task}.py"]
+        command = [sys.executable, "-m", "pytest", "--tb=line", f"--hidden-seed={seed}", f"tests/test_{task}.py"]
         wide = {**os.environ, "COLUMNS": "160"}  # for lines with the reason of a failure
         try:
-            output = subprocess.run(command, cwd=folder, env=wide, capture_output=True, text=True, timeout=limit).stdout
+            ran = subprocess.run(command, cwd=folder, env=wide, capture_output=True, text=True, timeout=limit)
         except subprocess.TimeoutExpired:
             return 0.0, [f"not done after {limit:g} seconds: is there an endless loop?"]
-    points = re.search(rf"^{task} +([\d.]+) of", output, re.M)
-    return float(points[1]) if points else 0.0, re.findall(r"^(?:FAILED|ERROR) (.*)", output, re.M)
+    points = re.search(rf"^{task} +([\d.]+) of", ran.stdout, re.M)
+    if points:
+        return float(points[1]), re.findall(r"^FAILED (.*)", ran.stdout, re.M)
+    return 0.0, re.findall(r"^E +(.*)", ran.stdout, re.M) or [ran.stderr]  # the file cannot be imported, or there is no pytest
 
 
 def main():

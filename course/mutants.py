@@ -141,7 +141,7 @@ def tried(trial):
     with tempfile.NamedTemporaryFile("w", suffix=".py", encoding="utf-8") as file:
         file.write(source)
         file.flush()
-        points, failed = graded(task, file.name)
+        points, failed = graded(task, file.name, limit=600)
     verdict = f"{task}: {what}: {points:g} of {TASKS[task][0]}"
     report = "\n".join([verdict, *failed])
     assert right == (points == TASKS[task][0]), report

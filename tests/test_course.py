@@ -28,8 +28,9 @@ def test_every_task_of_a_starter_is_to_do(tmp_path):
     assert made.returncode == 0, made.stderr
     tested = run("-m", "pytest", "--tb=line", cwd=starter).stdout
     assert points(tested) == {**{task: f"0.0 of {of}" for task, (of, *_) in TASKS.items()}, "sum": "0.0 of 70"}
-    failed = re.search(r"(\d+) failed(?:, (\d+) skipped)? in", tested)
-    assert failed and tested.count(": NotImplementedError") == int(failed[1]) > 70, tested
+    reasons = re.findall(r"^/.*:\d+: (.*)", tested, re.M)
+    assert all("NotImplementedError" in reason for reason in reasons), tested
+    assert len(reasons) == int(re.search(r"(\d+) failed", tested)[1]) > 70, tested
     assert run("-c", "import eval_mteb_subset, grace", cwd=starter).returncode == 0
     assert run("course/make_starter.py", starter).returncode == 1  # not into a folder that holds something
 
@@ -89,18 +90,20 @@ def test_a_student_of_two_tasks_submits_and_is_graded(tmp_path):
     assert points(packed.stdout) == {"task1": "10.0 of 10", "task3": "15.0 of 15", "sum": "25.0 of 25"}, packed.stdout
     with zipfile.ZipFile(starter / "submission.zip") as submission:
         assert {"answers.md", *(file for _, file, _ in TASKS.values())} <= set(submission.namelist())
-    graded = run("course/grade.py", starter / "submission.zip", "--tasks", "task1", "--hidden-seed", "5").stdout
+    graded = run("course/grade.py", starter / "submission.zip", "--tasks", "task1", "--time-limit", "600").stdout
     assert points(graded) == {"task1": "10.0 of 10", "sum": "10.0 of 10"}, graded
 
-    write(starter, "pool.py", read(starter, "pool.py").replace("-torch.inf", "0.0"))
+    pool = read(starter, "pool.py")
+    write(starter, "pool.py", pool.replace("hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32))", ""))
     write(starter, "reward.py", "this is not Python (")
     write(starter, "tests/test_task1.py", "def test_all_is_well(): pass")
     with zipfile.ZipFile(tmp_path / "submission.zip", "w") as submission:  # a folder around the files
         for file in starter.glob("*.py"):
             submission.write(file, os.path.join("a student", file.name))
-    graded = run("course/grade.py", tmp_path / "submission.zip", "--tasks", "task1", "task3", "bonus").stdout
-    assert points(graded) == {"task1": "8.0 of 10", "task3": "0.0 of 15", "bonus": "0.0 of 10", "sum": "8.0 of 25"}, graded
-    assert "test_other_poolings[max] - AssertionError" in graded and "test_task3.py - SyntaxError" in graded
+    more = "--hidden-seed", "5", "--time-limit", "600"
+    graded = run("course/grade.py", tmp_path / "submission.zip", "--tasks", "task1", "task3", *more).stdout
+    assert points(graded) == {"task1": "9.0 of 10", "task3": "0.0 of 15", "sum": "9.0 of 25"}, graded
+    assert "test_sums_are_taken_in_float32_and_differentiable - assert 256" in graded and "SyntaxError" in graded
 
     write(starter, "pool.py", "while True:\n    try:\n        import time\n    except BaseException:\n        pass\n")
     graded = run("course/grade.py", starter, "--tasks", "task1", "--time-limit", "5").stdout
