@@ -1,21 +1,15 @@
 """Bonus: the forward kernel, in Triton's interpreter on a CPU, against the plain definition."""
 
-import importlib.util
-
 import pytest
 import torch
 
 from similarity import plain_similarity
 
-pytestmark = [
-    pytest.mark.bonus,
-    pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed"),
-]
-
 
 @pytest.mark.points(10)
 @pytest.mark.parametrize("shape", [(5, 3, 2, 40), (1, 4, 3, 8), (3, 8, 1, 100), (20, 5, 3, 70)], ids=str)  # B, K, N / B, D
 def test_the_four_numbers_of_small_and_odd_sizes_and_of_many_tiles(units, shape, monkeypatch):
+    pytest.importorskip("triton")
     from speed import similarity_triton
 
     monkeypatch.setattr(similarity_triton, "tile", (16, 32))  # so that there are several of rows, too

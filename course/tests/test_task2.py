@@ -10,9 +10,6 @@ import rollout
 from prompt import Reading
 from worlds.make import build_tokenizer
 
-pytestmark = pytest.mark.task2
-
-
 # ---------------------------------------------------------------- one draw
 
 
@@ -123,16 +120,18 @@ def sample(network, generator, monkeypatch):
 
 @torch.no_grad()
 def read_again(network, rollouts, n, k):
-    """A rationale's ids, the logits `[t, V]` that its tokens are drawn from, and the sum of the states that are pooled."""
+    """A rationale's ids, the logits `[t, V]` that its tokens are drawn from, and the sums of the states that are pooled,
+    of the prompt and of the rationale.
+    """
     counts, written = rollouts.prompt_mask[n].bool(), rollouts.mask[n, k].bool()
     ids = torch.cat([rollouts.prompt_ids[n][counts], rollouts.ids[n, k][written]])
-    counted = torch.cat([rollouts.counted[n][counts], torch.ones(int(written.sum()))]).bool()
     states = network.model(input_ids=ids[None], output_hidden_states=True, use_cache=False).hidden_states
-    first = int(counts.sum())
-    return ids[first:], network.logits(states[-1][0, first - 1 : -1]), states[-2][0, counted].sum(0)
+    first, to_pool = int(counts.sum()), states[-2 if network.reading.pooling == "penultimate" else -1][0]
+    of_prompt = to_pool[:first][rollouts.counted[n][counts].bool()].sum(0)
+    return ids[first:], network.logits(states[-1][0, first - 1 : -1]), of_prompt, to_pool[first:].sum(0)
 
 
-@pytest.mark.points(4)
+@pytest.mark.points(3)
 @CASES
 def test_a_rationale_is_what_is_drawn_up_to_the_end_token(sample, network, case):
     """The end token is part of it, token 0 is a token, and the longest rationale sets the width."""
@@ -143,7 +142,7 @@ def test_a_rationale_is_what_is_drawn_up_to_the_end_token(sample, network, case)
     for name in ("ids", "logprobs"):
         assert getattr(rollouts, name)[rollouts.mask == 0].eq(0).all(), f"{name} is 0 where masked"
     for n, k in itertools.product(range(N), range(K)):
-        ids, logits, _ = read_again(network, rollouts, n, k)
+        ids, logits, *_ = read_again(network, rollouts, n, k)
         token, logprob = rollout.draw(logits, case[0], uniform[n, k, : len(ids)])
         assert ids.tolist() == token.tolist()
         torch.testing.assert_close(rollouts.logprobs[n, k, : len(ids)], logprob, rtol=1e-6, atol=1e-6)
@@ -151,16 +150,20 @@ def test_a_rationale_is_what_is_drawn_up_to_the_end_token(sample, network, case)
         assert not any(ends[:-1]) and bool(rollouts.finished[n, k]) == ends[-1] and (ends[-1] or len(ids) == case[3])
 
 
-@pytest.mark.points(2)
+@pytest.mark.points(3)
 @CASES
-def test_text_and_rationale_are_pooled_up_to_the_end_token(sample, network, case):
-    """The last token too: `generate()` leaves it out, Eq. 11 counts it."""
+@pytest.mark.parametrize("pooling", ["penultimate", "halves"])
+def test_text_and_rationale_are_pooled_up_to_the_end_token(sample, network, case, pooling, monkeypatch):
+    """The last token too: `generate()` leaves it out, Eq. 11 counts it. In halves, prompt and rationale have one vote each."""
+    monkeypatch.setattr(network.reading, "pooling", pooling)
     rollouts, _, _, ways = sample(case)
+    unit = lambda x: x / x.norm()
     for n, k in itertools.product(range(N), range(K)):
-        *_, pooled = read_again(network, rollouts, n, k)
-        torch.testing.assert_close(rollouts.embeddings[n, k], pooled / pooled.norm(), rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(rollouts.prompt_embeddings.norm(dim=1), torch.ones(N, dtype=torch.float64))
-    assert ways == {"penultimate"}, "pooled as policy.reading.pooling says"
+        *_, prompt, rationale = read_again(network, rollouts, n, k)
+        pooled = unit(prompt) + unit(rationale) if pooling == "halves" else prompt + rationale
+        torch.testing.assert_close(rollouts.embeddings[n, k], unit(pooled), rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(rollouts.prompt_embeddings[n], unit(prompt), rtol=1e-6, atol=1e-6)
+    assert ways == {pooling}, "pooled as policy.reading.pooling says"
 
 
 @pytest.mark.points(1)

@@ -8,7 +8,6 @@ import torch
 import reward
 from similarity import plain_similarity
 
-pytestmark = pytest.mark.task3
 SIZES = pytest.mark.parametrize("B, K, M, D", [(5, 4, 2, 8), (1, 3, 1, 4), (3, 1, 0, 4), (2, 2, 3, 2)])
 
 

@@ -8,7 +8,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import similarity
 
-pytestmark = pytest.mark.task4
 BLOCKS = pytest.mark.parametrize("table", [1, 40, 10**6])  # cosines held at a time: a row, a few rows, all
 
 

@@ -10,8 +10,6 @@ import reward
 from config import Config
 from rollout import Scores
 
-pytestmark = pytest.mark.task6
-
 
 @pytest.fixture(autouse=True)
 def given(monkeypatch):
