@@ -63,9 +63,11 @@ def test_rationales_are_graces(make_policy, tmp_path):
     assert torch.equal(read(reader, TEXTS)["rationale_ids"], expected)
 
 
-def test_another_pooling_is_refused(make_policy, tmp_path):
+def test_another_reading_is_refused(make_policy, tmp_path):
     with pytest.raises(ValueError, match="pooling max; only mean and halves are read here"):
         module(make_policy(pooling="max"), tmp_path)
+    with pytest.raises(ValueError, match="a text is read twice; here it is read once"):
+        module(make_policy().reads(twice=True), tmp_path)
 
 
 # ---------------------------------------------------------------- in the library itself
