@@ -321,7 +321,7 @@ def tables(rows):
     yield markdown(["", *FIGURES], lines)
     for label, (record, *_) in rows.items():
         if label == ROWS["grace"][0]:
-            lines = [[text.replace("\n", " ").replace("|", "/") for text in one] for one in record["written"]]
+            lines = [[text.replace("\n", " ").replace("|", "/") for text in one] for one in record["written"][:6]]
             yield markdown(["text", "its rationale before", f"after {label}"], lines, ["---"] * 3)
 
 
