@@ -49,9 +49,10 @@ def load_folder(path, config=None, **options):
 
 def _open_dataset(source, suffix):
     """A .json or .parquet file, a folder, or a hub id as a `datasets.Dataset`. Raises GraceError if it cannot be read."""
-    if os.path.isfile(source) and suffix not in (".json", ".parquet"):
-        raise GraceError(f"{source}: unknown format {suffix!r}; use one of .json, .parquet, {', '.join(READERS)}")
-    if not os.path.exists(source) and (suffix in READERS or source.startswith((".", "/"))):
+    formats = ".json", ".parquet", *READERS
+    if os.path.isfile(source) and suffix not in formats:
+        raise GraceError(f"{source}: unknown format {suffix!r}; use one of {', '.join(formats)}")
+    if not os.path.exists(source) and (suffix in formats or source.startswith((".", "/"))):
         raise GraceError(f"{source}: no such file or folder")
     try:
         if os.path.isfile(source):
