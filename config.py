@@ -122,8 +122,6 @@ class Config:
             raise GraceError(f"--train-roles {self.train_roles!r} names a role twice")
         if self.prompt_weight and self.mode == "unsupervised":
             raise GraceError("--prompt-weight: without labels a text's prompt has no pair; leave it out")
-        if self.documents == "prompt" and "query" not in self.roles and self.mode == "supervised":
-            raise GraceError(f"--documents prompt: queries alone write, so --train-roles {self.train_roles} needs query")
         if self.rollouts == 1:
             raise GraceError("--rollouts 1: a group of one has no advantage and no consistency (Eq. 14, 18); use 2 or more")
         if self.reward == "paper" and self.mode == "supervised" and self.roles != ["positive"]:
@@ -133,8 +131,10 @@ class Config:
         if self.resume and self.overwrite:
             raise GraceError("--resume continues a run and --overwrite starts anew: give one of them")
 
-    def check_groups(self, M):
-        """Raises GraceError if the groups of a batch, whose instances have M negatives, cannot be shared out."""
+    def check_groups(self, M, reading):
+        """Raises GraceError if the groups of a batch whose instances have M negatives cannot be shared out or no role writes."""
+        if reading.documents == "prompt" and not {"query", "text"} & set(self.roles):
+            raise GraceError(f"documents are read by their prompts, so --train-roles {self.train_roles} has to have query")
         if "negative" in self.roles and M == 0:
             raise GraceError(f"--train-roles {self.train_roles}: the rows have no negatives")
         groups = self.batch * sum(M if role == "negative" else 1 for role in self.roles)

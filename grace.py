@@ -279,11 +279,13 @@ class Trainer:
 
 def micro_batches(rollouts, groups, budget):
     """This rank's share of the groups, by length, in micro-batches that hold `budget` padded tokens at most (or one group)."""
-    cost = rollouts.prompt_mask.sum(1) - rollouts.n_shared + rollouts.ids.shape[1] * rollouts.mask.sum(-1).amax(1)  # [N]
-    groups = groups[cost[groups].argsort(stable=True)][ranks.rank :: ranks.size]  # each rank gets short ones and long ones
-    part, cost = [], cost.tolist()
-    for i in groups.tolist():  # the longest comes last, and sets the padding
-        if part and (len(part) + 1) * cost[i] > budget:
+    prompts, rationales = rollouts.prompt_mask.sum(1) - rollouts.n_shared, rollouts.mask.sum(-1).amax(1)
+    tokens = torch.stack([prompts, rollouts.ids.shape[1] * rationales]).cpu()  # [2, N]
+    order = tokens.sum(0)[groups.cpu()].argsort(stable=True)
+    part = []
+    for i in groups[order][ranks.rank :: ranks.size].tolist():  # each rank gets short ones and long ones
+        padded = (len(part) + 1) * tokens[:, [*part, i]].amax(1).sum()
+        if part and padded > budget:
             yield torch.tensor(part, device=groups.device)
             part = []
         part.append(i)
@@ -305,8 +307,8 @@ def train(config, make_trainer=Trainer):
         print(f"{config.out}: finished, after {run.summary['config']['steps']} steps\n\n{show_summary(run.summary)}")
         return run.summary
     rows, heldout, graded = load_rows(config)
-    config.check_groups(len(rows[0].get("negative", [])))
     policy, reference = load_policies(config, run.checkpoint)
+    config.check_groups(len(rows[0].get("negative", [])), policy.reading)
     trainer = make_trainer(policy, reference, rows, config)
     print(
         f"{len(rows)} training rows ({len(rows[0].get('negative', []))} negatives each), {len(heldout)} held-out, "

@@ -42,8 +42,10 @@ class Policy:
     network      what computes: the model, or its copy in bfloat16; `base` and `head` are its body and its output head
     end_ids      `[n]`, the tokens that end a rationale
     adapters     what is trained instead of the weights, once `adapt` has been called (speed/lora.py); else None
+    captures     whether its decoding step can be captured as a CUDA graph, until one could not (speed/decode.py)
     """
 
+    captures = True
     adapters, switched = None, contextlib.nullcontext  # switched: a context in which the adapters are as this policy has them
 
     def __init__(self, model, tokenizer, reading=None, dtype="float32"):

@@ -60,7 +60,12 @@ def with_rationale(state, prompt, how):
 
     halves: the mean of both halves, each at unit length; where no rationale was written, the prompt alone.
     """
-    return unit(unit(prompt) + unit(state - prompt)) if how == "halves" else unit(state)
+    if how != "halves":
+        return unit(state)
+    written = state - prompt
+    # Of a vector of zeros the direction has a slope of 1e12, in whose rounding the gradient of the rest would be lost.
+    written = torch.where((written != 0).any(-1, keepdim=True), written, prompt)
+    return unit(unit(prompt) + unit(written))
 
 
 def pool(hidden, mask, how="mean"):

@@ -129,6 +129,12 @@ class PromptTemplate:
         text = text.lstrip() if self.strips[0] else text
         return self.prefix + (text.rstrip() if self.strips[1] else text) + self.suffix
 
+    def readings(self, text):
+        """`[(start, end)]`: the characters of `render(text)` that are the text, as often as it is read."""
+        start, end = len(self.prefix), len(self.render(text)) - len(self.suffix)
+        once = max(0, (end - start) // 2 - 1)  # a blank line stands between two readings
+        return [(start, start + once), (end - once, end)] if self.reading.twice else [(start, end)]
+
     def encode(self, texts):
         """Each prompt's ids, and the characters of `render(text)` that each of them covers: `[(ids, [(start, end)])]`.
 
@@ -172,20 +178,21 @@ class PromptTemplate:
         share=False: plain left padding, the instruction in every row. Raises GraceError if the template
         alone is longer than the limit.
         With `Reading.twice` the text, a blank line and the text again stand in the prompt, and only the second reading counts:
-        each of its tokens has the whole text before it (Echo embeddings, Springer et al. 2024). It is the one that is cut.
+        each of its tokens has the whole text before it (Echo embeddings, Springer et al. 2024). Over the limit, both are cut.
         """
         rows, marks, cut = [], [], []
         for text, (ids, offsets) in zip(texts, self.encode(texts)):
             # The tokenizer says which characters each token covers, so what counts is exact: a token
             # that straddles a boundary holds some of the text, and counts as text.
-            start, end = len(self.prefix), len(self.render(text)) - len(self.suffix)
-            once = max(0, (end - start) // 2 - 1) if self.reading.twice else end - start  # characters of one reading
-            n_instruction, n_uncounted = (sum(stop <= at for _, stop in offsets) for at in (start, end - once))
-            n_read, n_after = sum(first < start + once for first, _ in offsets), sum(first >= end for first, _ in offsets)
-            row = self._shorten(ids, n_uncounted, n_after)
+            tokens = [
+                (sum(stop <= start for _, stop in offsets), sum(first < end for first, _ in offsets))
+                for start, end in self.readings(text)
+            ]
+            row, lost = self._shorten(ids, tokens)
+            (n_instruction, n_read), (n_uncounted, _) = tokens[0], tokens[-1]
             rows.append(row)
-            marks.append((len(row), n_instruction, min(n_read, len(row) - n_after), n_uncounted))
-            cut.append(len(row) < len(ids))
+            marks.append((len(row), n_instruction, n_read - lost, n_uncounted - lost * (len(tokens) - 1)))
+            cut.append(lost > 0)
         instructions = [row[: mark[1]] for row, mark in zip(rows, marks)]
         shared = os.path.commonprefix(instructions) if share and self.shares_instruction else []
         S, P = len(shared), max(map(len, rows))
@@ -199,14 +206,18 @@ class PromptTemplate:
         tensors = ids, mask.long(), counted.long(), text.long(), torch.tensor(cut)
         return Prompts(*(x.to(self.device) for x in tensors), S)
 
-    def _shorten(self, ids, n_before, n_after):
-        """A prompt's ids within the limit: the text loses its end, the template after it stays."""
-        limit = self.reading.max_prompt_tokens
-        if len(ids) <= limit:
-            return ids
-        if n_before + n_after >= limit:
+    def _shorten(self, ids, readings):
+        """A prompt's ids within the limit, and how many tokens each reading of the text has lost at its end for that.
+
+        readings: `[(first, stop)]` of their tokens; what stands around them stays.
+        """
+        excess, n_text = len(ids) - self.reading.max_prompt_tokens, sum(stop - first for first, stop in readings)
+        lost = max(0, -(-excess // len(readings)))
+        if excess > 0 and any(stop - first <= lost for first, stop in readings):
             raise GraceError(
-                f"instruction, template and, of a text that is read twice, its first reading take {n_before + n_after} tokens; "
-                f"max_prompt_tokens = {limit} leaves no room for a text"
+                f"instruction and template take {len(ids) - n_text} tokens; "
+                f"max_prompt_tokens = {self.reading.max_prompt_tokens} leaves no room for a text"
             )
-        return ids[: limit - n_after] + ids[len(ids) - n_after :]
+        for _, stop in reversed(readings if lost else []):
+            ids = ids[: stop - lost] + ids[stop:]
+        return ids, lost

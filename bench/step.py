@@ -1,16 +1,19 @@
-"""A training step, and the same work by TRL's GRPOTrainer.
+"""A training step, against one by TRL's GRPOTrainer, or against one of InfoNCE as a loss.
 
     python bench/step.py --model DIR --batch 8 --rollouts 8 --max-new-tokens 48 --train-roles positive --steps 5
     python bench/step.py --shape qwen2.5-0.5b --batch 32 --prompt-tokens 128 --max-new-tokens 256
     python bench/step.py --train-roles query,positive --peer trl             needs `pip install trl`
+    python bench/step.py --train-roles query,positive --peer loss
 
 Runs real steps of grace.py on B rows of made-up texts. The last line is `step_s X`, the median step after one to warm
 up. Every flag of grace.py works here but --data: `--kl 0`, `--recipe paper`, `--lora 8`.
 
-With --peer trl both sides start from the same checkpoint, train on the same prompts in the same compute type, and take
-turns step by step. TRL's reward runs the model over prompt and completion, pools, and takes a cosine. Neither side
-has a KL or a text term. TRL's micro-batches hold as many groups as --tokens-per-batch allows here. Texts of roles that
-are not trained are read here alone.
+With a peer both sides start from the same checkpoint, train on the same rows in the same compute type, and take turns
+step by step. On a CPU the products of matrices in a step are counted, too: what each side has to compute.
+
+TRL's reward runs the model over prompt and completion, pools, and takes a cosine. Neither side has a KL or a text term then.
+TRL's micro-batches hold as many groups as --tokens-per-batch allows here. Texts of roles that are not trained are read
+here alone.
 """
 
 import statistics
@@ -19,26 +22,52 @@ import tempfile
 import torch
 import transformers
 from common import clock, fill_in, forward, make_parser, make_texts, show, show_machine
+from torch.utils.flop_counter import FlopCounterMode
 
 import grace
 from config import parse
+from experiments.baselines import Contrastive
 from policy import load_policies
 from rollout import make_batch
 
 
-def make_trainer(args, rest):
-    """A trainer as grace.py builds it. It has B rows, so that every step is the same work."""
+class Side:
+    """One side of a comparison, as a context of each of its steps: their `seconds`, and what the first, a warm-up, computes.
+
+    flops: of the products of matrices in that step, forward and backward. On a GPU 0: a graph that is replayed is not seen.
+    """
+
+    def __init__(self, device):
+        self.device, self.seconds, self.counter = device, [], FlopCounterMode(display=False)
+
+    def __enter__(self):
+        if self.device == "cpu" and not self.seconds:
+            self.counter.__enter__()
+        self.start = clock(self.device)
+
+    def __exit__(self, *error):
+        self.seconds.append(clock(self.device) - self.start)
+        if self.device == "cpu" and len(self.seconds) == 1:
+            self.counter.__exit__(*error)
+
+    @property
+    def flops(self):
+        return self.counter.get_total_flops()
+
+
+def make_trainer(args, rest, kind=grace.Trainer):
+    """A trainer as grace.py builds it, or of another kind. It has B rows, so that every step is the same work."""
     flags = {name: getattr(args, name) for name in ("model", "batch", "rollouts", "max_new_tokens", "device", "dtype", "steps")}
     config = parse([f"--{name.replace('_', '-')}={value}" for name, value in flags.items()] + rest, __doc__)
     policy, reference = load_policies(config)
     texts = make_texts(3 * config.batch, policy, args.prompt_tokens)
     rows = [{"query": q, "positive": p, "negative": [n]} for q, p, n in zip(*[iter(texts)] * 3)]
     rows = rows if config.mode == "supervised" else [{"text": row["query"]} for row in rows]
-    return grace.Trainer(policy, reference, rows, config)
+    return kind(policy, reference, rows, config)
 
 
 def against_trl(ours, step, prompt_tokens, steps):
-    """Steps of TRL's trainer on the rows of ours, with a call of `step` after each. Returns their seconds."""
+    """Steps of TRL's trainer on the rows of ours, with a call of `step` after each. `-> Side`."""
     import datasets
     import trl
 
@@ -48,7 +77,7 @@ def against_trl(ours, step, prompt_tokens, steps):
     prompts = [ours.policy.template.render(text) for role in config.roles for text in by_role[role]]
     group = prompt_tokens + config.rollouts * config.max_new_tokens  # its padded tokens, in our update
     fitting = [n for n in range(1, len(prompts) + 1) if len(prompts) % n == 0 and n * group <= config.tokens_per_batch]
-    micro, seconds = config.rollouts * max(fitting, default=1), []
+    micro, side = config.rollouts * max(fitting, default=1), Side(config.device)
 
     def by_cosine(prompts, completions, **_):
         """How near each completion's embedding is to the next one's: any reward by embeddings costs as much."""
@@ -62,10 +91,10 @@ def against_trl(ours, step, prompt_tokens, steps):
 
     class InTurn(transformers.TrainerCallback):
         def on_step_begin(self, *args, **kwargs):
-            self.start = clock(config.device)
+            side.__enter__()
 
         def on_step_end(self, *args, **kwargs):
-            seconds.append(clock(config.device) - self.start)
+            side.__exit__(None, None, None)
             step()
 
     with tempfile.TemporaryDirectory() as out:
@@ -81,35 +110,43 @@ def against_trl(ours, step, prompt_tokens, steps):
         )
         trainer.train()
     print(f"TRL {trl.__version__}, micro-batches of {micro} completions")
-    return seconds
+    return side
 
 
 def main():
     parser = make_parser(__doc__)
     parser.add_argument("--steps", type=int, default=5, help="steps after one to warm up [5]")
-    parser.add_argument("--peer", choices=["trl"], help="take turns with another library")
+    parser.add_argument("--peer", choices=["trl", "loss"], help="take turns with another library, or with a loss")
     args, rest = parser.parse_known_args()
-    no_terms = ["--kl=0", "--text-weight=0"] if args.peer else []
-    trainer, rows, theirs = make_trainer(fill_in(args), ["--train-roles=positive", *no_terms, *rest]), [], {}
+    flags = ["--train-roles=positive", *(["--kl=0", "--text-weight=0"] if args.peer == "trl" else []), *rest]
+    trainer, rows, sides = make_trainer(fill_in(args), flags), [], {"grace.py": Side(args.device)}
     show_machine(args.device, trainer.policy.network)
 
     def step():
-        start = clock(args.device)
-        metrics = trainer.step()
-        rows.append((clock(args.device) - start, metrics["sample_s"], metrics["length"]))
+        with sides["grace.py"]:
+            metrics = trainer.step()
+        rows.append((metrics["sample_s"], metrics["length"]))
 
-    if args.peer:
-        theirs["TRL"] = against_trl(trainer, step, args.prompt_tokens, args.steps + 1)[1:]
+    if args.peer == "trl":
+        sides["TRL"] = against_trl(trainer, step, args.prompt_tokens, args.steps + 1)
     else:
+        loss = make_trainer(args, flags, Contrastive) if args.peer else None
+        sides |= {"InfoNCE as a loss": Side(args.device)} if loss else {}
         for _ in range(args.steps + 1):
             step()
-    seconds, sampling, lengths = zip(*rows[1:])
-    total, sampled = statistics.median(seconds), statistics.median(sampling)
-    print(f"B = {args.batch}, K = {args.rollouts}, {statistics.mean(lengths):.1f} tokens per rationale")
+            if loss:
+                with sides["InfoNCE as a loss"]:
+                    loss.step()
+    seconds = {name: side.seconds[1:] for name, side in sides.items()}
+    total, (sampled, length) = statistics.median(seconds["grace.py"]), map(statistics.median, zip(*rows[1:]))
+    print(f"B = {args.batch}, K = {args.rollouts}, {length:.1f} tokens per rationale")
     print(f"sampling {sampled:.4f} s, reward and update {total - sampled:.4f} s")
     if args.device != "cpu" and not args.peer:
         print(f"peak memory {torch.cuda.max_memory_allocated() / 1e9:.1f} GB")
-    show({"grace.py": seconds, **theirs}, 1, "steps")
+    show(seconds, 1, "steps")
+    for name, side in sides.items():
+        if side.flops:
+            print(f"{name:24}{side.flops / 1e9:10.2f} Gflop{side.flops / sides['grace.py'].flops:28.2f} x")
     print(f"step_s {total:.4f}")
 
 

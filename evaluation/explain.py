@@ -86,27 +86,24 @@ def _split_batch(policy, texts):
     mask = torch.cat([prompts.mask, rollouts.mask[:, 0]], 1)
     counted = torch.cat([prompts.counted, rollouts.mask[:, 0]], 1)[:, prompts.n_shared :].bool()
     _, to_pool, _ = policy.prefill(ids, mask, prompts.n_shared)
-    sizes = zip(*(x.sum(1).tolist() for x in (prompts.mask, prompts.counted)))
-    for i, (text, size, (rationale,)) in enumerate(zip(texts, sizes, rollouts.rationales())):
-        words = [*_prompt_words(policy.template, text, *size), *_rationale_words(tokenizer, rationale)]
-        parts = token_parts(to_pool[i][counted[i]].cpu(), policy.reading.pooling, size[1])
+    for i, (text, n, (rationale,)) in enumerate(zip(texts, prompts.counted.sum(1).tolist(), rollouts.rationales())):
+        words = [*_prompt_words(policy.template, text, n), *_rationale_words(tokenizer, rationale)]
+        parts = token_parts(to_pool[i][counted[i]].cpu(), policy.reading.pooling, n)
         vectors = torch.stack([part.sum(0) for part in parts.split([n for *_, n in words])]).numpy()
         shown = tokenizer.decode(rationale, skip_special_tokens=True).strip()
         yield Split(text, shown, [word[:2] for word in words], vectors)
 
 
-def _prompt_words(template, text, n_kept, n_counted):
-    """`(word, part, number of tokens)` of a prompt's counted tokens. The two numbers are the prompt's, in tokens."""
+def _prompt_words(template, text, n_counted):
+    """`(word, part, number of tokens)` of a prompt's counted tokens, of which there are n_counted."""
     string = template.render(text)
     ((_, offsets),) = template.encode([text])
-    first, last = len(template.prefix), len(string) - len(template.suffix)
+    *_, (first, last) = template.readings(text)
+    offsets = [(start, end) for start, end in offsets if end > first]
     n_after = sum(start >= last for start, _ in offsets)
-    n_text = n_counted - n_after
-    offsets = offsets[: n_kept - n_after] + offsets[len(offsets) - n_after :]  # a long text has lost its end
-    offsets = offsets[n_kept - n_counted :]
-    in_text = [(max(start, first), min(end, last)) for start, end in offsets[:n_text]]  # a token may straddle a boundary
-    yield from _words(string, in_text, "text")
-    yield from _words(string, offsets[n_text:], "template")
+    in_text = offsets[: n_counted - n_after]  # a long text has lost its end, and a token may straddle a boundary
+    yield from _words(string, [(max(start, first), min(end, last)) for start, end in in_text], "text")
+    yield from _words(string, offsets[len(offsets) - n_after :], "template")
 
 
 def _rationale_words(tokenizer, ids):

@@ -16,7 +16,7 @@ import torch
 
 from grace import Trainer, advantages, clipped_objective, judge
 from plumbing.errors import GraceError
-from rollout import sample, texts_of
+from rollout import sample_texts, texts_of
 
 
 class GRPO(Trainer):
@@ -70,13 +70,13 @@ class ReMax(Trainer):
     """
 
     def __init__(self, policy, reference, rows, config):
-        if config.mode == "unsupervised":
-            raise GraceError("ReMax judges one greedy rationale, which without labels has no pair: use labelled rows")
+        if not {*config.roles} <= {"query", "positive"} or policy.reading.documents == "prompt":
+            raise GraceError("ReMax judges one greedy rationale of each query and positive: train only these, with rationales")
         super().__init__(policy, reference, rows, config)
 
     def advantage(self, R, batch):
         config, texts, roles = self.config, batch.texts, self.config.roles
-        greedy = sample(self.policy, self.policy.template(texts_of(texts, roles)))
+        greedy = sample_texts(self.policy, texts_of(texts, roles), 1, 0.0, 0, config.tokens_per_batch)
         sizes, baseline = [len(texts[role]) for role in roles], []
         for role, h, finished in zip(roles, greedy.embeddings.split(sizes), greedy.finished.split(sizes)):
             alone = dataclasses.replace(config, train_roles=role)

@@ -8,7 +8,6 @@ what is a reward in GRACE is their loss. `ForcedContrastive` has that loss over 
 Shapes: B instances, M hard negatives per instance, n texts, D hidden size.
 """
 
-import copy
 import dataclasses
 import time
 
@@ -17,6 +16,7 @@ import torch
 from grace import Trainer
 from plumbing import ranks
 from plumbing.errors import GraceError
+from policy import Policy
 from pool import fold, unit
 from reward import infonce
 from rollout import make_batch, sample, score, text_logprobs, uniforms
@@ -99,7 +99,8 @@ class ForcedContrastive(Contrastive):
 
     def __init__(self, policy, reference, rows, config):
         super().__init__(policy, reference, rows, config)
-        self.start = copy.deepcopy(policy)
+        # Not the policy as it is: a resumed run has trained it already.
+        self.start = reference or Policy.load(config.model, config.device, config.dtype, **config.reading).freeze()
 
     def embed(self, texts, share=True):
         """P(x) and its forced rationale pooled, and the mean log-probability of the text. `-> [n, D], [n]`."""

@@ -19,10 +19,13 @@ LARGE = 30e6  # parameters; in a smaller model most of the time goes to launchin
 
 
 def pays(model):
-    """Whether a model computes faster in bfloat16: a large one, on CUDA or on a CPU that multiplies in it."""
-    known = getattr(torch.cpu, "get_capabilities", dict)()
-    hardware = model.device.type == "cpu" and (known.get("avx512_bf16") or known.get("amx_bf16"))
-    return bool(hardware or model.device.type == "cuda") and sum(p.numel() for p in model.parameters()) >= LARGE
+    """Whether a model computes faster in bfloat16: a large one, on a GPU or a CPU that multiplies in it."""
+    known, hardware = getattr(torch.cpu, "get_capabilities", dict)(), False
+    if model.device.type == "cuda":
+        hardware = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif model.device.type == "cpu":
+        hardware = known.get("avx512_bf16") or known.get("amx_bf16")
+    return bool(hardware) and sum(p.numel() for p in model.parameters()) >= LARGE
 
 
 def rounded(model):
@@ -40,8 +43,8 @@ def rounded(model):
 
 def _deliver(weight, low):
     """In the backward pass: add the gradient of a rounded weight to that of the float32 weight."""
-    weight.grad = low.grad.float() if weight.grad is None else weight.grad.add_(low.grad)
-    low.grad = None
+    gradient, low.grad = low.grad, None  # first: where the next line runs out of memory, nothing of this step may stay
+    weight.grad = gradient.float() if weight.grad is None else weight.grad.add_(gradient)
 
 
 @torch.no_grad()

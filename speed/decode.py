@@ -211,16 +211,16 @@ def can_fuse(H, heads, d, dtype, device):
 
 
 @functools.cache
-def side_stream():
-    """The one stream that all steps are captured on: each stream keeps some 32 MB of workspace for cuBLAS, for good."""
-    return torch.cuda.Stream()
+def side_stream(device):
+    """The one stream of a device that all steps are captured on: each keeps some 32 MB of workspace for cuBLAS, for good."""
+    return torch.cuda.Stream(device)
 
 
 class SharedDecoder(Decoder):
     """Prompts once, rationales in a buffer; on CUDA a captured graph. Gives what PlainDecoder gives.
 
     The attention is Triton's where that runs. Only then is the step captured, because that attention reads on the device
-    how many tokens there are. A step that cannot be captured is run as it is, with a warning. capture: False to not try.
+    how many tokens there are. A step that cannot be captured is run as it is, with one warning. capture: False to not try.
     """
 
     def __init__(self, policy, cache, mask, K, capture=True):
@@ -230,7 +230,7 @@ class SharedDecoder(Decoder):
         self.cache, self.mask = Cache(layers=layers), mask.bool()[:, None, None]  # [N, 1, 1, P]
         keys, H = layers[0].keys, policy.model.config.get_text_config().num_attention_heads
         self.fused = mask.is_cuda and can_fuse(H, keys.shape[1], keys.shape[3], keys.dtype, mask.device)
-        self.capture, self.replay = capture and self.fused, None
+        self.capture, self.replay = capture and self.fused and policy.captures, None
 
     def feed(self, token):
         """As PlainDecoder.feed. What it returns is overwritten by the next call."""
@@ -246,19 +246,21 @@ class SharedDecoder(Decoder):
 
     def _captured(self, token):
         """The step as a CUDA graph: a function that replays it for other tokens. None where that fails."""
-        token, side, graph = token.clone(), side_stream(), torch.cuda.CUDAGraph()
-        side.wait_stream(torch.cuda.current_stream())
+        token, graph = token.clone(), torch.cuda.CUDAGraph()
+        here, side = torch.cuda.current_stream(), side_stream(token.device)
+        side.wait_stream(here)
         try:
             with torch.cuda.stream(side):
                 self._forward(token)  # libraries set themselves up on the first call; the replay writes the same again
-            torch.cuda.current_stream().wait_stream(side)
+            here.wait_stream(side)
             with torch.cuda.graph(graph, stream=side):
                 states = self._forward(token)
         except torch.OutOfMemoryError:  # a RuntimeError, too, but of another kind: the training loop makes the batch smaller
             raise
         except RuntimeError as error:
             warnings.warn(f"the decoding step cannot be captured as a CUDA graph, so it is slower ({error})", stacklevel=2)
-            self.capture = False
+            torch.cuda.set_stream(here)  # a capture that fails may leave the other one current
+            self.capture = self.policy.captures = False
             return None
 
         def replay(new):

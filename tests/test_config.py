@@ -11,6 +11,7 @@ from config import Config, parse
 from plumbing import ranks
 from plumbing.errors import GraceError
 from plumbing.models import pick_device
+from prompt import Reading
 
 without_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
 
@@ -18,7 +19,7 @@ without_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a 
 @pytest.mark.parametrize(
     "flags, message",
     [
-        ("--documents prompt --train-roles positive", "queries alone write"),
+        ("--documents prompt --train-roles positive", "has to have query"),
         ("--rollouts 1", "a group of one has no advantage"),
         ("--batch 1", "InfoNCE tells an instance from others"),
         ("--train-roles query,answer", "one or more of query,positive,negative"),
@@ -47,14 +48,14 @@ def test_groups_are_counted_with_the_negatives_that_there_are(monkeypatch):
     """4 instances with one negative are 12 groups, with two 16; and every rank needs an instance."""
     config = Config(batch=4, minibatches=12, train_roles="query,positive,negative")
     config.minibatches = 13
-    config.check_groups(2)
+    config.check_groups(2, Reading())
     with pytest.raises(GraceError, match="a batch of 12 groups"):
-        config.check_groups(1)
+        config.check_groups(1, Reading())
     with pytest.raises(GraceError, match="the rows have no negatives"):
-        config.check_groups(0)
+        config.check_groups(0, Reading())
     monkeypatch.setattr(ranks, "size", 5)
     with pytest.raises(GraceError, match="5 ranks"):
-        config.check_groups(2)
+        config.check_groups(2, Reading())
 
 
 def test_config_made_in_python():

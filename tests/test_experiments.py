@@ -9,7 +9,7 @@ import shlex
 
 import pytest
 import torch
-from conftest import ROWS, TEXTS, by_full_forward, config, embedded, infonce_terms, rolled
+from conftest import ROWS, TEXTS, by_full_forward, config, embedded, infonce_terms, rolled, start
 
 from config import parse
 from evaluation.tasks import evaluate_triplets
@@ -118,8 +118,9 @@ def test_every_algorithm_takes_its_steps(make_policy, name):
 def test_what_an_algorithm_cannot_do_is_refused(make_policy, monkeypatch):
     with pytest.raises(GraceError, match="not with --reward paper"):
         DAPO(make_policy(), None, ROWS, config(recipe="paper"))
-    with pytest.raises(GraceError, match="labelled rows"):
-        ReMax(make_policy(), None, ROWS, config(mode="unsupervised"))
+    for settings, policy in ((dict(mode="unsupervised"), make_policy()), ({}, make_policy(documents="prompt"))):
+        with pytest.raises(GraceError, match="greedy rationale of each query and positive"):
+            ReMax(policy, None, ROWS, config(**settings))
     monkeypatch.setattr("plumbing.ranks.size", 2)
     with pytest.raises(GraceError, match="leave out torchrun"):
         Contrastive(make_policy(), None, ROWS, config())
@@ -200,7 +201,8 @@ def test_what_simcse_drops_is_a_function_of_seed_step_and_view(make_policy):
 @pytest.mark.parametrize("trainer", [Contrastive, ForcedContrastive, SimCSE])
 def test_a_loss_falls(make_policy, trainer):
     rows, mode = (ROWS, "supervised") if trainer is not SimCSE else ([{"text": row["query"]} for row in ROWS], "unsupervised")
-    trained = trainer(make_policy(), None, rows, config(mode=mode, lr_decay=True, steps=30, lr=1e-3))
+    policy = make_policy()
+    trained = trainer(policy, start(policy), rows, config(mode=mode, lr_decay=True, steps=30, lr=1e-3))
     losses = [trained.step()["loss"] for _ in range(30)]
     assert sum(losses[-4:]) < 0.8 * sum(losses[:4])
 
@@ -213,7 +215,7 @@ def test_what_is_forced_is_the_starts_longest_of_eight_that_ended(make_policy):
         ended = [r for r, finished in zip(drawn.rationales()[n], drawn.finished[n]) if finished]
         assert rationale == [max(ended, key=len)] and forced.finished[n]
     assert torch.allclose(forced.embeddings[0, 0], by_full_forward(policy, forced, 0, 0)[1], atol=1e-5)
-    trainer = ForcedContrastive(policy, None, ROWS, config(lr=1e-2, steps=3))
+    trainer = ForcedContrastive(policy, start(policy), ROWS, config(lr=1e-2, steps=3))
     trainer.step()
     assert torch.equal(longest(trainer.start, TEXTS, 7).ids, forced.ids)  # the policy moved, its start did not
     assert not torch.equal(longest(policy, TEXTS, 7).ids, forced.ids)

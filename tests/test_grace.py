@@ -278,9 +278,9 @@ def test_micro_batches_make_one_update(make_policy, minibatches):
         trainer, rollouts, A, g = prepared(policy, tokens_per_batch=budget, minibatches=minibatches)
         parts = list(grace.micro_batches(rollouts, torch.arange(8), budget))
         assert sorted(torch.cat(parts).tolist()) == list(range(8))
-        for part in parts:  # half as many again, because the longest prompt and the longest rationale may be of two groups
-            tokens = rollouts[part].prompt_ids.numel() + rollouts[part].ids.numel()
-            assert len(part) == 1 or tokens <= 1.5 * budget
+        for part in parts:
+            tokens = rollouts[part].prompt_ids[:, rollouts.n_shared :].numel() + rollouts[part].ids.numel()
+            assert len(part) == 1 or tokens <= budget
         splits.append([len(part) for part in parts])
         before = weights(policy)
         norms.append(trainer.update(rollouts, A, g)["grad_norm"])

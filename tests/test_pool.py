@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pool import POOLS, fold, mean_pool, pool, unit
+from pool import POOLS, fold, mean_pool, pool, unit, with_rationale
 
 each_pooling = pytest.mark.parametrize("how", POOLS)
 
@@ -62,6 +62,16 @@ def test_mean_in_any_order(block):
 def test_half_precision_is_summed_in_float32():
     hidden = torch.ones(1, 257, 2, dtype=torch.bfloat16)  # there is no 257 in bfloat16
     assert float(fold(None, hidden, torch.ones(1, 257))[0, 0]) == 257
+
+
+def test_halves_without_a_rationale_are_the_prompt():
+    """Its gradient, too, in float32: the difference of two equal sums has no direction."""
+    torch.manual_seed(0)
+    prompt, g = (30 * torch.randn(4, 64)).requires_grad_(), torch.randn(4, 64)
+    alone, both = unit(prompt), with_rationale(prompt, prompt, "halves")
+    torch.testing.assert_close(both, alone)
+    (expected,), (given,) = (torch.autograd.grad((g * h).sum(), prompt) for h in (alone, both))
+    torch.testing.assert_close(given, expected, rtol=1e-5, atol=1e-7)
 
 
 def test_what_is_refused(block):

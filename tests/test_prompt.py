@@ -154,15 +154,17 @@ def test_a_text_read_twice(byte_tokenizer):
 
 
 def test_a_text_over_the_limit_that_is_read_twice(byte_tokenizer):
-    """The second reading loses its end; where the first alone is too long, that is said."""
+    """Both readings lose as much of their ends."""
     policy = byte_policy(byte_tokenizer, twice=True)
-    x = policy.template(["a" + 30 * "b", "the cat"])
-    whole, text, counted = (decoded(policy, x, mask)[0] for mask in (x.mask, x.text, x.counted))
-    second, rest = counted.split("<|im_end|>")
-    assert x.cut.tolist() == [True, False] and x.mask[0].sum() == 100 and text == "a" + 30 * "b"
-    assert second == "a" + (len(second) - 1) * "b" and f"user\n{text}\n\n{second}<|im_end|>{rest}" in whole
-    with pytest.raises(GraceError, match="its first reading take .* leaves no room for a text"):
-        policy.template(["a" + 80 * "b"])
+    for long in ("a" + 30 * "b", "a" + 80 * "b", "a" + 300 * "b"):
+        x = policy.template([long, "the cat"])
+        whole, text, counted = (decoded(policy, x, mask)[0] for mask in (x.mask, x.text, x.counted))
+        second, rest = counted.split("<|im_end|>")
+        assert x.cut.tolist() == [True, False] and x.mask[0].sum() in (99, 100)
+        assert text == second == "a" + (len(text) - 1) * "b" and f"user\n{text}\n\n{text}<|im_end|>{rest}" in whole
+    full = int(policy.template([""]).mask.sum())
+    with pytest.raises(GraceError, match="leaves no room for a text"):
+        byte_policy(byte_tokenizer, twice=True, max_prompt_tokens=full).template(["a" + 80 * "b"])
 
 
 DROPS_SYSTEM = "{% for m in messages %}{% if m.role == 'user' %}[{{ m.content }}]{% endif %}{% endfor %}"

@@ -56,6 +56,20 @@ def test_pack():
 # ---------------------------------------------------------------- bfloat16
 
 
+def test_a_gradient_that_does_not_fit_is_gone(monkeypatch):
+    """Where the memory ends while a gradient is handed over, a step that is made again does not find it."""
+    weight, low = torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
+    low.grad = torch.ones_like(low)
+
+    def full(*args):
+        raise torch.OutOfMemoryError
+
+    with monkeypatch.context() as short, pytest.raises(torch.OutOfMemoryError):
+        short.setattr(torch.Tensor, "float", full)
+        bfloat16._deliver(weight, low)
+    assert weight.grad is None and low.grad is None
+
+
 def test_gradients_in_bfloat16_arrive_at_float32_weights(make_policy):
     """Two passes of a network in bfloat16 as torch makes it; their gradients are added in float32."""
     policy = make_policy("Llama", dtype="bfloat16", tie_word_embeddings=True)
