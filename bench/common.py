@@ -22,7 +22,7 @@ from prompt import Reading  # noqa: E402
 from worlds.make import SPECIAL_TOKENS, build_tokenizer  # noqa: E402
 
 SIZES = "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size"
-SHAPES = {  # of the Qwen2 architecture
+SHAPES = {  # for the Llama architecture: of a Qwen2, the library would load its own tokenizer
     "qwen2.5-0.5b": (896, 4864, 24, 14, 2, 151936),
     "6.6m": (256, 768, 6, 8, 4, 8000),
     "tiny": (32, 64, 2, 4, 2, 128),
@@ -39,7 +39,7 @@ def make_parser(description, **defaults):
     parser.add_argument("--shape", default="6.6m", choices=SHAPES, help="the size of random weights [6.6m]")
     parser.add_argument("--batch", type=int, default=8, help="B, texts at a time [%(default)s]")
     parser.add_argument("--rollouts", type=int, default=8, help="K, rationales per text [8]")
-    parser.add_argument("--prompt-tokens", type=int, default=200, help="length of a made-up prompt, within a tenth [200]")
+    parser.add_argument("--prompt-tokens", type=int, default=200, help="length of a made-up prompt, instruction included [200]")
     parser.add_argument("--max-new-tokens", type=int, default=48, help="T, the longest rationale [48]")
     parser.add_argument("--repeats", type=int, default=5, help="rounds, after one to warm up [5]")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -67,15 +67,19 @@ def write_model(shape, folder):
     tokenizer = build_tokenizer([*WORDS, *(f"w{i}" for i in range(more))])  # whatever is sampled is a word
     torch.manual_seed(0)
     ends = dict(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, bos_token_id=None)
-    model = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**sizes, **ends, tie_word_embeddings=True))
+    config = transformers.LlamaConfig(**sizes, **ends, tie_word_embeddings=True, max_position_embeddings=8192)
+    model = transformers.LlamaForCausalLM(config)
     Policy(model, tokenizer, Reading("name what happened", max_prompt_tokens=4096)).save(folder)
     return folder
 
 
 def make_texts(n, policy, tokens):
-    """n different texts whose prompts have 0.9 to 1 times as many tokens, where a word is one token."""
-    rng, around = random.Random(0), policy.template(["x"]).ids.shape[1]  # around: the instruction and the template
-    words = max(2, tokens - around)
+    """n different texts whose prompts have about 0.9 to 1 times as many tokens."""
+    empty, every = (policy.template([text]).ids.shape[1] for text in ("", " ".join(WORDS)))
+    words = (tokens - empty) * len(WORDS) // (every - empty)  # a word may be more than one token
+    if words < 2:
+        sys.exit(f"--prompt-tokens {tokens}: instruction and template alone have {empty}")
+    rng = random.Random(0)
     return [" ".join(rng.choices(WORDS, k=words - rng.randrange(words // 10 + 1))) for _ in range(n)]
 
 

@@ -146,7 +146,7 @@ def main():
     show(seconds, 1, "steps")
     for name, side in sides.items():
         if side.flops:
-            print(f"{name:24}{side.flops / 1e9:10.2f} Gflop{side.flops / sides['grace.py'].flops:28.2f} x")
+            print(f"{name:24}{side.flops / 1e9:10.3f} Gflop{side.flops / sides['grace.py'].flops:28.2f} x")
     print(f"step_s {total:.4f}")
 
 

@@ -5,6 +5,8 @@ import runpy
 
 import pytest
 
+from policy import Policy
+
 SMALL = "--batch 4 --rollouts 2 --max-new-tokens 4 --prompt-tokens 20 --device cpu"
 
 
@@ -29,6 +31,20 @@ def bench(monkeypatch, tmp_path, capsys):
 def test_a_step_ends_with_its_seconds(bench, flags):
     *_, last = bench("step.py", f"{flags} --steps 1").splitlines()
     assert re.fullmatch(r"step_s \d+\.\d+", last) and float(last.split()[1]) > 0
+
+
+def test_the_loss_computes_less(bench):
+    out = bench("step.py", "--train-roles query,positive --steps 1 --peer loss")
+    ours, loss = (float(x) for x in re.findall(r"([\d.]+) Gflop", out))
+    assert 0 < loss < ours
+
+
+def test_prompts_are_as_long_as_asked(bench, tmp_path):
+    policy = Policy.load(bench.common.write_model("tiny", str(tmp_path / "model")))
+    lengths = policy.template(bench.common.make_texts(8, policy, 60)).mask.sum(1)
+    assert 54 <= lengths.min() < lengths.max() <= 60
+    with pytest.raises(SystemExit, match="--prompt-tokens 5"):
+        bench.common.make_texts(8, policy, 5)
 
 
 def test_rollouts_have_two_peers(bench):
