@@ -88,7 +88,7 @@ class Config:
     save_every: int = setting(50, "write a checkpoint to resume from every N steps; 0: only at the end", least=0)
     log_to: str = setting(None, "also send each step's metrics there; the package of that name does it", ("trackio", "wandb"))
     resume: bool = setting(False, "continue from the newest checkpoint under --out")
-    overwrite: bool = setting(False, "start afresh in an --out that holds a model or checkpoints; they are deleted")
+    overwrite: bool = setting(False, "start afresh in an --out that holds a run or a model, which is deleted")
     tokens_per_batch: int = setting(
         None, "token budget of a micro-batch; lower it when memory is short [16384 on CUDA, else 2048]", least=1
     )
@@ -132,7 +132,7 @@ class Config:
             raise GraceError("--resume continues a run and --overwrite starts anew: give one of them")
 
     def check_groups(self, M, reading):
-        """Raises GraceError if the groups of a batch whose instances have M negatives cannot be shared out or no role writes."""
+        """Raises GraceError if a batch of instances with M negatives cannot be shared out, or if none of its roles writes."""
         if reading.documents == "prompt" and not {"query", "text"} & set(self.roles):
             raise GraceError(f"documents are read by their prompts, so --train-roles {self.train_roles} has to have query")
         if "negative" in self.roles and M == 0:
@@ -140,7 +140,8 @@ class Config:
         groups = self.batch * sum(M if role == "negative" else 1 for role in self.roles)
         if self.minibatches > groups or ranks.size > self.batch:
             raise GraceError(
-                f"a batch of {groups} groups cannot be shared out to --minibatches {self.minibatches} and {ranks.size} ranks"
+                f"a batch of {groups} groups cannot be shared out to --minibatches {self.minibatches} and {ranks.size} ranks: "
+                "lower them, or give a larger --batch"
             )
 
     def must_match(self, other):

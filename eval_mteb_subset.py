@@ -96,17 +96,24 @@ def main(arguments):
     except torch.OutOfMemoryError:
         sys.exit("eval_mteb_subset.py: out of memory: the same command with a lower --tokens-per-batch goes on from here")
     except sqlite3.Error as error:
-        sys.exit(f"eval_mteb_subset.py: --cache {args.cache} cannot be used ({error}): delete it, or give another folder")
+        advice = "make room, delete the file if it is damaged, or give another folder"
+        sys.exit(f"eval_mteb_subset.py: a file under --cache {args.cache} cannot be used ({error}): {advice}")
     except ModuleNotFoundError as error:  # some scores are defined by scikit-learn and scipy
         sys.exit(f"eval_mteb_subset.py: {error}: pip install scikit-learn")
+    except KeyboardInterrupt:  # what was read is in --cache, and what was scored in --out
+        sys.exit(130)
 
 
 def evaluate(args):
-    """Run the chosen tasks, print them as they come, write `--out`."""
+    """Run the chosen tasks; print each as it comes, and write `--out` anew."""
     chosen, start, results = choose_tasks(",".join(args.tasks)), time.time(), {}
-    if args.out:  # what cannot be written is noticed now, not after hours
+    # What is missing, or cannot be written, is noticed now, not after hours.
+    if absent := [name for name in chosen if args.data_dir and not os.path.isdir(os.path.join(args.data_dir, name))]:
+        raise GraceError(f"--data-dir {args.data_dir} has no folder {', '.join(absent)}: leave out these --tasks")
+    if args.out:
         os.makedirs(os.path.dirname(args.out) or ".", exist_ok=True)
-        open(args.out, "a").close()
+        write_atomically(f"{args.out}.tmp", "")
+        os.remove(f"{args.out}.tmp")
     encoder = GraceEncoder(
         args.model, args.cache or None, args.temperature, args.seed, not args.no_rationale, device=args.device,
         dtype=args.dtype, tokens_per_batch=args.tokens_per_batch, progress=True, instruction=args.instruction,
@@ -115,21 +122,20 @@ def evaluate(args):
     for name in chosen:
         results |= evaluate_tasks(encoder.encode, [name], args.data_dir, encoder.encode_document)
         print(f"{name}: {100 * results[name]['main_score']:.2f}  ({results[name]['seconds']:.1f} s)", flush=True)
-    counts, seconds = encoder.counts, time.time() - start
+        record = {
+            "model": args.model,
+            "tasks": results,
+            "means": means(results),
+            "settings": encoder.settings,
+            "data": args.data_dir or {name: [TASKS[name].path, TASKS[name].revision] for name in results},
+            "texts": encoder.counts,
+            "seconds": time.time() - start,
+            "versions": versions(),
+        }
+        if args.out:
+            write_atomically(args.out, json.dumps(record, indent=2))
     print("\n" + table(results))
-    print(", ".join(f"{name} {count}" for name, count in counts.items()) + f"; {seconds:.0f} s")
-    record = {
-        "model": args.model,
-        "tasks": results,
-        "means": means(results),
-        "settings": encoder.settings,
-        "data": args.data_dir or {name: [TASKS[name].path, TASKS[name].revision] for name in results},
-        "texts": counts,
-        "seconds": seconds,
-        "versions": versions(),
-    }
-    if args.out:
-        write_atomically(args.out, json.dumps(record, indent=2))
+    print(", ".join(f"{name} {count}" for name, count in record["texts"].items()) + f"; {record['seconds']:.0f} s")
 
 
 if __name__ == "__main__":

@@ -49,6 +49,8 @@ class Policy:
     adapters, switched = None, contextlib.nullcontext  # switched: a context in which the adapters are as this policy has them
 
     def __init__(self, model, tokenizer, reading=None, dtype="float32"):
+        if dtype not in ("float32", "bfloat16"):
+            raise GraceError(f"dtype {dtype!r}: give float32 or bfloat16")
         self.model, self.tokenizer, self.reading = model.eval(), tokenizer, reading or Reading()
         self.device, self.dtype = model.device, "float32"  # until the model has been checked
         self.compute()
@@ -87,9 +89,9 @@ class Policy:
                     settings = dict(json.load(file))
             if unknown := settings.keys() - {f.name for f in dataclasses.fields(Reading)}:
                 raise GraceError(f"{path}: unknown setting {', '.join(sorted(unknown))}")
-        settings |= {k: v for k, v in reading.items() if v is not None}
+            reading = Reading(**settings | {k: v for k, v in reading.items() if v is not None})
         model = model.to(device)
-        return cls(model, tokenizer, Reading(**settings), dtype or ("bfloat16" if bfloat16.pays(model) else "float32"))
+        return cls(model, tokenizer, reading, dtype or ("bfloat16" if bfloat16.pays(model) else "float32"))
 
     def save(self, folder, merged=False):
         """Write an ordinary checkpoint folder, with the reading beside the weights. Adapters alone, or merged into them."""
@@ -212,7 +214,13 @@ def _model(source):
     if adapter := find_adapter_config_file(source):
         with open(adapter) as file:
             base = json.load(file)["base_model_name_or_path"]
-        model = lora.load(_model(base), source).merge_and_unload().requires_grad_(True)
+        with opening(base):
+            model = _model(base)
+        model = lora.load(model, source).merge_and_unload().requires_grad_(True)
         model.name_or_path = source  # adapters trained from here on name this as their base
         return model
-    return AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, use_safetensors=True, **SAFE)
+    options = dict(dtype=torch.float32, use_safetensors=True, output_loading_info=True, **SAFE)
+    model, found = AutoModelForCausalLM.from_pretrained(source, **options)
+    if missing := sorted(found["missing_keys"]):  # they would be random
+        raise GraceError(f"{source}: has no weights for {', '.join(missing[:3])}: give a whole causal language model")
+    return model

@@ -15,6 +15,7 @@ from evaluation.encoder import GraceEncoder
 
 def main():
     parser = make_parser(__doc__, batch=32)  # the default of mteb and sentence-transformers; the encoder has its budget
+    parser.add_argument("--repeats", type=int, default=5, help="rounds, after one to warm up [5]")
     parser.add_argument("--n", type=int, default=200, help="how many texts [200]")
     parser.add_argument("--tokens-per-batch", type=int, default=8192, help="of the encoder; more on a large GPU [8192]")
     args = fill_in(parser.parse_args())

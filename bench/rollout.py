@@ -15,7 +15,10 @@ from rollout import sample, uniforms
 
 
 def main():
-    args = fill_in(make_parser(__doc__).parse_args())
+    parser = make_parser(__doc__)
+    parser.add_argument("--rollouts", type=int, default=8, help="K, rationales per text [8]")
+    parser.add_argument("--repeats", type=int, default=5, help="rounds, after one to warm up [5]")
+    args = fill_in(parser.parse_args())
     policy = Policy.load(args.model, args.device, args.dtype, max_new_tokens=args.max_new_tokens)
     model, texts, K = load_library(args), make_texts(args.batch, policy, args.prompt_tokens), args.rollouts
     uniform = uniforms(0, args.batch, K, args.max_new_tokens, device=args.device)

@@ -115,6 +115,7 @@ def against_trl(ours, step, prompt_tokens, steps):
 
 def main():
     parser = make_parser(__doc__)
+    parser.add_argument("--rollouts", type=int, default=8, help="K, rationales per text [8]")
     parser.add_argument("--steps", type=int, default=5, help="steps after one to warm up [5]")
     parser.add_argument("--peer", choices=["trl", "loss"], help="take turns with another library, or with a loss")
     args, rest = parser.parse_known_args()

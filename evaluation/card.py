@@ -34,18 +34,10 @@ This model writes a *rationale* about a text before it embeds it: the embedding 
 (`{pooling}`), at unit length. It was trained by reward with GRACE (Sun et al., ICLR 2026,
 [arXiv 2510.04506](https://arxiv.org/abs/2510.04506)), starting from {base}.
 
-```python
-from sentence_transformers import SentenceTransformer
+{usage}
 
-model = SentenceTransformer("{name}", trust_remote_code=True)  # the folder, or its id on the hub
-vectors = model.encode(["a text", "another"])  # [2, D], unit length
-written = model.encode(["a text"], output_value=None)[0]["rationale_ids"]
-print(model.tokenizer.decode(written, skip_special_tokens=True))
-```
-
-Each text costs up to {max_new_tokens} tokens of writing; `model.encode(texts, rationale=False)` embeds the prompt alone. The
-flag lets sentence-transformers run `grace_module.py`, the one file in this folder that reads a text. As an ordinary causal
-language model the folder opens in transformers and vLLM.
+Each text costs up to {max_new_tokens} tokens of writing. As an ordinary causal language model the folder opens in transformers
+and vLLM.
 
 ## Scores
 
@@ -68,14 +60,39 @@ The instruction:
 {instruction}
 """
 
+USAGE = """```python
+from sentence_transformers import SentenceTransformer
+
+model = SentenceTransformer("{name}", trust_remote_code=True)  # the folder, or its id on the hub
+vectors = model.encode_document(["a text", "another"])  # [2, D], unit length
+found = model.encode_query(["what is searched for"]) @ vectors.T
+written = model.encode_query(["a text"], output_value=None)[0]["rationale_ids"]
+print(model.tokenizer.decode(written, skip_special_tokens=True))
+```
+
+`model.encode(texts, rationale=False)` embeds the prompt alone. The flag lets sentence-transformers run `grace_module.py`, the
+one file in this folder that reads a text."""
+OWN_USAGE = """```python
+from grace import GraceEncoder  # of the code that trained it; other libraries do not read texts as this model does
+
+model = GraceEncoder("{name}")
+vectors, written = model.encode(["a text", "another"]), model.rationales(["a text"])
+```"""
+
 
 def write_card(out):
-    """Write the three files of a finished run into its folder."""
-    copy = Path(sentence_transformer.__file__).read_text(encoding="utf-8")
-    entry = {"idx": 0, "name": "0", "path": "", "type": f"{sentence_transformer.COPY}.GraceModule"}
-    write_atomically(os.path.join(out, f"{sentence_transformer.COPY}.py"), copy)
-    write_atomically(os.path.join(out, "modules.json"), json.dumps([entry], indent=2))
+    """Write the card of a finished run into its folder, and, where the copy can read as the model does, the other two files."""
     write_atomically(os.path.join(out, "README.md"), build_card(out))
+    if opens_elsewhere(read_json(os.path.join(out, "summary.json"))["reading"]):
+        copy = Path(sentence_transformer.__file__).read_text(encoding="utf-8")
+        entry = {"idx": 0, "name": "0", "path": "", "type": f"{sentence_transformer.COPY}.GraceModule"}
+        write_atomically(os.path.join(out, f"{sentence_transformer.COPY}.py"), copy)
+        write_atomically(os.path.join(out, "modules.json"), json.dumps([entry], indent=2))
+
+
+def opens_elsewhere(reading):
+    """Whether sentence_transformer.py reads as a model of this reading does."""
+    return reading["pooling"] in sentence_transformer.POOLINGS and not reading["twice"]
 
 
 def build_card(out):
@@ -83,8 +100,10 @@ def build_card(out):
     summary, run = (read_json(os.path.join(out, name)) for name in ("summary.json", "run.json"))
     config, reading = summary["config"], summary["reading"]
     base, data = on_hub(config["model"]), on_hub(config["data"])
-    tags = "sentence-transformers, sentence-similarity, feature-extraction, grace"
-    metadata = ["library_name: sentence-transformers", "pipeline_tag: sentence-similarity", f"tags: [{tags}]"]
+    opens, name = opens_elsewhere(reading), os.path.basename(os.path.abspath(out))
+    library = "sentence-transformers" if opens else "transformers"
+    tags = f"{library}, sentence-similarity, feature-extraction, grace"
+    metadata = [f"library_name: {library}", "pipeline_tag: sentence-similarity", f"tags: [{tags}]"]
     metadata += [f"base_model: {base}"] if base else []
     metadata += [f"datasets: [{data.partition(':')[0]}]"] if data else []
     moments = [summary[moment] for moment in ("before", "after", "after_without_rationale")]
@@ -103,8 +122,9 @@ def build_card(out):
     settings = [f"`--no-{name}`" if x is False else f"`--{name}`" if x is True else f"`--{name} {x}`" for name, x in changed]
     return CARD.format(
         metadata="\n".join(metadata),
-        name=os.path.basename(os.path.abspath(out)),
+        name=name,
         out=out,
+        usage=(USAGE if opens else OWN_USAGE).format(name=name),
         base=f"[{base}](https://huggingface.co/{base})" if base else f"`{os.path.basename(os.path.abspath(config['model']))}`",
         pooling=reading["pooling"],
         max_new_tokens=reading["max_new_tokens"],

@@ -143,8 +143,10 @@ class GraceEncoder:
         self, model, cache=None, temperature=0.0, seed=0, rationale=True, tokens_per_batch=8192,
         device=None, dtype=None, progress=False, **reading,
     ):  # fmt: skip
-        if temperature < 0:
-            raise GraceError(f"temperature {temperature}: give 0 for greedy decoding, or more to sample")
+        if not 0 <= temperature < np.inf or seed < 0:
+            raise GraceError(
+                f"temperature {temperature}, seed {seed}: give 0 for greedy decoding, more to sample, by a seed >= 0"
+            )
         if not isinstance(model, Policy):
             model = Policy.load(model, pick_device(device), dtype, **reading).freeze()
         elif reading or device or dtype:
@@ -164,13 +166,16 @@ class GraceEncoder:
             "dtype": model.dtype,
         }
         source = model.model.name_or_path  # a hub id has an owner; a folder gets one
-        self.name = source if source.count("/") == 1 and not os.path.isdir(source) else f"grace/{os.path.basename(source)}"
+        self.name = source
+        if source.count("/") != 1 or os.path.isdir(source):
+            self.name = f"grace/{os.path.basename(os.path.abspath(source))}"
         self.revision = hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()[:16]
         self.path = ":memory:"
         if cache is not None:
             os.makedirs(cache, exist_ok=True)
             self.path = os.path.join(cache, f"{self.revision}.sqlite")
-        self.memory = sqlite3.connect(self.path, timeout=60)
+        # One thread at a time may use it, whichever that is: a web demo has threads of its own.
+        self.memory = sqlite3.connect(self.path, timeout=60, check_same_thread=False)
         self.memory.execute(
             "CREATE TABLE IF NOT EXISTS texts (key BLOB PRIMARY KEY, vector BLOB, rationale TEXT, cut INT, finished INT)"
         )
@@ -200,7 +205,8 @@ class GraceEncoder:
         if isinstance(texts, str):
             return self.encode([texts])[0]
         known = self._read(texts)
-        return np.stack([known[text][0] for text in texts])
+        none = np.zeros((0, self.policy.model.config.get_text_config().hidden_size), np.float32)
+        return np.stack([known[text][0] for text in texts]) if texts else none
 
     encode_query = encode
 

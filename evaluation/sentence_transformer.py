@@ -30,6 +30,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from transformers.utils import cached_file
 
 SETTINGS, COPY = "grace_config.json", "grace_module"
+POOLINGS = "mean", "halves"
 
 
 class GraceModule(torch.nn.Module):
@@ -48,7 +49,7 @@ class GraceModule(torch.nn.Module):
         self.model = AutoModelForCausalLM.from_pretrained(folder, **{"dtype": torch.float32, **(model_kwargs or {})}, **hub)
         with open(cached_file(folder, SETTINGS, **hub), encoding="utf-8") as file:
             self.reading = json.load(file)
-        if self.reading.get("pooling", "mean") not in ("mean", "halves"):
+        if self.reading.get("pooling", "mean") not in POOLINGS:
             raise ValueError(f"{folder}: pooling {self.reading['pooling']}; only mean and halves are read here")
         if self.reading.get("twice"):
             raise ValueError(f"{folder}: a text is read twice; here it is read once")

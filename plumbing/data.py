@@ -98,6 +98,8 @@ def _read_csv(path):
     try:
         for row in filter(None, reader):  # without blank lines
             names, end = names or row, reader.line_num
+            if len(set(names)) < len(names):
+                raise GraceError(f"{path}, line {end}: a name stands twice in the header")
             if len(row) != len(names):
                 raise GraceError(f"{path}, line {end}: has {len(row)} fields, the header {len(names)}")
             if row is not names:
@@ -221,9 +223,9 @@ def load_rows(config):
     texts = lambda row: {row[role].strip() for role in ("text", "query", "positive") if role in row}
     held_out = set().union(*map(texts, heldout))
     kept = [row for row in rows if held_out.isdisjoint(texts(row))]
-    left_out = f"{len(rows) - len(kept)} training rows are left out, because they share a text with a held-out row"
     if len(kept) < len(rows):
-        print(f"{config.data}: {left_out}")
+        lost = len(rows) - len(kept)
+        print(f"{config.data}: {lost} training rows are left out, because they share a text with a held-out row")
     if len(kept) < config.batch:
-        raise GraceError(f"{config.data}: {len(kept)} training rows are fewer than --batch {config.batch} ({left_out})")
+        raise GraceError(f"{config.data}: {len(kept)} training rows are fewer than --batch {config.batch}")
     return kept, heldout, graded

@@ -86,10 +86,13 @@ def write_atomically(path, text):
 
 
 def read_json(path):
-    """What a JSON file holds; None where there is no such file."""
+    """What a JSON file holds; None where there is no such file. Raises GraceError where it is damaged."""
     if os.path.isfile(path):
         with open(path) as file:
-            return json.load(file)
+            try:
+                return json.load(file)
+            except ValueError as error:
+                raise GraceError(f"{path}: cannot be read as JSON ({first_line(error)}): delete it") from error
 
 
 def read_metrics(path):
@@ -129,7 +132,7 @@ class Run:
     checkpoint   the folder to resume from, or None
     summary      of a run that --resume finds finished, or None
 
-    Raises GraceError, before anything is loaded, if --out holds a model or checkpoints, and neither --resume nor --overwrite
+    Raises GraceError, before anything is loaded, if --out holds a run or somebody's files, and neither --resume nor --overwrite
     says what becomes of them, or if --resume cannot continue what it holds. Nothing is deleted before `begin`.
     """
 
@@ -145,16 +148,16 @@ class Run:
         with _writing(f"--out {out}"):
             os.makedirs(out, exist_ok=True)
         self.checkpoint, self.summary = (checkpoints(out) or [None])[-1], read_json(self.path("summary.json"))
-        run, weights = self.checkpoint or self.summary, any(Path(out).glob("*.safetensors"))
-        if (run or weights) and not (config.resume or config.overwrite):
-            how = "a run: --resume continues it, " if run else "a model: "
-            raise GraceError(f"--out {out} holds {how}--overwrite starts anew, or give another folder")
+        run, known = self.checkpoint or self.summary, read_json(self.path("run.json"))
+        others = [path.name for pattern in (*RESULTS, "*.bin", "config.json") for path in Path(out).glob(pattern)]
+        if others and not known and not config.overwrite:
+            raise GraceError(f"--out {out} holds {others[0]}, which is of no run: give another folder, or --overwrite it")
+        if run and not (config.resume or config.overwrite):
+            raise GraceError(f"--out {out} holds a run: --resume continues it, --overwrite starts anew, or give another folder")
         if not config.resume:
             self.checkpoint = self.summary = None
         elif run:
-            config.must_match(read_json(self.path("run.json"))["config"])
-        elif weights:
-            raise GraceError(f"--out {out} holds a model and no checkpoint to resume from: --overwrite starts anew")
+            config.must_match(known["config"])
         if self.summary and config.steps > self.summary["config"]["steps"]:
             advice = f"for more steps start another run from it, with --model {out}"
             raise GraceError(f"--out {out} holds a finished run of {self.summary['config']['steps']} steps: {advice}")
@@ -169,7 +172,12 @@ class Run:
             if self.config.resume:
                 print(f"no checkpoint under {self.config.out} to resume from: starting at step 0")
             return False
-        state = torch.load(os.path.join(self.checkpoint, "trainer.pt"), map_location="cpu", weights_only=True)
+        try:
+            state = torch.load(os.path.join(self.checkpoint, "trainer.pt"), map_location="cpu", weights_only=True)
+        except Exception as error:  # each kind of damage raises its own
+            raise GraceError(f"{self.checkpoint}: cannot be read ({first_line(error)}): delete it, and resume again") from error
+        if self.config.steps < state["step"]:
+            raise GraceError(f"--steps {self.config.steps}: the run under {self.config.out} has made {state['step']} already")
         if state["progress"]["rows"] != digest(trainer.rows):
             raise GraceError(f"{self.checkpoint} is of a run on other rows than {self.config.data} has now: give those rows")
         trainer.optimizer.load_state_dict(state["optimizer"])

@@ -87,7 +87,7 @@ def read_run(out):
     Raises GraceError if no run is in this folder.
     """
     run = read_json(os.path.join(out, "run.json"))
-    if run is None:
+    if "config" not in (run or {}):
         raise GraceError(f"{out}: no run is here, or it has not evaluated its start yet")
     return run | (read_json(os.path.join(out, "summary.json")) or {}), read_metrics(os.path.join(out, "metrics.jsonl"))
 

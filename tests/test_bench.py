@@ -7,7 +7,7 @@ import pytest
 
 from policy import Policy
 
-SMALL = "--batch 4 --rollouts 2 --max-new-tokens 4 --prompt-tokens 20 --device cpu"
+SMALL = "--batch 4 --max-new-tokens 4 --prompt-tokens 20 --device cpu"
 
 
 @pytest.fixture
@@ -29,12 +29,12 @@ def bench(monkeypatch, tmp_path, capsys):
 
 @pytest.mark.parametrize("flags", ["--train-roles positive", "--mode unsupervised --recipe paper --minibatches 2"])
 def test_a_step_ends_with_its_seconds(bench, flags):
-    *_, last = bench("step.py", f"{flags} --steps 1").splitlines()
+    *_, last = bench("step.py", f"{flags} --rollouts 2 --steps 1").splitlines()
     assert re.fullmatch(r"step_s \d+\.\d+", last) and float(last.split()[1]) > 0
 
 
 def test_the_loss_computes_less(bench):
-    out = bench("step.py", "--train-roles query,positive --steps 1 --peer loss")
+    out = bench("step.py", "--rollouts 2 --train-roles query,positive --steps 1 --peer loss")
     ours, loss = (float(x) for x in re.findall(r"([\d.]+) Gflop", out))
     assert 0 < loss < ours
 
@@ -48,7 +48,7 @@ def test_prompts_are_as_long_as_asked(bench, tmp_path):
 
 
 def test_rollouts_have_two_peers(bench):
-    names = re.findall(r"^(\S.*?) +[\d.]+ s ", bench("rollout.py", "--repeats 1"), flags=re.M)
+    names = re.findall(r"^(\S.*?) +[\d.]+ s ", bench("rollout.py", "--rollouts 2 --repeats 1"), flags=re.M)
     assert names == ["rollout.py", "generate()", "generate() + forward"]
 
 

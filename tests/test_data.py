@@ -127,7 +127,7 @@ def test_no_training_row_shares_a_text_with_a_held_out_one(tmp_path, capsys):
     rows, _, _ = load_rows(supervised(tmp_path, pairs + others, heldout=heldout))
     assert [row["query"] for row in rows] == ["q0", "q1"]
     assert "3 training rows are left out, because they share a text with a held-out row" in capsys.readouterr().out
-    with pytest.raises(GraceError, match=r"1 training rows are fewer than --batch 2 \(3 training rows are left out"):
+    with pytest.raises(GraceError, match="1 training rows are fewer than --batch 2"):
         load_rows(supervised(tmp_path, pairs + others[:1], heldout=heldout))
     texts = [{"text": text} for text in ("\ta", "b", "c", "d")]
     rows, _, _ = load_rows(supervised(tmp_path, texts, heldout=heldout, mode="unsupervised"))
@@ -178,6 +178,7 @@ def test_a_wrong_row_is_named_by_its_line(tmp_path, row, message):
         ("x.jsonl", LINE + b'\n{"query": "caf\xe9", "positive": "b"}\n', ", line 3: query is not UTF-8, from its character 4"),
         ("x.json", b"[" + LINE, ": cannot be read"),
         ("x.csv", b"query,positive\na,b\n\na,b,c\n", ", line 4: has 3 fields, the header 2"),
+        ("x.csv", b"query,positive,positive\na,b,c\n", ", line 1: a name stands twice in the header"),
         ("x.csv", b'query,positive\na,"b\nb"\na,\n', ", line 4: positive is empty"),
         ("x.csv", b'query,positive\na,"b\nc,d\ne,f\n', ", line 2: cannot be read as csv"),
         ("x.csv", b'query,positive\n"a"b,c\nd,e\n', ", line 2: cannot be read as csv"),

@@ -2,7 +2,9 @@
 
 import copy
 import json
+import math
 import os
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ import eval_mteb_subset
 from evaluation import encoder as encoder_module
 from evaluation.encoder import GraceEncoder, encode_batch, encode_texts, fingerprint, text_loss, token_batches
 from evaluation.tasks import evaluate_triplets
+from plumbing.errors import GraceError
 from policy import Policy
 from pool import unit
 
@@ -93,6 +96,12 @@ def test_encoder_is_encode_texts(make_policy):
     np.testing.assert_allclose(vectors, expected.vectors, atol=1e-6)
     assert encoder.rationales(TEXTS) == expected.rationales and vectors.dtype == np.float32
     assert (encoder.encode(TEXTS[0]) == vectors[0]).all() and encoder.rationales(TEXTS[0]) == expected.rationales[0]
+    assert encoder.encode([]).shape == encoder.encode_document([]).shape == (0, vectors.shape[1])
+    with ThreadPoolExecutor(1) as pool:  # as a web demo calls it
+        assert (pool.submit(encoder.encode, TEXTS).result() == vectors).all()
+    for wrong in (dict(temperature=math.nan), dict(temperature=1.0, seed=-1)):
+        with pytest.raises(GraceError, match="give 0 for greedy decoding"):
+            GraceEncoder(policy, **wrong)
 
 
 def test_bfloat16_is_the_type_of_the_weights(tiny_world):
@@ -189,10 +198,13 @@ def test_the_command_line(tiny_world, tmp_path, capsys):
     assert record["texts"]["read"] > 0 and {"torch", "transformers", "numpy"} <= record["versions"].keys()
     (memory,) = (tmp_path / "cache").iterdir()
     memory.write_bytes(b"garbage" * 20)
-    with pytest.raises(SystemExit, match="cannot be used .*: delete it, or give another folder"):
+    with pytest.raises(SystemExit, match="cannot be used .*: make room, delete the file if it is damaged"):
         eval_mteb_subset.main(given)
     with pytest.raises(SystemExit, match="unknown task 'STS99'"):
         eval_mteb_subset.main([*given, "--tasks", "STS99"])
+    with pytest.raises(SystemExit, match="has no folder STS12, STS13: leave out"):
+        eval_mteb_subset.main([*given, "--tasks", "ToyPairs,STS12,STS13", "--out", str(tmp_path / "none.json")])
+    assert not (tmp_path / "none.json").exists()
 
 
 def test_the_papers_mean_stands_beside_all_sixteen():

@@ -187,6 +187,14 @@ def test_a_finished_folder_reads_itself(folder):
     np.testing.assert_allclose(vectors, GraceEncoder(str(folder), device="cpu").encode(texts), atol=1e-5)
 
 
+def test_a_folder_that_only_this_code_reads_says_so(folder):
+    summary = json.loads((folder / "summary.json").read_text())
+    summary["reading"]["twice"] = True
+    (folder / "summary.json").write_text(json.dumps(summary))
+    finish_page(folder)
+    assert "from grace import GraceEncoder" in (folder / "README.md").read_text() and not (folder / "modules.json").exists()
+
+
 def test_a_run_that_is_not_finished_has_no_card(folder):
     (folder / "summary.json").unlink()
     finish_page(folder)

@@ -7,6 +7,7 @@ import shutil
 import pytest
 import torch
 from conftest import build, weights
+from safetensors.torch import load_file, save_file
 
 from plumbing.errors import GraceError
 from policy import Policy
@@ -59,6 +60,8 @@ def test_saved_and_loaded(make_policy, tmp_path):
     (tmp_path / "grace_config.json").write_text('{"instruction": "x", "speed": 3}')
     with pytest.raises(GraceError, match="unknown setting speed"):
         Policy.load(str(tmp_path))
+    with pytest.raises(GraceError, match="dtype 'float16': give float32 or bfloat16"):
+        make_policy(dtype="float16")
 
 
 class Evil:
@@ -76,6 +79,15 @@ def folder(tiny_world, tmp_path):
     """A checkpoint folder to be damaged; beside it, nothing may appear when it is loaded."""
     yield shutil.copytree(tiny_world / "model", tmp_path / "model")
     assert os.listdir(tmp_path) == ["model"]
+
+
+def test_missing_weights(folder):
+    """They would be random: of a model saved without its head, or of a file that lost a layer."""
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.layers.1.mlp.down_proj.weight"]
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(GraceError, match="has no weights for model.layers.1.mlp.down_proj.weight: give a whole"):
+        Policy.load(str(folder))
 
 
 def test_no_pickle_is_read(folder):

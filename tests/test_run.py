@@ -4,7 +4,6 @@ import errno
 import itertools
 import json
 import os
-import pickle
 import random
 import shutil
 import signal
@@ -87,8 +86,9 @@ def test_refusals(tiny_world, finished_run, two_checkpoints, tmp_path):
     refused(r"is of another run \(clip_eps was 0.2, lr was 0.001\)", two_checkpoints, "--resume --lr 0.5 --clip-eps 0.1")
     shutil.copytree(tiny_world, tmp_path / "world")
     shutil.copytree(tiny_world / "model", tmp_path / "foreign")
-    refused("holds a model: --overwrite starts anew, or give", tmp_path / "foreign")
-    refused("holds a model and no checkpoint to resume from: --overwrite starts anew", tmp_path / "foreign", "--resume")
+    for flags in ((), ("--resume",)):
+        refused("holds model.safetensors, which is of no run: give another folder", tmp_path / "foreign", *flags)
+    refused("--steps 1: the run under .* has made 4 already", two_checkpoints, "--resume --steps 1")
     model = tmp_path / "world" / "model"
     for out in (model, model / "checkpoints" / ".."):
         refused("is where --model is: give another folder", out, f"--model {model} --overwrite")
@@ -270,6 +270,6 @@ def test_no_file_is_unpickled(tiny_world, two_checkpoints, tmp_path):
             return os.mkdir, (str(tmp_path / "was-here"),)
 
     torch.save({"step": Evil()}, os.path.join(checkpoints(two_checkpoints)[-1], "trainer.pt"))
-    with pytest.raises(pickle.UnpicklingError, match="Weights only"):
+    with pytest.raises(SystemExit, match="cannot be read .Weights only .*: delete it, and resume again"):
         grace.main(command(tiny_world, two_checkpoints, "--steps 6 --resume"))
     assert not (tmp_path / "was-here").exists()
