@@ -17,6 +17,7 @@ from safetensors.torch import load_file  # noqa: E402
 
 import grace  # noqa: E402
 from config import Config  # noqa: E402
+from course.tests.conftest import generator, rand, units  # noqa: E402, F401 (fixtures)
 from plumbing.run import Run  # noqa: E402
 from policy import Policy  # noqa: E402
 from pool import unit  # noqa: E402
@@ -94,11 +95,11 @@ def make_policy(tokenizer):
 def adapted(policy, rank):
     """The policy with adapters, away from where they start: there B is 0, and A has no gradient."""
     policy.adapt(rank, seed=0)
-    generator = torch.Generator().manual_seed(1)
+    draws = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for p in policy.model.parameters():
             if p.requires_grad:
-                p.copy_(torch.randn(p.shape, generator=generator) * 0.05)
+                p.copy_(torch.randn(p.shape, generator=draws) * 0.05)
     policy.follow()
     return policy
 

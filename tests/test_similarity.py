@@ -1,7 +1,6 @@
 """The in-batch similarity: the definition by a loop in float64, the tiles by the definition, the kernel by the tiles."""
 
 import importlib.util
-import math
 import os
 import subprocess
 import sys
@@ -10,6 +9,7 @@ import pytest
 import torch
 
 import similarity
+from course.tests.test_task4 import by_loop, test_no_tensor_of_the_table_s_size  # noqa: F401
 
 SHAPES = [(5, 3, 2, 40), (1, 4, 3, 8), (7, 8, 1, 100), (3, 1, 4, 17), (20, 5, 3, 70), (2, 33, 2, 16)]  # B, K, rows per group, D
 
@@ -23,22 +23,6 @@ def example(B, K, R, D, dtype=torch.float64):
         columns[:, 2] = columns[:, 1]
     same_text = torch.rand(B, B, generator=generator) < 0.2
     return rows, columns, same_text | same_text.T
-
-
-def by_loop(rows, columns, t, same_text):
-    """The four numbers of each row, written from their definition."""
-    (N, _), (B, K, _) = rows.shape, columns.shape
-    table = []
-    for n in range(N):
-        mine = n // (N // B)
-        s = [[sum(a * b for a, b in zip(rows[n].tolist(), c.tolist())) for c in group] for group in columns]
-        others = [g for g in range(B) if g != mine and not (same_text is not None and same_text[mine, g])]
-        lse = lambda xs: math.log(sum(math.exp(x / t) for x in xs)) if xs else -math.inf
-        table.append([
-            sum(s[mine]) / K, lse([sum(s[g]) / K for g in others]), lse([max(s[g]) for g in others]),
-            sum(max(s[g]) for g in others) / max(len(others), 1),
-        ])  # fmt: skip
-    return torch.tensor(table, dtype=torch.float64).T
 
 
 def by_definition(rows, columns, t, same_text):
@@ -74,25 +58,6 @@ def test_bfloat16_is_computed_in_float32():
     values, d_rows, _ = with_gradients(similarity.group_similarity, rows, columns)
     assert values.dtype == torch.float32 and d_rows.dtype == torch.bfloat16
     torch.testing.assert_close(values.double(), by_loop(rows.double(), columns.double(), 0.1, None), rtol=1e-5, atol=1e-5)
-
-
-def test_no_tensor_of_the_table_s_size(monkeypatch):
-    """N = 512 rows against 512 columns: what any operation returns, forward or backward, stays below a quarter of it."""
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    class Largest(TorchDispatchMode):
-        numel = 0
-
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            out = func(*args, **(kwargs or {}))
-            Largest.numel = max([Largest.numel, *(x.numel() for x in [out] if isinstance(x, torch.Tensor))])
-            return out
-
-    monkeypatch.setattr(similarity, "TABLE", 2**14)
-    rows, columns, _ = example(64, 8, 8, 16, torch.float32)
-    with Largest():
-        with_gradients(similarity.group_similarity, rows, columns)
-    assert 0 < Largest.numel <= 512 * 512 // 4
 
 
 # ---------------------------------------------------------------- the kernel
