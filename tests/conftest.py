@@ -134,11 +134,11 @@ def by_full_forward(policy, rollouts, n, k, temperature=1.0):
 
 
 def embedded(policy, text):
-    """One text, read alone: the mean of the states that count, and the log-probability of the tokens between them."""
+    """A text, read alone: the mean of the states that count, and the log-probability of its tokens, of both readings if two."""
     x = policy.template([text])
-    out, counted = policy.model(input_ids=x.ids, output_hidden_states=True), x.counted[0].bool()
+    out, counted, own = policy.model(input_ids=x.ids, output_hidden_states=True), x.counted[0].bool(), x.counted[0] | x.text[0]
     h = out.hidden_states[-1][0][counted].mean(0)
-    at = counted.nonzero()[1:, 0]
+    at = 1 + (own[1:] & own[:-1]).nonzero()[:, 0]
     logprob = torch.log_softmax(out.logits[0].double(), -1)[at - 1, x.ids[0, at]].mean()
     return h / h.norm(), logprob
 
