@@ -57,7 +57,6 @@ SMALL = {  # architecture: what its configuration needs beyond COMMON
     "GPT2": dict(n_embd=32, n_layer=3, n_head=4, n_positions=128),
     "Mpt": dict(d_model=32, n_layers=3, n_heads=4, max_seq_len=128),  # takes ALiBi distances from places in the row
 }
-ARCHITECTURES = ["Qwen2", "Qwen3", "Llama", "Gemma", "GPT2"]
 
 
 def build(architecture, vocab_size, seed=0, **overrides):

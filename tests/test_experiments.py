@@ -321,13 +321,8 @@ def test_ranks():
 
 def test_headroom_is_that_of_what_is_drawn(make_policy):
     """Ten queries, so that two parts are drawn, each against its own positive among all ten."""
-    policy, rows = (
-        make_policy(),
-        [
-            {"query": f"{TEXTS[i % 3]} {w}", "word": w}
-            for i, w in enumerate("old young tall rich quiet smart happy angry boat lamp".split())
-        ],
-    )
+    policy, words = make_policy(), "old young tall rich quiet smart happy angry boat lamp".split()
+    rows = [{"query": f"{TEXTS[i % 3]} {word}", "word": word} for i, word in enumerate(words)]
     positives = torch.nn.functional.normalize(torch.randn(10, 32, generator=torch.Generator().manual_seed(0)), dim=1)
     found, mean, best, named = real.headroom(policy, rows, positives.numpy(), 1.0, K=4), 0.0, 0.0, 0
     for first in (0, 8):

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from conftest import SMALL, TEXTS
+from conftest import TEXTS
 
 from rollout import sample, uniforms
 from speed import bfloat16, decode
@@ -16,7 +16,7 @@ from speed import bfloat16, decode
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
 
-@pytest.mark.parametrize("architecture", [a for a in SMALL if a not in ("Gemma2", "Mpt")])
+@pytest.mark.parametrize("architecture", ["Qwen3", "GPT2"])
 def test_packing_changes_nothing(make_policy, monkeypatch, architecture):
     """Prompts once or K times, rows left out at each token or rarely: what a PlainDecoder writes that never leaves any out."""
     policy = make_policy(architecture, double=True, max_new_tokens=14)
@@ -41,16 +41,10 @@ def test_packing_changes_nothing(make_policy, monkeypatch, architecture):
             sizes.clear()
             packed = written(make, look_every, leave_out_at)
             assert sizes[0] == 18 and min(sizes) <= 9
+            assert leave_out_at > 0.1 or any(size % 3 for size in sizes)  # groups are left out, too: three texts are not left
             assert torch.equal(packed.ids, plain.ids) and torch.equal(packed.finished, plain.finished)
             torch.testing.assert_close(packed.embeddings, plain.embeddings, rtol=0, atol=near)
             torch.testing.assert_close(packed.logprobs, plain.logprobs, rtol=near, atol=near)
-
-
-def test_pack():
-    writing = torch.tensor([[0, 1, 0], [0, 0, 0], [1, 0, 1]], dtype=torch.bool)
-    rows, groups = decode.pack(writing)
-    assert groups.tolist() == [0, 2]
-    assert rows.tolist() == [1, 0, 6, 8]  # as many rows per group as the busiest needs; those still writing first
 
 
 # ---------------------------------------------------------------- bfloat16
