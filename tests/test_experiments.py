@@ -179,27 +179,19 @@ def test_what_simcse_drops_is_a_function_of_seed_step_and_view(make_policy):
     assert not torch.equal(first, trainer.view(TEXTS, 0))
 
 
-@pytest.mark.parametrize("trainer", [Contrastive, ForcedContrastive, SimCSE])
-def test_a_loss_falls(make_policy, trainer):
-    rows, mode = (ROWS, "supervised") if trainer is not SimCSE else ([{"text": row["query"]} for row in ROWS], "unsupervised")
-    policy = make_policy()
-    trained = trainer(policy, start(policy), rows, config(mode=mode, lr_decay=True, steps=30, lr=1e-3))
-    losses = [trained.step()["loss"] for _ in range(30)]
-    assert sum(losses[-4:]) < 0.8 * sum(losses[:4])
-
-
 def test_what_is_forced_is_the_starts_longest_of_eight_that_ended(make_policy):
     policy = make_policy()
-    drawn, forced = rolled(policy, K=8, seed=7), longest(policy, TEXTS, 7)
+    drawn, forced = rolled(policy, K=8, seed=[0, 0, 5]), longest(policy, TEXTS, [0, 0, 5])
     assert drawn.finished.any(1).all() and not drawn.finished.all()  # so that ending matters
     for n, rationale in enumerate(forced.rationales()):
         ended = [r for r, finished in zip(drawn.rationales()[n], drawn.finished[n]) if finished]
         assert rationale == [max(ended, key=len)] and forced.finished[n]
     assert torch.allclose(forced.embeddings[0, 0], by_full_forward(policy, forced, 0, 0)[1], atol=1e-5)
     trainer = ForcedContrastive(policy, start(policy), ROWS, config(lr=1e-2, steps=3))
+    torch.testing.assert_close(trainer.embed(TEXTS)[0], forced.embeddings[:, 0])
     trainer.step()
-    assert torch.equal(longest(trainer.start, TEXTS, 7).ids, forced.ids)  # the policy moved, its start did not
-    assert not torch.equal(longest(policy, TEXTS, 7).ids, forced.ids)
+    assert torch.equal(longest(trainer.start, TEXTS, [0, 0, 5]).ids, forced.ids)  # the policy moved, its start did not
+    assert not torch.equal(longest(policy, TEXTS, [0, 0, 5]).ids, forced.ids)
 
 
 # ---------------------------------------------------------------- measurements

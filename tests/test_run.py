@@ -16,6 +16,7 @@ import pytest
 import torch
 from conftest import command, same
 from forked import before, ended, fork, send
+from test_policy import Evil
 
 import grace
 from plumbing.errors import GraceError
@@ -265,12 +266,7 @@ def test_a_full_disk(tiny_world, six_steps, two_checkpoints, monkeypatch, place,
 
 def test_no_file_is_unpickled(tiny_world, two_checkpoints, tmp_path):
     """A trainer.pt that would run code."""
-
-    class Evil:
-        def __reduce__(self):
-            return os.mkdir, (str(tmp_path / "was-here"),)
-
-    torch.save({"step": Evil()}, os.path.join(checkpoints(two_checkpoints)[-1], "trainer.pt"))
+    torch.save({"step": Evil(str(tmp_path / "was-here"))}, os.path.join(checkpoints(two_checkpoints)[-1], "trainer.pt"))
     with pytest.raises(pickle.UnpicklingError, match="Weights only"):
         grace.main(command(tiny_world, two_checkpoints, "--steps 6 --resume"))
     assert not (tmp_path / "was-here").exists()

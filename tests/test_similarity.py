@@ -40,7 +40,7 @@ def with_gradients(function, rows, columns, *more):
     return values, *torch.autograd.grad(total, (rows, columns))
 
 
-@pytest.mark.parametrize("block", [1, 100, 10**6])  # a row at a time, some rows, all of them
+@pytest.mark.parametrize("block", [1, 100])  # a row at a time; some rows, or all of them where there are few
 @pytest.mark.parametrize("shape", SHAPES)
 def test_values_and_gradients(shape, block, monkeypatch):
     """The definition against the loop and the tiles against the definition, with members that tie; and with shared texts."""
