@@ -1,10 +1,13 @@
 """What many tests share, built in place: tiny models, a tokenizer, a run. No test needs a network, a GPU or a download."""
 
 import copy
+import importlib.util
 import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -163,6 +166,16 @@ def weights(policy, network=None):
     """A copy of all of the policy's weights, or of another network's, as one vector."""
     return torch.cat([p.detach().flatten() for p in (network or policy.model).parameters()])
 
+
+def interpreted(script):
+    """What a script prints in Triton's interpreter: in a process of its own, because Triton reads the variable at import."""
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": "tests"}
+    ran = subprocess.run([sys.executable, "-W", "ignore", "-c", script], env=environment, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    return ran.stdout
+
+
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
 # ---------------------------------------------------------------- training
 

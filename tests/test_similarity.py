@@ -1,12 +1,8 @@
 """The in-batch similarity: the definition by a loop in float64, the tiles by the definition, the kernel by the tiles."""
 
-import importlib.util
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
+from conftest import interpreted, needs_triton
 
 import similarity
 from course.tests.test_task4 import by_loop, test_no_tensor_of_the_table_s_size  # noqa: F401
@@ -78,17 +74,9 @@ for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
 """
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+@needs_triton
 def test_kernel_in_the_interpreter():
-    """In a process of its own, because Triton reads TRITON_INTERPRET when it is imported."""
-    result = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", INTERPRETED],
-        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": "tests"},
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.count("equal") == len(SHAPES) + 1
+    assert interpreted(INTERPRETED).count("equal") == len(SHAPES) + 1
 
 
 @pytest.mark.cuda

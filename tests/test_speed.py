@@ -1,19 +1,13 @@
 """speed/: decoding with prompts kept once, and without the rows that have ended, gives the numbers of the plain way."""
 
 import copy
-import importlib.util
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
-from conftest import TEXTS
+from conftest import TEXTS, interpreted, needs_triton
 
 from rollout import sample, uniforms
 from speed import bfloat16, decode
-
-needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
 
 @pytest.mark.parametrize("architecture", ["Qwen3", "GPT2"])
@@ -117,10 +111,8 @@ print("fits")
 
 @needs_triton
 def test_the_fused_attention_in_the_interpreter():
-    """It is the plain one. In a process of its own, because Triton reads TRITON_INTERPRET when it is imported."""
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": "."}
-    result = subprocess.run([sys.executable, "-c", INTERPRETED], env=environment, capture_output=True, text=True)
-    assert result.stdout.count("equal") == 3 and "fits" in result.stdout, result.stderr
+    """It is the plain one."""
+    assert interpreted(INTERPRETED).split() == ["equal"] * 3 + ["fits"]
 
 
 @needs_triton
