@@ -45,6 +45,7 @@ def test_infonce_of_each_role(units, M, same_text):
             "positive": infonce_by_loop(p, q, t, None, mined, same_text),
             "text": infonce_by_loop(text, text, t, None, mined, same_text, leave_one_out=True),
         }
+        close(reward.infonce(q, p, t, n, same_text, mined), expected["query"])
         if M:
             expected["negative"] = outranked_by_loop(n, q, p, t, mined)
         for role, values in expected.items():
