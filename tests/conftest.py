@@ -1,10 +1,13 @@
 """What many tests share, built in place: tiny models, a tokenizer, a run. No test needs a network, a GPU or a download."""
 
 import copy
+import importlib.util
 import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -17,6 +20,7 @@ from safetensors.torch import load_file  # noqa: E402
 
 import grace  # noqa: E402
 from config import Config  # noqa: E402
+from course.tests.conftest import generator, rand, units  # noqa: E402, F401 (fixtures)
 from plumbing.run import Run  # noqa: E402
 from policy import Policy  # noqa: E402
 from pool import unit  # noqa: E402
@@ -56,7 +60,6 @@ SMALL = {  # architecture: what its configuration needs beyond COMMON
     "GPT2": dict(n_embd=32, n_layer=3, n_head=4, n_positions=128),
     "Mpt": dict(d_model=32, n_layers=3, n_heads=4, max_seq_len=128),  # takes ALiBi distances from places in the row
 }
-ARCHITECTURES = ["Qwen2", "Qwen3", "Llama", "Gemma", "GPT2"]
 
 
 def build(architecture, vocab_size, seed=0, **overrides):
@@ -94,11 +97,11 @@ def make_policy(tokenizer):
 def adapted(policy, rank):
     """The policy with adapters, away from where they start: there B is 0, and A has no gradient."""
     policy.adapt(rank, seed=0)
-    generator = torch.Generator().manual_seed(1)
+    draws = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for p in policy.model.parameters():
             if p.requires_grad:
-                p.copy_(torch.randn(p.shape, generator=generator) * 0.05)
+                p.copy_(torch.randn(p.shape, generator=draws) * 0.05)
     policy.follow()
     return policy
 
@@ -133,11 +136,11 @@ def by_full_forward(policy, rollouts, n, k, temperature=1.0):
 
 
 def embedded(policy, text):
-    """One text, read alone: the mean of the states that count, and the log-probability of the tokens between them."""
+    """A text, read alone: the mean of the states that count, and the log-probability of its tokens, of both readings if two."""
     x = policy.template([text])
-    out, counted = policy.model(input_ids=x.ids, output_hidden_states=True), x.counted[0].bool()
+    out, counted, own = policy.model(input_ids=x.ids, output_hidden_states=True), x.counted[0].bool(), x.counted[0] | x.text[0]
     h = out.hidden_states[-1][0][counted].mean(0)
-    at = counted.nonzero()[1:, 0]
+    at = 1 + (own[1:] & own[:-1]).nonzero()[:, 0]
     logprob = torch.log_softmax(out.logits[0].double(), -1)[at - 1, x.ids[0, at]].mean()
     return h / h.norm(), logprob
 
@@ -163,6 +166,16 @@ def weights(policy, network=None):
     """A copy of all of the policy's weights, or of another network's, as one vector."""
     return torch.cat([p.detach().flatten() for p in (network or policy.model).parameters()])
 
+
+def interpreted(script):
+    """What a script prints in Triton's interpreter: in a process of its own, because Triton reads the variable at import."""
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": "tests"}
+    ran = subprocess.run([sys.executable, "-W", "ignore", "-c", script], env=environment, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    return ran.stdout
+
+
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
 # ---------------------------------------------------------------- training
 

@@ -1,6 +1,7 @@
 """The pages lead to code: every name, flag, link and test in them exists, and both recipes have the values that they say."""
 
 import dataclasses
+import importlib
 import re
 import shlex
 from pathlib import Path
@@ -43,9 +44,9 @@ def test_commands_select_tests():
     commands = re.findall(r'bash test\.sh (tests/\w+\.py) -k (?:"([^"]+)"|(\w+))', pages)
     assert len(commands) > 30
     for path, quoted, word in commands:
-        tests = re.findall(r"^ *def (test_\w+)", (ROOT / path).read_text(encoding="utf-8"), flags=re.M)
+        tests = dir(importlib.import_module(Path(path).stem))  # those that it takes from the course, too
         for part in (quoted or word).split(" or "):
-            assert any(part in test for test in tests), f"{path} -k {part}"
+            assert any(name.startswith("test_") and part in name for name in tests), f"{path} -k {part}"
 
 
 def test_every_equation_and_experiment_has_a_row():

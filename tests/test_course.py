@@ -59,13 +59,10 @@ def test_the_handout_has_a_page_per_task_with_its_functions_and_points():
     for task, (of, file, names) in TASKS.items():
         page = next(p for p in pages if p.strip().startswith(f"## {task.capitalize().replace('sk', 'sk ')}"))
         assert all(f"`{name}`" in page for name in (file, *names)) and f"({of} points)" in page
-        assert of == sum(map(int, re.findall(r"points\((\d+)\)", read(HERE, f"tests/test_{task}.py"))))
         assert task == "bonus" or f"**Question {task[4:]}.** (5 points)" in page
         for name in names:
             lines = [line.strip() for line in take(read(ROOT, file), name)]
             assert task == "bonus" or sum(bool(x) and x[0] != "#" for x in lines) <= 25, f"{name} is long for an exercise"
-    assert "70 for code, 30 for written answers, 10 for the bonus" in pages[0]
-    assert re.findall(r"^## Question (\d)", read(HERE, "answers.md"), re.M) == list("123456")
 
 
 def test_mutants_are_caught_and_other_right_solutions_pass():

@@ -143,12 +143,6 @@ def test_missing_sources(source):
         read_triplets(source)
 
 
-@pytest.mark.parametrize("name", ["x.jsonl", "x.csv", "x.txt"])
-def test_empty_files(tmp_path, name):
-    with pytest.raises(GraceError, match=f"{name}: no rows, the file is empty"):
-        read_texts(write(tmp_path / name, "\n\n"))
-
-
 @pytest.mark.parametrize(
     "row, message",
     [
@@ -184,6 +178,7 @@ def test_a_wrong_row_is_named_by_its_line(tmp_path, row, message):
         ("x.csv", b'query,positive\n"a"b,c\nd,e\n', ", line 2: cannot be read as csv"),
         ("x.csv", b"query,positive\ncaf\xe9,b\n", ", line 2: query is not UTF-8"),
         ("x.xlsx", b"x", ": unknown format '.xlsx'"),
+        *((f"x.{kind}", b"\n\n", ": no rows, the file is empty") for kind in ("jsonl", "csv", "txt")),
     ],
 )
 def test_a_broken_line_is_named(tmp_path, name, content, message):

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
-from conftest import TEXTS
+from conftest import TEXTS, embedded
 
 import eval_mteb_subset
 from evaluation import encoder as encoder_module
@@ -17,7 +17,6 @@ from evaluation.encoder import GraceEncoder, encode_batch, encode_texts, fingerp
 from evaluation.tasks import evaluate_triplets
 from plumbing.errors import GraceError
 from policy import Policy
-from pool import unit
 
 # ---------------------------------------------------------------- in batches
 
@@ -46,17 +45,6 @@ def test_token_batches(make_policy):
     for batch in batches:
         prompts = policy.template(batch, share=False)
         assert len(batch) == 1 or len(batch) * (prompts.ids.shape[1] + policy.reading.max_new_tokens) <= 2 * 300
-
-
-def test_without_rationale(make_policy):
-    """The prompt alone, pooled."""
-    policy = make_policy()
-    x = policy.template(TEXTS[:1])
-    with torch.no_grad():
-        states = policy.model.base_model(input_ids=x.ids).last_hidden_state[0][x.counted[0].bool()]
-    encoder = GraceEncoder(policy, rationale=False)
-    np.testing.assert_allclose(encoder.encode(TEXTS[:1])[0], unit(states.mean(0)), rtol=1e-5, atol=1e-5)
-    assert encoder.rationales(TEXTS) == [""] * 3 and encoder.counts["unfinished"] == 0
 
 
 def test_text_loss(make_policy):
@@ -96,6 +84,9 @@ def test_encoder_is_encode_texts(make_policy):
     np.testing.assert_allclose(vectors, expected.vectors, atol=1e-6)
     assert encoder.rationales(TEXTS) == expected.rationales and vectors.dtype == np.float32
     assert (encoder.encode(TEXTS[0]) == vectors[0]).all() and encoder.rationales(TEXTS[0]) == expected.rationales[0]
+    bare = GraceEncoder(policy, rationale=False)
+    np.testing.assert_allclose(bare.encode(TEXTS[:1])[0], embedded(policy, TEXTS[0])[0].detach(), rtol=1e-5, atol=1e-5)
+    assert bare.rationales(TEXTS) == [""] * 3 and bare.counts["unfinished"] == 0
     assert encoder.encode([]).shape == encoder.encode_document([]).shape == (0, vectors.shape[1])
     with ThreadPoolExecutor(1) as pool:  # as a web demo calls it
         assert (pool.submit(encoder.encode, TEXTS).result() == vectors).all()
@@ -133,23 +124,17 @@ def test_documents_may_be_read_alone(make_policy):
     assert (encoder.encode_document(TEXTS) == bare).all() and not np.allclose(encoder.encode_query(TEXTS), bare, atol=1e-3)
     writes = GraceEncoder(make_policy())
     assert (writes.encode_document(TEXTS) == writes.encode(TEXTS)).all()
-    rows = [{"query": one, "positive": two, "negative": []} for one, two in zip(TEXTS, TEXTS[1:] + TEXTS[:1])]
-    found = [text for row in rows for text in (row["positive"],)]
-    scores = encoder.encode_query([row["query"] for row in rows]) @ encoder.encode_document(found).T
-    top1 = np.mean(scores.argmax(1) == np.arange(len(rows)))
-    assert evaluate_triplets(policy, rows)["top1"] == top1
+    positives = TEXTS[1:] + TEXTS[:1]
+    right = (encoder.encode_query(TEXTS) @ encoder.encode_document(positives).T).argmax(1) == np.arange(3)
+    rows = [{"query": one, "positive": two, "negative": []} for one, two in zip(TEXTS, positives)]
+    assert evaluate_triplets(policy, rows)["top1"] == right.mean()
 
 
 def test_another_reading_is_another_memory(make_policy, read, tmp_path):
     policies = [make_policy(), make_policy(seed=1), make_policy(max_new_tokens=3), make_policy(pooling="eos")]
     for policy in [*policies, policies[0].reads(twice=True)]:
         GraceEncoder(policy, cache=tmp_path).encode(TEXTS[:1])
-    for more in (
-        {"rationale": False},
-        {"temperature": 1.0},
-        {"temperature": 0.5},
-        {"temperature": 1.0, "seed": 1},
-    ):
+    for more in ({"rationale": False}, {"temperature": 1.0}, {"temperature": 0.5}, {"temperature": 1.0, "seed": 1}):
         GraceEncoder(policies[0], cache=tmp_path, **more).encode(TEXTS[:1])
     assert len(read) == 9 and len(os.listdir(tmp_path)) == 9
 

@@ -135,9 +135,9 @@ def test_without_grpo_only_the_pathwise_term_has_a_gradient(make_policy, pathwis
     assert (trainer.step()["grad_norm"] > 0) == (pathwise > 0)
 
 
-@pytest.mark.parametrize("text_weight", [0.0, 2.0])
-def test_the_contrastive_loss_and_its_gradient(make_policy, text_weight):
-    policy = make_policy(double=True)
+@pytest.mark.parametrize("text_weight, twice", [(0.0, False), (2.0, False), (2.0, True)])
+def test_the_contrastive_loss_and_its_gradient(make_policy, text_weight, twice):
+    policy = make_policy(double=True, max_position_embeddings=256).reads(twice=twice)
     trainer, batch = Contrastive(policy, None, ROWS, config(text_weight=text_weight, infonce_temperature=0.3)), make_batch(ROWS)
     by_role = {role: [embedded(policy, text) for text in batch.texts[role]] for role in batch.texts}
     terms = infonce_terms(*([h for h, _ in by_role[role]] for role in ("query", "positive", "negative")), 0.3)
@@ -147,25 +147,6 @@ def test_the_contrastive_loss_and_its_gradient(make_policy, text_weight):
     weight = policy.model.model.layers[0].mlp.down_proj.weight
     mine, theirs = (torch.autograd.grad(x, weight)[0] for x in (loss, expected))
     torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-8)  # norms and rotations are float32 inside
-
-
-def test_the_loss_over_texts_read_twice(make_policy):
-    """The mean over the second reading, and a text term over both, of prompts that are written out by hand."""
-    policy = make_policy(double=True, max_position_embeddings=256)
-    trainer = Contrastive(policy.reads(twice=True), None, ROWS, config(text_weight=2.0, infonce_temperature=0.3))
-    batch = make_batch(ROWS)
-    by_role, logprobs = {role: [] for role in batch.texts}, []
-    for role, text in ((role, text) for role, texts in batch.texts.items() for text in texts):
-        x, n = policy.template([text]), len(text.split())
-        prefix, rest = x.ids[0].split([5, n + 1])  # the tokenizer has a token per word
-        ids = torch.cat([prefix, rest[:n], rest])[None]
-        out = policy.model(input_ids=ids, output_hidden_states=True)
-        h = out.hidden_states[-1][0, 5 + n :].mean(0)
-        by_role[role].append(h / h.norm())
-        given = torch.log_softmax(out.logits[0, 5:-1].double(), -1)
-        logprobs.append(given.gather(1, ids[0, 6:, None]).mean())
-    expected = -infonce_terms(*by_role.values(), 0.3).mean() - 2.0 * torch.stack(logprobs).mean()
-    assert trainer.loss(batch).item() == pytest.approx(expected.item(), rel=1e-6)
 
 
 def simcse(policy):
@@ -198,27 +179,19 @@ def test_what_simcse_drops_is_a_function_of_seed_step_and_view(make_policy):
     assert not torch.equal(first, trainer.view(TEXTS, 0))
 
 
-@pytest.mark.parametrize("trainer", [Contrastive, ForcedContrastive, SimCSE])
-def test_a_loss_falls(make_policy, trainer):
-    rows, mode = (ROWS, "supervised") if trainer is not SimCSE else ([{"text": row["query"]} for row in ROWS], "unsupervised")
-    policy = make_policy()
-    trained = trainer(policy, start(policy), rows, config(mode=mode, lr_decay=True, steps=30, lr=1e-3))
-    losses = [trained.step()["loss"] for _ in range(30)]
-    assert sum(losses[-4:]) < 0.8 * sum(losses[:4])
-
-
 def test_what_is_forced_is_the_starts_longest_of_eight_that_ended(make_policy):
     policy = make_policy()
-    drawn, forced = rolled(policy, K=8, seed=7), longest(policy, TEXTS, 7)
+    drawn, forced = rolled(policy, K=8, seed=[0, 0, 5]), longest(policy, TEXTS, [0, 0, 5])
     assert drawn.finished.any(1).all() and not drawn.finished.all()  # so that ending matters
     for n, rationale in enumerate(forced.rationales()):
         ended = [r for r, finished in zip(drawn.rationales()[n], drawn.finished[n]) if finished]
         assert rationale == [max(ended, key=len)] and forced.finished[n]
     assert torch.allclose(forced.embeddings[0, 0], by_full_forward(policy, forced, 0, 0)[1], atol=1e-5)
     trainer = ForcedContrastive(policy, start(policy), ROWS, config(lr=1e-2, steps=3))
+    torch.testing.assert_close(trainer.embed(TEXTS)[0], forced.embeddings[:, 0])
     trainer.step()
-    assert torch.equal(longest(trainer.start, TEXTS, 7).ids, forced.ids)  # the policy moved, its start did not
-    assert not torch.equal(longest(policy, TEXTS, 7).ids, forced.ids)
+    assert torch.equal(longest(trainer.start, TEXTS, [0, 0, 5]).ids, forced.ids)  # the policy moved, its start did not
+    assert not torch.equal(longest(policy, TEXTS, [0, 0, 5]).ids, forced.ids)
 
 
 # ---------------------------------------------------------------- measurements
@@ -273,18 +246,6 @@ def test_another_instruction_is_followed_or_not(make_policy):
 
 
 # ---------------------------------------------------------------- records and the page
-
-
-def test_tables_show_both_ways_of_every_trained_row():
-    rows = {
-        label: [{"after": {"ndcg_at_10": a}, "after_without_rationale": {"ndcg_at_10": b}} for a, b in pairs]
-        for label, pairs in (("Base", [(0.5, 0.1)]), ("SimCSE", [(0.9, 0.6), (0.7, 0.75)]), ("GRACE", [(0.2, 0.7)]))
-    }
-    assert page.plain(rows, ["ndcg_at_10", "finished"])[2:] == [
-        "| Base |  | 0.100 | – |",
-        "| SimCSE | **0.800 (0.700 to 0.900)** | 0.675 (0.600 to 0.750) | – |",
-        "| GRACE | 0.200 | **0.700** | – |",
-    ]
 
 
 def test_every_table_has_its_records_and_every_record_a_table():
@@ -352,13 +313,8 @@ def test_ranks():
 
 def test_headroom_is_that_of_what_is_drawn(make_policy):
     """Ten queries, so that two parts are drawn, each against its own positive among all ten."""
-    policy, rows = (
-        make_policy(),
-        [
-            {"query": f"{TEXTS[i % 3]} {w}", "word": w}
-            for i, w in enumerate("old young tall rich quiet smart happy angry boat lamp".split())
-        ],
-    )
+    policy, words = make_policy(), "old young tall rich quiet smart happy angry boat lamp".split()
+    rows = [{"query": f"{TEXTS[i % 3]} {word}", "word": word} for i, word in enumerate(words)]
     positives = torch.nn.functional.normalize(torch.randn(10, 32, generator=torch.Generator().manual_seed(0)), dim=1)
     found, mean, best, named = real.headroom(policy, rows, positives.numpy(), 1.0, K=4), 0.0, 0.0, 0
     for first in (0, 8):

@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from conftest import ARCHITECTURES, TEXTS, build
+from conftest import TEXTS, build
 
 import grace
 from evaluation.encoder import encode_texts
@@ -20,8 +20,7 @@ from worlds.make import CHAT_TEMPLATE, SPECIAL_TOKENS
 A, B = TEXTS[0], "near the woods the furious physician purchased the lamp around noon ."
 
 
-@pytest.mark.parametrize("pooling", POOLS)
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture, pooling", [("Qwen3", "mean"), ("GPT2", "mean"), *(("Llama", how) for how in POOLS)])
 def test_shares_sum_to_the_cosine(make_policy, architecture, pooling):
     policy = make_policy(architecture, pooling=pooling)
     texts = [*TEXTS, "", B]

@@ -1,6 +1,7 @@
 """Adapters against the same network with W + (alpha / R) B A in its weights; what is trained and saved, and what is refused.
 
-That a step with adapters has ratio 1, and the gradient that it should have, is in test_grace.py.
+That a step with adapters has ratio 1, and the gradient that it should have, is in test_grace.py; that a run with them is
+resumed exactly, in test_run.py.
 """
 
 import copy
@@ -13,13 +14,12 @@ import peft
 import pytest
 import torch
 import transformers
-from conftest import ROWS, adapted, command, config, rolled, same, weights
+from conftest import ROWS, adapted, command, config, rolled, weights
 from safetensors.torch import load_file, save_file
 from test_policy import Evil
 
 import grace
 from plumbing.errors import GraceError
-from plumbing.run import checkpoints
 from policy import Policy
 from rollout import score
 from speed.lora import ALPHA
@@ -98,27 +98,6 @@ def lora_run(tiny_world, no_page, tmp_path_factory):
         patch.chdir(tiny_world)
         grace.main(command(tiny_world, out, "--model model --lora 2 --lr 0.02"))
     return out
-
-
-class Stopped(grace.Trainer):
-    """By Ctrl-C in its third step."""
-
-    def step(self):
-        if self.step_number == 2:
-            raise KeyboardInterrupt
-        return super().step()
-
-
-def test_resumed_is_never_stopped(tiny_world, lora_run, tmp_path):
-    arguments = command(tiny_world, tmp_path, "--lora 2 --lr 0.02")
-    with pytest.raises(SystemExit):
-        grace.main(arguments, Stopped)
-    newest = checkpoints(tmp_path)[-1]
-    assert not os.path.exists(os.path.join(newest, "model.safetensors"))  # adapters alone
-    grace.main([*arguments, "--resume"])
-    same(lora_run, tmp_path)
-    one, two = (load_file(out / "adapter" / "adapter_model.safetensors") for out in (lora_run, tmp_path))
-    assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
 
 
 def test_what_a_run_leaves(tiny_world, lora_run, tmp_path, monkeypatch):

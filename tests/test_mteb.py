@@ -32,7 +32,6 @@ def test_scores_are_mtebs(tmp_path, monkeypatch, encode, seed):
         encoder = SimpleNamespace(encode=encode, encode_document=encode, name="grace/synthetic", revision="1")
         theirs = mteb.evaluate(mteb_encoder(encoder), [task], cache=None)[0].get_score()
         assert ours[name]["main_score"] == pytest.approx(theirs, abs=TOLERANCE.get(TASKS[name].family, 1e-5)), name
-        print(f"{name:30} {ours[name]['main_score']:.6f} {theirs:.6f}")
 
 
 def test_mtebs_own_check(make_policy):

@@ -38,17 +38,6 @@ def test_captured_equals_full_forward(make_policy, architecture, pooling):
                     torch.testing.assert_close(captured.embeddings[n, k], h, **close)
 
 
-def test_rows_end_at_any_end_token(make_policy):
-    policy = make_policy(max_new_tokens=6)
-    assert len(policy.end_ids) > 20
-    rollouts = rolled(policy, K=8)
-    assert rollouts.finished.any() and not rollouts.finished.all()
-    for ids, mask, finished in zip(rollouts.ids.flatten(0, 1), rollouts.mask.flatten(0, 1), rollouts.finished.flatten()):
-        ends = torch.isin(ids[mask.bool()], policy.end_ids)
-        assert not ends[:-1].any() and bool(ends[-1]) == bool(finished)  # the end token is kept, and is last
-        assert finished or int(mask.sum()) == 6
-
-
 @pytest.mark.parametrize("V", [7, 110, 512])
 def test_a_draw_follows_the_softmax(V):
     """Over 100,000 draws (chi-square, four standard deviations); what cannot be drawn never is; greedy is the largest."""

@@ -15,6 +15,7 @@ import pytest
 import torch
 from conftest import command, same
 from forked import before, ended, fork, send
+from test_policy import Evil
 
 import grace
 from plumbing.errors import GraceError
@@ -145,7 +146,7 @@ def test_each_step_goes_to_a_tracker(tiny_world, finished_run, tmp_path, monkeyp
 # ---------------------------------------------------------------- stopped and resumed
 
 
-@pytest.mark.parametrize("more", ["--lr-decay --minibatches 2", "--recipe paper --mode unsupervised"])
+@pytest.mark.parametrize("more", ["--lr-decay --minibatches 2 --lora 2", "--recipe paper --mode unsupervised"])
 def test_resumed_is_never_stopped(tiny_world, tmp_path, monkeypatch, more):
     """By an evaluation that fails, where a batch crosses into the next pass over the data."""
     name = "texts" if "unsupervised" in more else "train"
@@ -162,6 +163,7 @@ def test_resumed_is_never_stopped(tiny_world, tmp_path, monkeypatch, more):
         patched.setattr(grace, "evaluate_heldout", before(grace.evaluate_heldout, nth(2), fail))
         grace.main(arguments(out))
     assert saved(out) == [1, 2]
+    assert os.path.exists(f"{checkpoints(out)[-1]}/model.safetensors") == ("lora" not in more)  # adapters alone
     with open(out / "metrics.jsonl", "a") as file:
         file.write('{"step": 3}\n{"step": 4, "rew')  # lines of no checkpoint, one of them torn
     torch.rand(3), random.random()  # nothing may depend on what else was drawn
@@ -264,12 +266,7 @@ def test_a_full_disk(tiny_world, six_steps, two_checkpoints, monkeypatch, place,
 
 def test_no_file_is_unpickled(tiny_world, two_checkpoints, tmp_path):
     """A trainer.pt that would run code."""
-
-    class Evil:
-        def __reduce__(self):
-            return os.mkdir, (str(tmp_path / "was-here"),)
-
-    torch.save({"step": Evil()}, os.path.join(checkpoints(two_checkpoints)[-1], "trainer.pt"))
+    torch.save({"step": Evil(str(tmp_path / "was-here"))}, os.path.join(checkpoints(two_checkpoints)[-1], "trainer.pt"))
     with pytest.raises(SystemExit, match="cannot be read .Weights only .*: delete it, and resume again"):
         grace.main(command(tiny_world, two_checkpoints, "--steps 6 --resume"))
     assert not (tmp_path / "was-here").exists()

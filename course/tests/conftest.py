@@ -9,11 +9,8 @@ A task's tests use no other task's functions: where the code under test needs on
 import collections
 import os
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("TRITON_INTERPRET", "1")  # the bonus runs on a CPU
-
-import pytest  # noqa: E402
-import torch  # noqa: E402
+import pytest
+import torch
 
 
 def pytest_addoption(parser):
@@ -21,6 +18,8 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # the bonus runs on a CPU
     config.addinivalue_line("markers", "points(n): what this test is worth")
 
 
@@ -48,7 +47,7 @@ def pytest_terminal_summary(terminalreporter):
 
 @pytest.fixture
 def generator(request):
-    return torch.Generator().manual_seed(request.config.getoption("--hidden-seed"))
+    return torch.Generator().manual_seed(request.config.getoption("--hidden-seed", 0))
 
 
 @pytest.fixture

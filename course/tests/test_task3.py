@@ -54,32 +54,28 @@ def test_eq14_consistency(units, B, K, M, D):
     close(reward.consistency(p), [[sum(others(i, k)) / max(K - 1, 1) for k in range(K)] for i in range(B)])
 
 
-@pytest.mark.points(2)
+@pytest.mark.points(3)
 @SIZES
-def test_eq15_hard_negative(units, B, K, M, D):
-    """A batch of one has no other instance: 0, not NaN."""
-    q, p = units(B, D), units(B, K, D)
-    nearest = lambda i: [max(dot(q[i], x) for x in p[j]) for j in range(B) if j != i]
-    close(reward.hard_negative(q, p), [-sum(nearest(i)) / max(B - 1, 1) for i in range(B)])
+@pytest.mark.parametrize("share", [False, True])
+def test_eq15_hard_negative(units, B, K, M, D, share):
+    """Of a batch of one there is no other instance: 0, not NaN. Instances that share a text are not others of each other."""
+    q, p, same_text = units(B, D), units(B, K, D), torch.eye(B, dtype=torch.bool)
+    if share:
+        same_text[0, -1] = same_text[-1, 0] = True
+    nearest = [[max(dot(q[i], x) for x in p[j]) for j in range(B) if not same_text[i, j]] for i in range(B)]
+    close(reward.hard_negative(q, p, same_text if share else None), [-sum(xs) / max(len(xs), 1) for xs in nearest])
 
 
-@pytest.mark.points(1)
-def test_instances_that_share_a_text_are_not_negatives(units):
-    q, p = units(3, 4), units(3, 2, 4)
-    same_text = torch.eye(3, dtype=torch.bool)
-    same_text[0, 1] = same_text[1, 0] = True
-    expected = -max(dot(q[0], x) for x in p[2])
-    close(reward.hard_negative(q, p, same_text)[0], expected)
-
-
-def infonce_by_loop(q, p, t, negatives, mined):
+def infonce_by_loop(q, p, t, negatives, mined, same_text=None, leave_one_out=False):
     pick = max if mined else (lambda xs: sum(xs) / len(xs))
     table = []
     for i in range(len(q)):
         row = []
-        for x in q[i]:
-            own = sum(dot(x, c) for c in p[i]) / len(p[i])
-            others = [pick([dot(x, c) for c in p[j]]) for j in range(len(p)) if j != i]
+        for k, x in enumerate(q[i]):
+            mates = [dot(x, c) for l, c in enumerate(p[i]) if not (leave_one_out and l == k)]
+            own = sum(mates) / len(mates)
+            apart = [j for j in range(len(p)) if j != i and not (same_text is not None and same_text[i, j])]
+            others = [pick([dot(x, c) for c in p[j]]) for j in apart]
             others += [pick([dot(x, c) for c in group]) for group in (negatives[i] if negatives is not None else [])]
             row.append(own / t - math.log(sum(math.exp(s / t) for s in [own, *others])))
         table.append(row)
@@ -102,7 +98,7 @@ def test_infonce_of_one_pair_is_0_and_a_small_temperature_does_not_overflow(unit
 
 
 @pytest.mark.points(1)
-def test_eq16_and_eq17(rand):
+def test_total_and_scale_are_eq16_and_eq17(rand):
     parts = {name: rand(2, 3) for name in ("contrastive", "consistency", "hard")}
     whole = reward.total(parts, 0.2, 0.5)
     torch.testing.assert_close(whole, parts["contrastive"] + 0.2 * parts["consistency"] + 0.5 * parts["hard"])

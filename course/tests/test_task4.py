@@ -85,7 +85,7 @@ def test_without_another_group_no_gradient_is_nan(example):
 
 
 @pytest.mark.points(1)
-def test_the_whole_table_is_never_held(units, monkeypatch):
+def test_no_tensor_of_the_table_s_size(units, monkeypatch):
     monkeypatch.setattr(similarity, "TABLE", 1000)
     largest = 0
 

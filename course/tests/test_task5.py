@@ -11,7 +11,7 @@ def close(actual, expected):
 
 
 @pytest.mark.points(1)
-def test_eq18_advantages(rand):
+def test_advantages_are_eq18(rand):
     R = rand(5, 4) * torch.tensor([[1e-3], [1.0], [10.0], [1.0], [0.0]], dtype=torch.float64)
     before = R.clone()
     close(grace.advantages(R), [[float(x) - sum(map(float, row)) / 4 for x in row] for row in R])
@@ -19,7 +19,7 @@ def test_eq18_advantages(rand):
 
 
 @pytest.mark.points(1)
-def test_eq7_with_the_standard_deviation(rand):
+def test_normalized_advantages_are_eq7(rand):
     R = rand(5, 4)
     expected = (R - R.mean(1, keepdim=True)) / R.std(1, keepdim=True, correction=0)
     torch.testing.assert_close(grace.advantages(R, normalize=True), expected, rtol=1e-3, atol=1e-3)
@@ -63,7 +63,7 @@ def test_masked_mean(batch):
 @pytest.mark.points(3)
 @pytest.mark.parametrize("by_length", [True, False])
 @pytest.mark.parametrize("low, high", [(0.2, None), (0.1, 0.3)])
-def test_eq8_clipped_objective(batch, by_length, low, high):
+def test_clipped_objective_is_eq8(batch, by_length, low, high):
     logprobs, old, A, mask = batch
     value = grace.clipped_objective(logprobs, old, A, mask, low, by_length, high)
     close(value, eq8_by_loop(logprobs, old, A, mask, low, high or low, by_length))
