@@ -34,13 +34,9 @@ computes h(theta) anyway, and since g is fixed the term splits over micro-batche
 GradCache, Gao et al. 2021). `--pathwise c` weights it; 0 is the paper. `--prompt-weight c` adds such a term for what the
 prompt embeds without a rationale, in both recipes 0: it teaches the same checkpoint to embed without writing, too.
 
-When is the sum of both terms proportional to the exact gradient? Where a rollout's reward depends on its own embedding
-alone: fixed anchors (Eq. 12), no consistency term, and under the paper's reward lambda2 = 0, because Eq. 15 is the same
-for a whole group and so enters g but no advantage. Then, with log-probabilities summed over tokens
-(`--no-length-normalize`) and c = (K-1)/K, the factor is (K-1)/K: a group mean that includes the rollout itself shrinks
-the first term by it. (Anchors depend on theta as well; both terms hold them constant.) Where rollouts enter each other's
-rewards, as queries and positives do here, an advantage credits a rollout with its own reward only, while g covers all of
-them; there, c only weights the two terms against each other.
+The sum of both terms is (K-1)/K times the exact gradient where a rollout's reward depends on its own embedding alone and
+c = (K-1)/K (all conditions: derivation 2 in docs/companion.md); elsewhere, as in the full recipe, c only weights the terms
+against each other.
 
 Departures from the paper's equations, each a setting, all undone by `--recipe paper`. (Five differences from the
 released run remain: see the end of docs/companion.md.)
@@ -110,7 +106,7 @@ def masked_mean(x, mask):
 def clipped_objective(logprobs, old_logprobs, advantage, mask, clip_eps, length_normalize=True, clip_high=None):
     """Eq. 8, to be maximised. `[N, K, T], [N, K, T], [N, K], [N, K, T] -> [N, K]`.
 
-    With one optimizer step per batch the ratio is 1 everywhere, nothing is clipped, and the gradient is
+    With one optimizer step per batch the ratio is 1 up to rounding: in float32 nothing is clipped, and the gradient is
     Eq. 19's. From the second step on, `min` takes a token out of the gradient once its ratio has
     moved past 1 +- eps in the direction the advantage wants; a move the other way is never clipped.
     clip_high: another eps upwards. length_normalize=False: the sum over tokens, not their mean.

@@ -18,8 +18,7 @@ Departures from the paper, and why:
 1. Under Eq. 18 a group's advantages are its rewards less their mean, so whatever is the same for
    all K rollouts of a group cannot teach. That holds for the negative term of Eq. 13 and all of
    Eq. 15: they look at q, d- and other instances, never at rollout k. What is left rewards being
-   similar, to everything. (One exception: where Eq. 28 overwrites some rewards of a group, the part
-   that the others share decides how much finishing is worth.) In the InfoNCE reward every term
+   similar, to everything (docs/companion.md, derivation 1). In the InfoNCE reward every term
    depends on k, and raising all similarities alike leaves it unchanged.
 2. Eq. 28 replaces a truncated rollout's reward by -gamma. Where rewards lie below -gamma that is a
    bonus. `length_penalty` subtracts gamma by default; it can also replace, as the paper does.

@@ -2,13 +2,13 @@
 # GRACE from nothing to a trained encoder, as a story. Two CPU cores and no model hub are enough.
 #
 #   bash train.sh                       the town, a world in which thinking pays   about 8 minutes
-#   bash train.sh paper                 the same world by the paper's recipe       about 4 minutes
+#   bash train.sh paper                 the same world by the paper's recipe       about 4 minutes, 1 where the town is built
 #   bash train.sh events                a world in which naming is enough          about 4 minutes
 #   bash train.sh chat                  a real chat model, SmolLM2-135M            about half an hour
 #   bash train.sh supervised [MODEL]    a larger one on triplets, from the hub, on one GPU
 #   bash train.sh unsupervised [MODEL]  the same on plain sentences
 #
-# SEED=1 bash train.sh                  another world, warm start and training
+# SEED=1 bash train.sh                  other texts, warm start and training; the town's map stays
 # RECIPE=paper bash train.sh supervised the paper's equations, on a real model
 # DATA=my.jsonl bash train.sh chat                       your own rows (see plumbing/data.py for the formats)
 # DATA=my.jsonl bash train.sh supervised my-model/       your own rows and model
@@ -80,7 +80,7 @@ case "$what" in
     ;;
   paper)
     out=${OUT:-runs/toy-paper}
-    settings=(--recipe paper --steps 100 --lr 5e-4 --eval-every 25)
+    settings=(--recipe paper --lr-decay --steps 100 --lr 5e-4 --eval-every 25)
     ;;
   events)
     out=${OUT:-runs/events}

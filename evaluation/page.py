@@ -29,7 +29,7 @@ SCORES = {  # score: its name, what it is, and 1 where more is better, -1 where 
 }
 CURVES = {  # metric: its name, and what it says
     "reward": ("reward", "What a rationale earns."),
-    "reward_std": ("spread within groups", "Where all rollouts of a text earn the same, there is nothing to learn from."),
+    "reward_std": ("spread within groups", "Where all rollouts of a text earn the same, GRPO learns nothing."),
     "length": ("length", "Tokens per rationale."),
     "truncated": ("truncated", "Share of rationales that reach the limit without an end token."),
     "distinct_texts": ("distinct between texts", "Share of rationales that differ; near 0, all texts get the same one."),

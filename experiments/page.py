@@ -148,7 +148,7 @@ def tried(rows):
     return markdown(["", "what was tried, and the best nDCG@10"], lines, ["---", "---"])
 
 
-FORMS = {"ladder": by_steps, "town_table6": along, "table6": along, "figure3": grid, "search": tried}
+FORMS = {"ladder": by_steps, "town_table6": along, "figure3": grid, "search": tried}
 
 
 # ---------------------------------------------------------------- the page

@@ -198,7 +198,6 @@ TABLES = {
         {name: NAME_SHORT | dict(trainer=name, pathwise=0.0, length_normalize=True, minibatches=4) for name in RIVALS},
         (*SCORES, *NAMED, "distinct", "words"),
     ),
-    "table6": Table(some(SUPERVISED, PAPERS, REWARD_ALONE, BEST) | {f"unsupervised, {VIEWS}": UNSUPERVISED[VIEWS]}, seeds=(0,)),
     "figure3": Table(GRID),
     "figure6": Table(POOLINGS, (*SCORES, "text loss", "recall")),
     "figure7": Table(SIZES),

@@ -52,8 +52,8 @@ SIGNS = [
      "a batch moves the policy far. Try a lower --lr, fewer --minibatches"),
     ("clipped", "clip_fraction", lambda a, b, T: b["clip_fraction"] > 0.3,
      "much of a batch is not learned from. Try a lower --lr, fewer --minibatches"),
-    # In float32 some 1e-5; in bfloat16 0.6 to 1.0 for the token that is hit hardest: its logits are rounded, too.
-    ("first ratio off 1", "first_ratio_off", lambda a, b, T: b["first_ratio_off"] > 1,
+    # In float32 some 1e-5. In bfloat16, for the token hit hardest, up to about 3 in a step and 1 in the mean over steps.
+    ("first ratio off 1", "first_ratio_off", lambda a, b, T: b["first_ratio_off"] > 2,
      "the update does not compute what was sampled. Try --dtype float32"),
 ]  # fmt: skip
 

@@ -55,7 +55,7 @@ def bad_signs(**end):
         (dict(effective_rank=5.0), "effective rank"), (dict(length=16.0, truncated=0.1), "length"),
         (dict(truncated=0.5), "truncated"), (dict(empty=0.9), "empty rationales"), (dict(kl_start=2.0), "KL to the start"),
         (dict(approx_kl=0.2), "KL of one batch"), (dict(clip_fraction=0.6), "clipped"),
-        (dict(first_ratio_off=1.5), "first ratio off 1"), (dict(heldout_ndcg_at_10=0.3), "held-out nDCG@10"),
+        (dict(first_ratio_off=2.5), "first ratio off 1"), (dict(heldout_ndcg_at_10=0.3), "held-out nDCG@10"),
     ],
 )  # fmt: skip
 def test_each_sign_alone(end, sign):
