@@ -108,9 +108,13 @@ def evaluate(args):
     """Run the chosen tasks; print each as it comes, and write `--out` anew."""
     chosen, start, results = choose_tasks(",".join(args.tasks)), time.time(), {}
     # What is missing, or cannot be written, is noticed now, not after hours.
-    if absent := [name for name in chosen if args.data_dir and not os.path.isdir(os.path.join(args.data_dir, name))]:
-        raise GraceError(f"--data-dir {args.data_dir} has no folder {', '.join(absent)}: leave out these --tasks")
+    here = [name for name in TASKS if not args.data_dir or os.path.isdir(os.path.join(args.data_dir, name))]
+    if absent := [name for name in chosen if name not in here]:
+        has = ", ".join(here) or "none"
+        raise GraceError(f"--data-dir {args.data_dir} has no folder {absent[0]}; of the tasks it has {has}")
     if args.out:
+        if os.path.isdir(args.out):
+            raise GraceError(f"--out {args.out} is a folder: give a file")
         os.makedirs(os.path.dirname(args.out) or ".", exist_ok=True)
         write_atomically(f"{args.out}.tmp", "")
         os.remove(f"{args.out}.tmp")
@@ -124,6 +128,7 @@ def evaluate(args):
         print(f"{name}: {100 * results[name]['main_score']:.2f}  ({results[name]['seconds']:.1f} s)", flush=True)
         record = {
             "model": args.model,
+            "chosen": chosen,
             "tasks": results,
             "means": means(results),
             "settings": encoder.settings,

@@ -275,7 +275,7 @@ class Trainer:
 
 def micro_batches(rollouts, groups, budget):
     """This rank's share of the groups, by length, in micro-batches that hold `budget` padded tokens at most (or one group)."""
-    prompts, rationales = rollouts.prompt_mask.sum(1) - rollouts.n_shared, rollouts.mask.sum(-1).amax(1)
+    prompts, rationales = rollouts.prompt_mask.sum(1) - rollouts.n_shared, rollouts.mask.sum(-1).amax(1).clamp(min=1)
     tokens = torch.stack([prompts, rollouts.ids.shape[1] * rationales]).cpu()  # [2, N]
     order = tokens.sum(0)[groups.cpu()].argsort(stable=True)
     part = []

@@ -89,7 +89,8 @@ class Policy:
                     settings = dict(json.load(file))
             if unknown := settings.keys() - {f.name for f in dataclasses.fields(Reading)}:
                 raise GraceError(f"{path}: unknown setting {', '.join(sorted(unknown))}")
-            reading = Reading(**settings | {k: v for k, v in reading.items() if v is not None})
+            own = Reading(**settings)
+        reading = dataclasses.replace(own, **{k: v for k, v in reading.items() if v is not None})
         model = model.to(device)
         return cls(model, tokenizer, reading, dtype or ("bfloat16" if bfloat16.pays(model) else "float32"))
 

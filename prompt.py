@@ -184,14 +184,13 @@ class PromptTemplate:
         for text, (ids, offsets) in zip(texts, self.encode(texts)):
             # The tokenizer says which characters each token covers, so what counts is exact: a token
             # that straddles a boundary holds some of the text, and counts as text.
-            tokens = [
-                (sum(stop <= start for _, stop in offsets), sum(first < end for first, _ in offsets))
-                for start, end in self.readings(text)
-            ]
-            row, lost = self._shorten(ids, tokens)
-            (n_instruction, n_read), (n_uncounted, _) = tokens[0], tokens[-1]
+            readings = self.readings(text)
+            before = [sum(stop <= start for _, stop in offsets) for start, _ in readings]
+            inside = [sum(stop <= end for _, stop in offsets) for _, end in readings]  # up to the last token that is text alone
+            n_read = sum(first < readings[0][1] for first, _ in offsets)
+            row, lost = self._shorten(ids, list(zip(before, inside)))
             rows.append(row)
-            marks.append((len(row), n_instruction, n_read - lost, n_uncounted - lost * (len(tokens) - 1)))
+            marks.append((len(row), before[0], n_read - lost, before[-1] - lost * (len(readings) - 1)))
             cut.append(lost > 0)
         instructions = [row[: mark[1]] for row, mark in zip(rows, marks)]
         shared = os.path.commonprefix(instructions) if share and self.shares_instruction else []

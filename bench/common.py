@@ -49,7 +49,7 @@ def make_parser(description, **defaults):
 def fill_in(args):
     """Settles what depends on other flags: the compute type, and the folder of the model."""
     args.dtype = args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32")
-    args.model = args.model or write_model(args.shape, os.path.join("runs", "bench", args.shape))
+    args.model = args.model or write_model(args.shape, os.path.join("runs", "bench", f"llama-{args.shape}"))
     return args
 
 

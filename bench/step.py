@@ -22,13 +22,19 @@ import tempfile
 import torch
 import transformers
 from common import clock, fill_in, forward, make_parser, make_texts, show, show_machine
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 import grace
 from config import parse
 from experiments.baselines import Contrastive
 from policy import load_policies
 from rollout import make_batch
+
+aten = torch.ops.aten
+ATTENTION = {  # torch has no count for its own attention on a CPU
+    aten._scaled_dot_product_flash_attention_for_cpu: lambda *x, **_: sdpa_flop_count(*x[:3]),
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda *x, **_: sdpa_backward_flop_count(*x[:4]),
+}
 
 
 class Side:
@@ -38,7 +44,7 @@ class Side:
     """
 
     def __init__(self, device):
-        self.device, self.seconds, self.counter = device, [], FlopCounterMode(display=False)
+        self.device, self.seconds, self.counter = device, [], FlopCounterMode(display=False, custom_mapping=ATTENTION)
 
     def __enter__(self):
         if self.device == "cpu" and not self.seconds:

@@ -168,7 +168,7 @@ class GraceEncoder:
         source = model.model.name_or_path  # a hub id has an owner; a folder gets one
         self.name = source
         if source.count("/") != 1 or os.path.isdir(source):
-            self.name = f"grace/{os.path.basename(os.path.abspath(source))}"
+            self.name = f"grace/{os.path.basename(source.rstrip('/'))}"
         self.revision = hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()[:16]
         self.path = ":memory:"
         if cache is not None:
@@ -206,7 +206,7 @@ class GraceEncoder:
             return self.encode([texts])[0]
         known = self._read(texts)
         none = np.zeros((0, self.policy.model.config.get_text_config().hidden_size), np.float32)
-        return np.stack([known[text][0] for text in texts]) if texts else none
+        return np.stack([known[text][0] for text in texts]) if len(texts) else none
 
     encode_query = encode
 

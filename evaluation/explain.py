@@ -100,10 +100,11 @@ def _prompt_words(template, text, n_counted):
     ((_, offsets),) = template.encode([text])
     *_, (first, last) = template.readings(text)
     offsets = [(start, end) for start, end in offsets if end > first]
-    n_after = sum(start >= last for start, _ in offsets)
-    in_text = offsets[: n_counted - n_after]  # a long text has lost its end, and a token may straddle a boundary
-    yield from _words(string, [(max(start, first), min(end, last)) for start, end in in_text], "text")
-    yield from _words(string, offsets[len(offsets) - n_after :], "template")
+    lost, inside = len(offsets) - n_counted, sum(end <= last for _, end in offsets)
+    offsets = offsets[: inside - lost] + offsets[inside:]  # a long text has lost its end, but for a token that straddles it
+    in_text = [(max(start, first), min(end, last)) for start, end in offsets if start < last]
+    yield from _words(string, in_text, "text")
+    yield from _words(string, [(start, end) for start, end in offsets if start >= last], "template")
 
 
 def _rationale_words(tokenizer, ids):

@@ -97,9 +97,10 @@ def _read_csv(path):
     reader, names, end = csv.reader((line for _, line in _lines(path)), strict=True), None, 0
     try:
         for row in filter(None, reader):  # without blank lines
-            names, end = names or row, reader.line_num
-            if len(set(names)) < len(names):
-                raise GraceError(f"{path}, line {end}: a name stands twice in the header")
+            end = reader.line_num
+            if names is None and (twice := [name for name in row if name and row.count(name) > 1]):
+                raise GraceError(f"{path}, line {end}: {twice[0]!r} stands twice in the header: rename one of them")
+            names = names or row
             if len(row) != len(names):
                 raise GraceError(f"{path}, line {end}: has {len(row)} fields, the header {len(names)}")
             if row is not names:

@@ -92,7 +92,7 @@ def read_json(path):
             try:
                 return json.load(file)
             except ValueError as error:
-                raise GraceError(f"{path}: cannot be read as JSON ({first_line(error)}): delete it") from error
+                raise GraceError(f"{path}: cannot be read as JSON ({first_line(error)}); --overwrite starts anew") from error
 
 
 def read_metrics(path):
@@ -121,8 +121,10 @@ def digest(rows):
 # ---------------------------------------------------------------- one run
 
 # Of an earlier run: what --overwrite deletes, beside the files that the new run replaces at once.
+WEIGHTS = "*.safetensors*", "adapter"
 RESULTS = (
-    "checkpoints", "summary.json", "*.safetensors*", "adapter", "report.html", "README.md", "not_finite_step_*", "run.json",
+    *WEIGHTS, "checkpoints", "summary.json", "report.html", "README.md", "modules.json", "grace_module.py", "not_finite_step_*",
+    "run.json",
 )  # fmt: skip
 
 
@@ -147,17 +149,21 @@ class Run:
             raise GraceError(f"--out {out} is where --model is: give another folder")
         with _writing(f"--out {out}"):
             os.makedirs(out, exist_ok=True)
-        self.checkpoint, self.summary = (checkpoints(out) or [None])[-1], read_json(self.path("summary.json"))
-        run, known = self.checkpoint or self.summary, read_json(self.path("run.json"))
-        others = [path.name for pattern in (*RESULTS, "*.bin", "config.json") for path in Path(out).glob(pattern)]
-        if others and not known and not config.overwrite:
-            raise GraceError(f"--out {out} holds {others[0]}, which is of no run: give another folder, or --overwrite it")
-        if run and not (config.resume or config.overwrite):
-            raise GraceError(f"--out {out} holds a run: --resume continues it, --overwrite starts anew, or give another folder")
-        if not config.resume:
-            self.checkpoint = self.summary = None
-        elif run:
-            config.must_match(known["config"])
+        self.checkpoint = self.summary = None
+        if config.overwrite:
+            return
+        checkpoint, summary = (checkpoints(out) or [None])[-1], read_json(self.path("summary.json"))
+        settings = (read_json(self.path("run.json")) or {}).get("config")
+        kept = WEIGHTS if settings else (*RESULTS, "*.bin", "config.json")  # what a run may not replace unasked
+        found = [path.name for pattern in kept for path in Path(out).glob(pattern)]
+        if found and not (settings and (checkpoint or summary)):
+            raise GraceError(f"--out {out} holds {found[0]}, which is of no run: give another folder, or --overwrite it")
+        if checkpoint or summary:
+            if not config.resume:
+                advice = "--resume continues it, --overwrite starts anew, or give another folder"
+                raise GraceError(f"--out {out} holds a run: {advice}")
+            config.must_match(settings)
+        self.checkpoint, self.summary = checkpoint, summary
         if self.summary and config.steps > self.summary["config"]["steps"]:
             advice = f"for more steps start another run from it, with --model {out}"
             raise GraceError(f"--out {out} holds a finished run of {self.summary['config']['steps']} steps: {advice}")

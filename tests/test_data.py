@@ -172,7 +172,7 @@ def test_a_wrong_row_is_named_by_its_line(tmp_path, row, message):
         ("x.jsonl", LINE + b'\n{"query": "caf\xe9", "positive": "b"}\n', ", line 3: query is not UTF-8, from its character 4"),
         ("x.json", b"[" + LINE, ": cannot be read"),
         ("x.csv", b"query,positive\na,b\n\na,b,c\n", ", line 4: has 3 fields, the header 2"),
-        ("x.csv", b"query,positive,positive\na,b,c\n", ", line 1: a name stands twice in the header"),
+        ("x.csv", b"query,positive,positive\na,b,c\n", ", line 1: 'positive' stands twice in the header"),
         ("x.csv", b'query,positive\na,"b\nb"\na,\n', ", line 4: positive is empty"),
         ("x.csv", b'query,positive\na,"b\nc,d\ne,f\n', ", line 2: cannot be read as csv"),
         ("x.csv", b'query,positive\n"a"b,c\nd,e\n', ", line 2: cannot be read as csv"),

@@ -51,8 +51,8 @@ def byte_tokenizer():
     from transformers import PreTrainedTokenizerFast
 
     symbols = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocab = {s: i for i, s in enumerate([*symbols, "ĊĊ", "th", "the"])}
-    core = Tokenizer(models.BPE(vocab=vocab, merges=[("Ċ", "Ċ"), ("t", "h"), ("th", "e")]))
+    vocab = {s: i for i, s in enumerate([*symbols, "ĊĊ", "th", "the", ".ĊĊ"])}
+    core = Tokenizer(models.BPE(vocab=vocab, merges=[("Ċ", "Ċ"), ("t", "h"), ("th", "e"), (".", "ĊĊ")]))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     core.decoder = decoders.ByteLevel()
     core.add_special_tokens([AddedToken("<|im_start|>", special=True), AddedToken("<|im_end|>", special=True)])
@@ -162,6 +162,9 @@ def test_a_text_over_the_limit_that_is_read_twice(byte_tokenizer):
         second, rest = counted.split("<|im_end|>")
         assert x.cut.tolist() == [True, False] and x.mask[0].sum() in (99, 100)
         assert text == second == "a" + (len(text) - 1) * "b" and f"user\n{text}\n\n{text}<|im_end|>{rest}" in whole
+    x = policy.template(["a" + 80 * "b" + "."])  # its full stop and the blank line are one token, which stays
+    text, second = decoded(policy, x, x.text)[0], decoded(policy, x, x.counted)[0].split("<|im_end|>")[0]
+    assert text == second[:-1] + ".\n\n" and f"user\n{text}{second}<|im_end|>" in decoded(policy, x, x.mask)[0]
     full = int(policy.template([""]).mask.sum())
     with pytest.raises(GraceError, match="leaves no room for a text"):
         byte_policy(byte_tokenizer, twice=True, max_prompt_tokens=full).template(["a" + 80 * "b"])
