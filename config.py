@@ -131,10 +131,13 @@ class Config:
         if self.resume and self.overwrite:
             raise GraceError("--resume continues a run and --overwrite starts anew: give one of them")
 
-    def check_groups(self, M, reading):
-        """Raises GraceError if a batch of instances with M negatives cannot be shared out, or if none of its roles writes."""
+    def check_roles(self, reading):
+        """Raises GraceError if, by the checkpoint's reading, none of the trained roles writes a rationale."""
         if reading.documents == "prompt" and not {"query", "text"} & set(self.roles):
             raise GraceError(f"documents are read by their prompts, so --train-roles {self.train_roles} has to have query")
+
+    def check_groups(self, M):
+        """Raises GraceError if the groups of a batch, whose instances have M negatives, cannot be shared out."""
         if "negative" in self.roles and M == 0:
             raise GraceError(f"--train-roles {self.train_roles}: the rows have no negatives")
         groups = self.batch * sum(M if role == "negative" else 1 for role in self.roles)

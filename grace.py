@@ -303,8 +303,9 @@ def train(config, make_trainer=Trainer):
         print(f"{config.out}: finished, after {run.summary['config']['steps']} steps\n\n{show_summary(run.summary)}")
         return run.summary
     rows, heldout, graded = load_rows(config)
+    config.check_groups(len(rows[0].get("negative", [])))
     policy, reference = load_policies(config, run.checkpoint)
-    config.check_groups(len(rows[0].get("negative", [])), policy.reading)
+    config.check_roles(policy.reading)
     trainer = make_trainer(policy, reference, rows, config)
     print(
         f"{len(rows)} training rows ({len(rows[0].get('negative', []))} negatives each), {len(heldout)} held-out, "

@@ -119,6 +119,16 @@ def against_trl(ours, step, prompt_tokens, steps):
     return side
 
 
+def against_loss(loss, step, steps):
+    """Steps of a trainer with a loss, with a call of `step` after each. `-> Side`."""
+    side = Side(loss.config.device)
+    for _ in range(steps):
+        with side:
+            loss.step()
+        step()
+    return side
+
+
 def main():
     parser = make_parser(__doc__)
     parser.add_argument("--rollouts", type=int, default=8, help="K, rationales per text [8]")
@@ -136,17 +146,14 @@ def main():
 
     if args.peer == "trl":
         sides["TRL"] = against_trl(trainer, step, args.prompt_tokens, args.steps + 1)
+    elif args.peer == "loss":
+        sides["InfoNCE as a loss"] = against_loss(make_trainer(args, flags, Contrastive), step, args.steps + 1)
     else:
-        loss = make_trainer(args, flags, Contrastive) if args.peer else None
-        sides |= {"InfoNCE as a loss": Side(args.device)} if loss else {}
         for _ in range(args.steps + 1):
             step()
-            if loss:
-                with sides["InfoNCE as a loss"]:
-                    loss.step()
-    seconds = {name: side.seconds[1:] for name, side in sides.items()}
-    total, (sampled, length) = statistics.median(seconds["grace.py"]), map(statistics.median, zip(*rows[1:]))
-    print(f"B = {args.batch}, K = {args.rollouts}, {length:.1f} tokens per rationale")
+    seconds, (sampling, lengths) = {name: side.seconds[1:] for name, side in sides.items()}, zip(*rows[1:])
+    total, sampled = statistics.median(seconds["grace.py"]), statistics.median(sampling)
+    print(f"B = {args.batch}, K = {args.rollouts}, {statistics.mean(lengths):.1f} tokens per rationale")
     print(f"sampling {sampled:.4f} s, reward and update {total - sampled:.4f} s")
     if args.device != "cpu" and not args.peer:
         print(f"peak memory {torch.cuda.max_memory_allocated() / 1e9:.1f} GB")

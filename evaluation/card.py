@@ -83,16 +83,11 @@ vectors, written = model.encode(["a text", "another"]), model.rationales(["a tex
 def write_card(out):
     """Write the card of a finished run into its folder, and, where the copy can read as the model does, the other two files."""
     write_atomically(os.path.join(out, "README.md"), build_card(out))
-    if opens_elsewhere(read_json(os.path.join(out, "summary.json"))["reading"]):
+    if not sentence_transformer.unreadable(read_json(os.path.join(out, "summary.json"))["reading"]):
         copy = Path(sentence_transformer.__file__).read_text(encoding="utf-8")
         entry = {"idx": 0, "name": "0", "path": "", "type": f"{sentence_transformer.COPY}.GraceModule"}
         write_atomically(os.path.join(out, f"{sentence_transformer.COPY}.py"), copy)
         write_atomically(os.path.join(out, "modules.json"), json.dumps([entry], indent=2))
-
-
-def opens_elsewhere(reading):
-    """Whether sentence_transformer.py reads as a model of this reading does."""
-    return reading["pooling"] in sentence_transformer.POOLINGS and not reading["twice"]
 
 
 def build_card(out):
@@ -100,7 +95,7 @@ def build_card(out):
     summary, run = (read_json(os.path.join(out, name)) for name in ("summary.json", "run.json"))
     config, reading = summary["config"], summary["reading"]
     base, data = on_hub(config["model"]), on_hub(config["data"])
-    opens, name = opens_elsewhere(reading), os.path.basename(os.path.abspath(out))
+    opens, name = not sentence_transformer.unreadable(reading), os.path.basename(os.path.abspath(out))
     library = "sentence-transformers" if opens else "transformers"
     tags = f"{library}, sentence-similarity, feature-extraction, grace"
     metadata = [f"library_name: {library}", "pipeline_tag: sentence-similarity", f"tags: [{tags}]"]

@@ -165,9 +165,8 @@ class GraceEncoder:
             "seed": seed if temperature else None,
             "dtype": model.dtype,
         }
-        source = model.model.name_or_path  # a hub id has an owner; a folder gets one
-        self.name = source
-        if source.count("/") != 1 or os.path.isdir(source):
+        self.name = source = model.model.name_or_path
+        if source.count("/") != 1 or os.path.isdir(source):  # a hub id has an owner; a folder gets one
             self.name = f"grace/{os.path.basename(source.rstrip('/'))}"
         self.revision = hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()[:16]
         self.path = ":memory:"
@@ -204,9 +203,10 @@ class GraceEncoder:
         """`list[str] -> [n, D]` float32, unit length; one `str -> [D]`."""
         if isinstance(texts, str):
             return self.encode([texts])[0]
+        if len(texts) == 0:
+            return np.zeros((0, self.policy.model.config.get_text_config().hidden_size), np.float32)
         known = self._read(texts)
-        none = np.zeros((0, self.policy.model.config.get_text_config().hidden_size), np.float32)
-        return np.stack([known[text][0] for text in texts]) if len(texts) else none
+        return np.stack([known[text][0] for text in texts])
 
     encode_query = encode
 

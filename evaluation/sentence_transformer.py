@@ -30,7 +30,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from transformers.utils import cached_file
 
 SETTINGS, COPY = "grace_config.json", "grace_module"
-POOLINGS = "mean", "halves"
+
+
+def unreadable(reading):
+    """Why this file cannot read as a checkpoint of this reading does; None if it can."""
+    if reading.get("pooling", "mean") not in ("mean", "halves"):
+        return f"pooling {reading['pooling']}; only mean and halves are read here"
+    if reading.get("twice"):
+        return "a text is read twice; here it is read once"
 
 
 class GraceModule(torch.nn.Module):
@@ -49,10 +56,8 @@ class GraceModule(torch.nn.Module):
         self.model = AutoModelForCausalLM.from_pretrained(folder, **{"dtype": torch.float32, **(model_kwargs or {})}, **hub)
         with open(cached_file(folder, SETTINGS, **hub), encoding="utf-8") as file:
             self.reading = json.load(file)
-        if self.reading.get("pooling", "mean") not in POOLINGS:
-            raise ValueError(f"{folder}: pooling {self.reading['pooling']}; only mean and halves are read here")
-        if self.reading.get("twice"):
-            raise ValueError(f"{folder}: a text is read twice; here it is read once")
+        if reason := unreadable(self.reading):
+            raise ValueError(f"{folder}: {reason}")
         context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or float("inf")
         self.max_seq_length = min(self.reading["max_prompt_tokens"], context - self.reading["max_new_tokens"])
         of_model = self.model.generation_config.eos_token_id, getattr(self.model.config, "eos_token_id", None)

@@ -345,10 +345,9 @@ def tried(known):
 
 def page(known):
     """The part of docs/results.md between its two marks."""
-    parts, seeds = [], lambda name: [r for r in known if r["run"] == RUNS[name] | {"seed": r["run"]["seed"]}]
+    parts, seeds = [], lambda name: [r for r in known if r["run"] == RUNS.get(name, {}) | {"seed": r["run"]["seed"]}]
     for data in DATA:
-        names = {label: f"{data}-{row}" for row, (label, _) in ROWS.items()}
-        rows = {label: group for label, name in names.items() if name in RUNS and (group := seeds(name))}
+        rows = {label: group for row, (label, _) in ROWS.items() if (group := seeds(f"{data}-{row}"))}
         if rows:
             parts += [[f"### {data.capitalize()}"], *tables(rows)]
     if tries := [record for record in known if record["run"]["part"] == "choose"]:

@@ -120,9 +120,8 @@ def digest(rows):
 
 # ---------------------------------------------------------------- one run
 
-# Of an earlier run: what --overwrite deletes, beside the files that the new run replaces at once.
 WEIGHTS = "*.safetensors*", "adapter"
-RESULTS = (
+RESULTS = (  # of an earlier run: what --overwrite deletes, beside the files that the new run replaces at once
     *WEIGHTS, "checkpoints", "summary.json", "report.html", "README.md", "modules.json", "grace_module.py", "not_finite_step_*",
     "run.json",
 )  # fmt: skip

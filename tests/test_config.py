@@ -11,7 +11,6 @@ from config import Config, parse
 from plumbing import ranks
 from plumbing.errors import GraceError
 from plumbing.models import pick_device
-from prompt import Reading
 
 without_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
 
@@ -48,14 +47,14 @@ def test_groups_are_counted_with_the_negatives_that_there_are(monkeypatch):
     """4 instances with one negative are 12 groups, with two 16; and every rank needs an instance."""
     config = Config(batch=4, minibatches=12, train_roles="query,positive,negative")
     config.minibatches = 13
-    config.check_groups(2, Reading())
+    config.check_groups(2)
     with pytest.raises(GraceError, match="a batch of 12 groups"):
-        config.check_groups(1, Reading())
+        config.check_groups(1)
     with pytest.raises(GraceError, match="the rows have no negatives"):
-        config.check_groups(0, Reading())
+        config.check_groups(0)
     monkeypatch.setattr(ranks, "size", 5)
     with pytest.raises(GraceError, match="5 ranks"):
-        config.check_groups(2, Reading())
+        config.check_groups(2)
 
 
 def test_config_made_in_python():

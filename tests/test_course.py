@@ -59,6 +59,7 @@ def test_the_handout_has_a_page_per_task_with_its_functions_and_points():
     for task, (of, file, names) in TASKS.items():
         page = next(p for p in pages if p.strip().startswith(f"## {task.capitalize().replace('sk', 'sk ')}"))
         assert all(f"`{name}`" in page for name in (file, *names)) and f"({of} points)" in page
+        assert of == sum(map(int, re.findall(r"points\((\d+)\)", read(HERE, f"tests/test_{task}.py"))))
         assert task == "bonus" or f"**Question {task[4:]}.** (5 points)" in page
         for name in names:
             lines = [line.strip() for line in take(read(ROOT, file), name)]
